@@ -1,0 +1,1 @@
+"""Interval selection and offload execution: the algorithm and the engine. Imports no Ray."""

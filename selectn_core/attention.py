@@ -1,0 +1,120 @@
+"""Per-request attention for packed batches, so that a step's cost grows with each request's own length.
+
+Continuous batching packs the tokens of all requests into one row. Its default attends every query to every
+request's keys under a block mask, which costs O(requests^2 x length). This one, registered through transformers'
+public AttentionInterface, runs scaled_dot_product_attention once per request over that request's keys alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "selectn_varlen"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segment:
+    """One request's rows in the packed queries and keys; `mask` [num_queries, num_keys] only where needed."""
+
+    query_start: int
+    query_end: int
+    key_start: int
+    key_end: int
+    mask: torch.Tensor | None
+    is_causal: bool
+
+
+def make_segments(
+    query_bounds: Sequence[int],
+    key_bounds: Sequence[int],
+    *,
+    sliding_window: int | None = None,
+    device: torch.device | None = None,
+) -> list[Segment]:
+    """The segments of one step for one type of attention.
+
+    Args:
+        query_bounds: cumulative query lengths, [num_requests + 1].
+        key_bounds: cumulative key lengths, [num_requests + 1]; a request's queries are its last keys.
+        sliding_window: keys a query sees at most, its own included; None for all.
+    """
+    segments = []
+    for i in range(len(query_bounds) - 1):
+        num_queries = query_bounds[i + 1] - query_bounds[i]
+        num_keys = key_bounds[i + 1] - key_bounds[i]
+        windowed = sliding_window is not None and num_keys > sliding_window
+        needs_mask = num_queries > 1 and (num_keys != num_queries or windowed)
+        segments.append(
+            Segment(
+                query_start=query_bounds[i],
+                query_end=query_bounds[i + 1],
+                key_start=key_bounds[i],
+                key_end=key_bounds[i + 1],
+                mask=_mask(num_queries, num_keys, sliding_window, device) if needs_mask else None,
+                is_causal=num_queries > 1 and not needs_mask,
+            )
+        )
+    return segments
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # [1, num_heads, num_tokens, head_dim]
+    key: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
+    value: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cache: Any = None,
+    segments: Sequence[Sequence[Segment]] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer over the paged cache; `segments[layer_idx]` are the layer's segments.
+
+    Returns [1, num_tokens, num_heads, head_dim]. Raises RuntimeError outside continuous batching.
+    """
+    if cache is None or segments is None:
+        raise RuntimeError(f"{ATTENTION_NAME} works on the paged cache of continuous batching only")
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    num_tokens, num_heads, num_kv_heads = query.shape[2], query.shape[1], key.shape[1]
+    output = query.new_empty(num_tokens, num_heads, value.shape[-1])
+    for segment in segments[module.layer_idx]:  # type: ignore[index]
+        keys = key[:, :, segment.key_start : segment.key_end]
+        values = value[:, :, segment.key_start : segment.key_end]
+        if segment.query_end - segment.query_start == 1:
+            # One query: the heads that share a key head become its queries, and nothing is repeated.
+            one = query[:, :, segment.query_start].reshape(1, num_kv_heads, num_heads // num_kv_heads, -1)
+            attended = scaled_dot_product_attention(one, keys, values, scale=scaling)
+            output[segment.query_start] = attended.reshape(num_heads, -1)
+        else:
+            attended = scaled_dot_product_attention(
+                query[:, :, segment.query_start : segment.query_end],
+                keys,
+                values,
+                attn_mask=segment.mask,
+                is_causal=segment.is_causal,
+                scale=scaling,
+                enable_gqa=num_heads != num_kv_heads,
+            )
+            output[segment.query_start : segment.query_end] = attended[0].transpose(0, 1)
+    return output.unsqueeze(0), None
+
+
+def _mask(
+    num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device | None
+) -> torch.Tensor:
+    """True where a query may see a key: not after it, and fewer than `sliding_window` before it."""
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril_(num_keys - num_queries)
+    if sliding_window is not None:
+        seen.triu_(num_keys - num_queries - sliding_window + 1)
+    return seen
+
+
+AttentionInterface.register(ATTENTION_NAME, varlen_attention)

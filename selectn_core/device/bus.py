@@ -1,0 +1,124 @@
+"""A paced host bus that emulated devices in several processes share, through a few words of shared memory.
+
+The state is a timeline: `next_free_ns`, the instant up to which the bus is promised. Whoever wants to move bytes
+extends it under a file lock and then has the bus until the instant it was given. Nothing is held while bytes move:
+the lock lasts microseconds and the kernel drops it with its process, so a process killed at any point costs the
+others at most the chunk it had reserved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import re
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from selectn_core.errors import ConfigError
+
+_STATE = struct.Struct("<8sdqq")  # magic, bytes per second, next_free_ns, promised_ns in all
+_MAGIC = b"selnbus1"
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# A promise further ahead than this is not one that living processes made (each holds one chunk at a time).
+_LONGEST_QUEUE_NS = 10_000_000_000
+_LATEST_WAKE_UP_NS = 5_000_000
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class Bus:
+    """One bus. All processes that open the same name share its bandwidth; without a name it is private."""
+
+    def __init__(self, name: str | None, bytes_per_s: float) -> None:
+        """Opens the bus, creating it with `bytes_per_s` if nobody has; an existing bus keeps its bandwidth."""
+        self.name = name
+        self._thread_lock = threading.Lock()
+        self._fd = _open_file(name)
+        try:
+            with self._locked_file():
+                if os.fstat(self._fd).st_size < _STATE.size:
+                    os.ftruncate(self._fd, _STATE.size)
+                self._memory = mmap.mmap(self._fd, _STATE.size)
+                if self._read()[0] != _MAGIC:
+                    self._write(bytes_per_s, 0, 0)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def reserve(self, num_bytes: int, *, ready_ns: int) -> tuple[int, int]:
+        """Promises the bus for `num_bytes`; returns the (start, end) instants on CLOCK_MONOTONIC in ns.
+
+        `ready_ns` is when the bytes could have been sent. It may lie a little in the past: a copy engine starts
+        the moment it can, so a thread that the scheduler woke late does not lose the bus's time.
+        """
+        with self._locked_file():
+            _, bytes_per_s, next_free_ns, promised_ns = self._read()
+            now_ns = time.monotonic_ns()
+            start_ns = max(next_free_ns, min(ready_ns, now_ns), now_ns - _LATEST_WAKE_UP_NS)
+            if start_ns > now_ns + _LONGEST_QUEUE_NS:
+                start_ns = now_ns
+            duration_ns = round(num_bytes / bytes_per_s * 1e9)
+            self._write(bytes_per_s, start_ns + duration_ns, promised_ns + duration_ns)
+        return start_ns, start_ns + duration_ns
+
+    @property
+    def bytes_per_s(self) -> float:
+        with self._locked_file():
+            return self._read()[1]
+
+    @bytes_per_s.setter
+    def bytes_per_s(self, value: float) -> None:
+        """Changes the bandwidth for every process, from the next chunk on."""
+        if not value > 0:
+            raise ValueError(f"bytes_per_s={value}: expected more than 0")
+        with self._locked_file():
+            _, _, next_free_ns, promised_ns = self._read()
+            self._write(value, next_free_ns, promised_ns)
+
+    def close(self) -> None:
+        """Leaves the bus; a named one stays for the others until `unlink`."""
+        self._memory.close()
+        os.close(self._fd)
+
+    @staticmethod
+    def unlink(name: str) -> None:
+        """Removes a named bus; processes that have it open keep it."""
+        _path(name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked_file(self) -> Iterator[None]:
+        # flock belongs to the open file, not to the thread: the second lock keeps threads of this process apart.
+        with self._thread_lock:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _read(self) -> tuple[bytes, float, int, int]:
+        magic, bytes_per_s, next_free_ns, promised_ns = _STATE.unpack_from(self._memory)
+        if magic == _MAGIC and not bytes_per_s > 0:
+            raise ConfigError(f"bus {self.name!r} holds no valid state: remove {_SHARED_MEMORY}/selectn-bus-*")
+        return magic, bytes_per_s, next_free_ns, promised_ns
+
+    def _write(self, bytes_per_s: float, next_free_ns: int, promised_ns: int) -> None:
+        _STATE.pack_into(self._memory, 0, _MAGIC, bytes_per_s, next_free_ns, promised_ns)
+
+
+def _path(name: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"device.bus={name!r} is not allowed: expected 1 to 64 of A-Z a-z 0-9 . _ -")
+    return _SHARED_MEMORY / f"selectn-bus-{os.getuid()}-{name}"
+
+
+def _open_file(name: str | None) -> int:
+    if name is not None:
+        return os.open(_path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd, path = tempfile.mkstemp(prefix="selectn-bus-")
+    Path(path).unlink()
+    return fd

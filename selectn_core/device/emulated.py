@@ -1,0 +1,236 @@
+"""A device for machines without a GPU: memory of a fixed size, and a link that really copies, paced to a bandwidth.
+
+Nothing is simulated with sleeps in place of work: the model computes on the CPU, and a copy thread moves every byte.
+Pacing only makes that thread wait until the bytes could have arrived over a link of the configured bandwidth.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from selectn_core.device.base import ALIGNMENT_BYTES, Device, Event, LinkUsage, align_up
+from selectn_core.device.bus import Bus
+from selectn_core.errors import DeviceMemoryExceeded, LinkError
+
+CHUNK_BYTES = 2 << 20
+
+
+class EmulatedEvent(Event):
+    """Done when set; carries the error of a copy that failed."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self.error: Exception | None = None
+        self.done_ns = 0
+
+    def is_done(self) -> bool:
+        return self._done.is_set()
+
+    def synchronize(self) -> None:
+        self._done.wait()
+        if self.error is not None:
+            raise LinkError(f"host-to-device copy failed: {self.error}") from self.error
+
+    def finish(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.done_ns = time.monotonic_ns()
+        self._done.set()
+
+
+class EmulatedDevice(Device):
+    """CPU memory that refuses to grow, behind a paced link."""
+
+    kind = "emulated"
+    provenance = "emulated"
+    torch_device = torch.device("cpu")
+
+    def __init__(self, capacity_bytes: int, *, bytes_per_s: float, bus_name: str | None = None) -> None:
+        """`bytes_per_s` is the bandwidth of the bus; devices that name the same bus share it."""
+        self.capacity_bytes = align_up(capacity_bytes)
+        self.bus = Bus(bus_name, bytes_per_s)
+        self._memory = _aligned_zeros(self.capacity_bytes)
+        self._arena = _FirstFit(self.capacity_bytes)
+        self._link = _PacedLink(self.bus)
+        self._closed = False
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self._arena.used_bytes
+
+    def allocate(self, num_bytes: int, purpose: str) -> torch.Tensor:
+        offset = self._arena.take(align_up(num_bytes))
+        if offset is None:
+            raise DeviceMemoryExceeded(
+                f"{purpose} wants {num_bytes:,} bytes of device memory; {self.free_bytes:,} of "
+                f"{self.capacity_bytes:,} are free"
+            )
+        return self._memory[offset : offset + num_bytes]
+
+    def free(self, tensor: torch.Tensor) -> None:
+        self._arena.give_back(tensor.data_ptr() - self._memory.data_ptr())
+
+    def allocate_host(self, num_bytes: int) -> torch.Tensor:
+        return _aligned_zeros(num_bytes)
+
+    def copy_async(self, source: torch.Tensor, target: torch.Tensor, *, after: Event | None = None) -> Event:
+        if source.nbytes != target.nbytes or not (source.is_contiguous() and target.is_contiguous()):
+            raise ValueError(f"cannot copy {source.nbytes} bytes to {target.nbytes}: expected equal, contiguous")
+        assert after is None or isinstance(after, EmulatedEvent)
+        return self._link.submit(source, target, after)
+
+    def record(self) -> Event:
+        # Compute on the CPU is over when the call that asked for it returns.
+        event = EmulatedEvent()
+        event.finish()
+        return event
+
+    def wait(self, event: Event) -> None:
+        event.synchronize()
+
+    def synchronize(self) -> None:
+        self._link.submit_marker().synchronize()
+
+    def timestamp(self) -> Callable[[], float]:
+        now_s = time.perf_counter()
+        return lambda: now_s
+
+    def link_usage(self) -> LinkUsage:
+        return self._link.usage()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._link.close()
+            self.bus.close()
+
+
+class _FirstFit:
+    """Offsets in a range of bytes, handed out lowest first and merged when they come back."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._free: list[tuple[int, int]] = [(0, capacity_bytes)]  # (offset, size), ascending, never adjacent
+        self._taken: dict[int, int] = {}
+        self.used_bytes = 0
+
+    def take(self, size: int) -> int | None:
+        for i, (offset, available) in enumerate(self._free):
+            if available >= size:
+                self._free[i : i + 1] = [(offset + size, available - size)] if available > size else []
+                self._taken[offset] = size
+                self.used_bytes += size
+                return offset
+        return None
+
+    def give_back(self, offset: int) -> None:
+        size = self._taken.pop(offset, None)
+        if size is None:
+            raise ValueError("not a tensor that this device has allocated")
+        self.used_bytes -= size
+        merged: list[tuple[int, int]] = []
+        for start, length in sorted([*self._free, (offset, size)]):
+            if merged and sum(merged[-1]) == start:
+                merged[-1] = (merged[-1][0], merged[-1][1] + length)
+            else:
+                merged.append((start, length))
+        self._free = merged
+
+
+class _PacedLink:
+    """One thread that carries out copies in order, chunk by chunk, at the pace of the bus."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._jobs: deque[_Copy] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        # Written by the link's thread alone.
+        self._idle_since_ns = 0
+        self._copied_bytes, self._num_copies, self._busy_ns = 0, 0, 0
+        # Not a daemon: a thread that copies into freed memory at interpreter exit aborts the process.
+        self._thread = threading.Thread(target=self._run, name="selectn-link", daemon=False)
+        self._thread.start()
+
+    def submit(self, source: torch.Tensor, target: torch.Tensor, after: EmulatedEvent | None) -> EmulatedEvent:
+        return self._enqueue(_Copy(source, target, after))
+
+    def submit_marker(self) -> EmulatedEvent:
+        nothing = torch.empty(0, dtype=torch.uint8)
+        return self._enqueue(_Copy(nothing, nothing, None))
+
+    def usage(self) -> LinkUsage:
+        return LinkUsage(
+            copied_bytes=self._copied_bytes, num_copies=self._num_copies, busy_s=self._busy_ns / 1e9
+        )
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _enqueue(self, job: _Copy) -> EmulatedEvent:
+        with self._changed:
+            if self._closing:
+                raise LinkError("the device is closed")
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.event
+
+    def _run(self) -> None:
+        while (job := self._next_job()) is not None:
+            try:
+                self._carry_out(job)
+            except Exception as error:  # handed to whoever waits for the copy
+                job.event.finish(error)
+            else:
+                job.event.finish()
+
+    def _next_job(self) -> _Copy | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closing)
+            return self._jobs.popleft() if self._jobs else None
+
+    def _carry_out(self, job: _Copy) -> None:
+        if job.after is not None:
+            job.after.synchronize()
+            self._idle_since_ns = max(self._idle_since_ns, job.after.done_ns)
+        end_ns = max(self._idle_since_ns, job.issued_ns)
+        for offset in range(0, job.num_bytes, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, job.num_bytes - offset)
+            start_ns, end_ns = self._bus.reserve(size, ready_ns=end_ns)
+            ctypes.memmove(job.target + offset, job.source + offset, size)
+            _sleep_until(end_ns)
+            self._busy_ns += end_ns - start_ns
+        self._idle_since_ns = end_ns
+        self._copied_bytes += job.num_bytes
+        self._num_copies += job.num_bytes > 0
+
+
+class _Copy:
+    """A copy that waits its turn; keeps both tensors alive until it is done."""
+
+    def __init__(self, source: torch.Tensor, target: torch.Tensor, after: EmulatedEvent | None) -> None:
+        self.source, self.target = source.data_ptr(), target.data_ptr()
+        self.num_bytes = source.nbytes
+        self.after = after
+        self.issued_ns = time.monotonic_ns()
+        self.event = EmulatedEvent()
+        self._tensors = (source, target)
+
+
+def _sleep_until(instant_ns: int) -> None:
+    remaining_ns = instant_ns - time.monotonic_ns()
+    if remaining_ns > 0:
+        time.sleep(remaining_ns / 1e9)
+
+
+def _aligned_zeros(num_bytes: int) -> torch.Tensor:
+    raw = torch.zeros(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
+    offset = -raw.data_ptr() % ALIGNMENT_BYTES
+    return raw[offset : offset + num_bytes]

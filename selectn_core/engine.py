@@ -1,0 +1,347 @@
+"""One engine: a model, a device, continuous batching, and an executor whose interval may change at every iteration."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from selectn_core.config import MAX_SLOTS, EngineConfig
+from selectn_core.device import Device, align_up, open_device, resolve_kind
+from selectn_core.errors import (
+    ConfigError,
+    DeviceMemoryExceeded,
+    EngineOverloaded,
+    EngineUnavailable,
+    RequestError,
+)
+from selectn_core.executor import Executor, OverlappedExecutor
+from selectn_core.host_store import HostStore
+from selectn_core.loading import LoadedModel, load_model
+from selectn_core.placement import OffloadPlan
+from selectn_core.planner import fewest_offloaded, slot_bytes, unmeasured_plan
+from selectn_core.requests import RequestHandle, TokenEvent
+from selectn_core.resident import ResidentWeights, resident_tensors
+from selectn_core.sampling import SamplingParams
+from selectn_core.steps import StepLog, StepShape
+from selectn_core.transformers_cb import ContinuousBatching
+from selectn_core.units import find_units
+
+logger = logging.getLogger(__name__)
+
+_MAX_RESTARTS = 5
+_RESTART_WINDOW_S = 60.0
+
+
+class Engine:
+    """Serves one model on one device.
+
+    `load` builds it, `start` lets it generate, `close` ends it; a `with` block does the last two. Requests may be
+    submitted before `start` and from any thread.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        *,
+        executor_class: type[Executor] = OverlappedExecutor,
+    ) -> None:
+        """Places `loaded` on the configured device.
+
+        Raises ConfigError, UnsupportedModel, or DeviceMemoryExceeded where not even the fewest resident units fit.
+        """
+        self.config = config
+        self.model, self.tokenizer, self.model_name = loaded.model, loaded.tokenizer, loaded.name
+        self.units = find_units(self.model)
+        self.steps = StepLog()
+        self._handles: dict[str, RequestHandle] = {}
+        self._lock = threading.Lock()
+        self._state = "loaded"  # loaded -> running -> closed, or failed
+        self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
+        self._supervisor: threading.Thread | None = None
+        self._limit_compute_threads()
+        self.device: Device = open_device(config.device, default_capacity_bytes=self._everything_bytes())
+        try:
+            self.store = HostStore(self.units, self.device)
+            self.resident = ResidentWeights(self.model, self.units, self.device)
+            self.batching = ContinuousBatching(
+                self.model,
+                config.batch,
+                self.device,
+                on_step_planned=self._on_step_planned,
+                on_step_done=self._on_step_done,
+                on_output=self._on_output,
+            )
+            self.executor = executor_class(self.model, self.store, self.device, self._first_plan())
+            self.executor.attach()
+        except BaseException:
+            self.device.close()
+            raise
+
+    @classmethod
+    def load(cls, config: EngineConfig, *, executor_class: type[Executor] = OverlappedExecutor) -> Engine:
+        """Loads the configured model and builds an engine on it."""
+        return cls(load_model(config.model), config, executor_class=executor_class)
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts generating. Raises EngineUnavailable on an engine that was closed."""
+        with self._lock:
+            if self._state != "loaded":
+                raise EngineUnavailable(f"the engine is {self._state}; only a loaded one can be started")
+            self._state = "running"
+        thread = self.batching.start()
+        self._supervisor = threading.Thread(target=self._supervise, args=(thread,), name="selectn-supervisor")
+        self._supervisor.start()
+
+    def close(self) -> None:
+        """Ends generation, fails what is left and gives all memory back. Idempotent."""
+        with self._lock:
+            if self._state == "closed":
+                return
+            self._state = "closed"
+        self.batching.close()
+        if self._supervisor is not None:
+            self._supervisor.join()
+        self._fail_all("the engine was closed")
+        self.executor.detach()
+        self.device.close()
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def is_healthy(self) -> bool:
+        """Whether requests are being served."""
+        return self._state == "running"
+
+    def _supervise(self, thread: threading.Thread) -> None:
+        """Restarts the generation thread when an error has ended it, a few times a minute at most."""
+        while True:
+            thread.join()
+            with self._lock:
+                if self._state != "running":
+                    return
+                if not self._may_restart():
+                    self._state = "failed"
+            self._fail_all(f"generation failed: {self.batching.fatal_error}")
+            if self._state == "failed":
+                logger.error("generation failed %d times in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S)
+                return
+            logger.warning("restarting generation after: %s", self.batching.fatal_error)
+            thread = self.batching.start()
+
+    def _may_restart(self) -> bool:
+        now_s = time.monotonic()
+        if len(self._restarts) == _MAX_RESTARTS and now_s - self._restarts[0] < _RESTART_WINDOW_S:
+            return False
+        self._restarts.append(now_s)
+        return True
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and output tokens that one request may have: the model's limit, or what the KV cache holds."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        capacity = self.batching.kv_capacity_tokens
+        return min(limit, capacity) if limit else capacity
+
+    @property
+    def default_eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a generation, from the model's generation configuration."""
+        eos = self.model.generation_config.eos_token_id
+        if eos is None:
+            eos = self.model.config.get_text_config().eos_token_id
+        if eos is None:
+            return ()
+        return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> RequestHandle:
+        """Queues a request and returns at once.
+
+        Raises RequestError (empty, too long, token out of range, id in use), EngineOverloaded when
+        `batch.max_waiting` requests wait, EngineUnavailable when nothing would serve it.
+        """
+        self._check_prompt(prompt_ids, params)
+        handle = RequestHandle(request_id or uuid.uuid4().hex, len(prompt_ids), self._cancel)
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        eos_ids = () if params.ignore_eos else self.default_eos_ids
+        handle.eos_ids = frozenset((*eos_ids, *params.stop_token_ids))
+        self._register(handle)
+        if not self.batching.submit(handle.request_id, prompt_ids, params, sorted(handle.eos_ids), seed):
+            self._forget(handle.request_id)
+            raise EngineUnavailable("generation is being restarted after an error; send the request again")
+        return handle
+
+    def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        if not prompt_ids:
+            raise RequestError("the prompt is empty: at least one token is needed", field="prompt")
+        vocab_size = self.model.config.get_text_config().vocab_size
+        if not all(0 <= token < vocab_size for token in prompt_ids):
+            raise RequestError(f"the prompt has token ids outside 0..{vocab_size - 1}", field="prompt")
+        if len(prompt_ids) + params.max_tokens > self.max_model_len:
+            raise RequestError(
+                f"{len(prompt_ids)} prompt tokens and max_tokens={params.max_tokens} are more than the "
+                f"{self.max_model_len} tokens that a request may have here",
+                field="max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
+            )
+
+    def _register(self, handle: RequestHandle) -> None:
+        batch = self.config.batch
+        with self._lock:
+            if self._state in ("closed", "failed"):
+                raise EngineUnavailable(f"the engine is {self._state}")
+            if handle.request_id in self._handles:
+                raise RequestError(f"request_id={handle.request_id!r} is in use", field="request_id")
+            if len(self._handles) >= batch.max_requests + batch.max_waiting:
+                raise EngineOverloaded(
+                    f"{len(self._handles)} requests are running or waiting (batch.max_requests="
+                    f"{batch.max_requests}, batch.max_waiting={batch.max_waiting})"
+                )
+            self._handles[handle.request_id] = handle
+
+    def _forget(self, request_id: str) -> RequestHandle | None:
+        with self._lock:
+            return self._handles.pop(request_id, None)
+
+    def _cancel(self, request_id: str) -> None:
+        handle = self._forget(request_id)
+        if handle is not None:
+            self.batching.cancel(request_id)
+            handle.push(TokenEvent(token_ids=(), finish_reason="cancelled"))
+
+    def _fail_all(self, reason: str) -> None:
+        with self._lock:
+            handles = list(self._handles.values())
+            self._handles.clear()
+        for handle in handles:
+            handle.push(TokenEvent(token_ids=(), finish_reason="error", error=reason))
+
+    def _on_output(self, output: GenerationOutput) -> None:
+        handle = self._handles.get(output.request_id)
+        if handle is None:  # cancelled
+            return
+        new = tuple(output.generated_tokens[handle.num_tokens :])
+        if not output.is_finished():
+            handle.push(TokenEvent(token_ids=new))
+            return
+        self._forget(output.request_id)
+        if output.error is not None:
+            handle.push(TokenEvent(token_ids=new, finish_reason="error", error=output.error))
+        else:
+            stopped = output.generated_tokens[-1] in handle.eos_ids
+            handle.push(TokenEvent(token_ids=new, finish_reason="stop" if stopped else "length"))
+
+    # -- interval -----------------------------------------------------------------------------------------------
+
+    def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
+        """Offloads `num_offloaded` of the units from the next iteration on. Raises ConfigError if it cannot be."""
+        slots = num_slots if num_slots is not None else self.executor.plan.num_slots
+        if not 1 <= slots <= MAX_SLOTS:
+            raise ConfigError(f"num_slots={slots} is not allowed: expected 1 to {MAX_SLOTS}")
+        if not 0 <= num_offloaded <= len(self.units):
+            raise ConfigError(f"num_offloaded={num_offloaded} is not allowed: expected 0 to {len(self.units)}")
+        try:
+            self.executor.request_plan(self._plan(num_offloaded, slots))
+        except DeviceMemoryExceeded as error:
+            raise ConfigError(f"num_offloaded={num_offloaded} is not possible: {error}") from error
+
+    def _plan(self, num_offloaded: int, num_slots: int) -> OffloadPlan:
+        return unmeasured_plan(self.units, num_offloaded, num_slots)
+
+    def _first_plan(self) -> OffloadPlan:
+        wanted, batch = self.config.offload, self.config.batch
+        if wanted.num_offloaded != "auto":
+            if wanted.num_offloaded > len(self.units):
+                raise ConfigError(
+                    f"offload.num_offloaded={wanted.num_offloaded} is not allowed: the model has "
+                    f"{len(self.units)} layers"
+                )
+            return self._plan(wanted.num_offloaded, wanted.num_slots)
+        plan = fewest_offloaded(self.units, wanted.num_slots, self.device.free_bytes)
+        if plan is None:
+            raise DeviceMemoryExceeded(
+                f"the model does not fit {self.device.capacity_bytes:,} bytes of device memory even with every "
+                f"layer offloaded: raise device.memory_gib, or lower batch.kv_tokens ({batch.kv_tokens}) or "
+                f"offload.num_slots ({wanted.num_slots})"
+            )
+        return plan
+
+    def _on_step_planned(self, shape: StepShape) -> None:
+        """Where the iteration controller decides; the executor applies what is requested when the step begins."""
+
+    def _on_step_done(self, shape: StepShape, duration_s: float) -> None:
+        plan = self.executor.plan
+        self.steps.add(shape, duration_s, self.executor.end_step(), plan.num_offloaded, plan.num_slots)
+
+    # -- sizes and state ----------------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the engine holds and does now, as JSON-able values; bytes and seconds."""
+        plan, usage = self.executor.plan, self.device.link_usage()
+        with self._lock:
+            num_handles, state = len(self._handles), self._state
+        running = min(num_handles, self.batching.num_active)
+        offloaded = [self.units[index].num_bytes for index in plan.offloaded]
+        return {
+            "state": state,
+            "model": self.model_name,
+            "device": self.device.kind,
+            "provenance": self.device.provenance,
+            "num_layers": len(self.units),
+            "num_offloaded": plan.num_offloaded,
+            "num_slots": plan.num_slots,
+            "host_bytes": self.store.num_bytes,
+            "offloaded_bytes": sum(offloaded),
+            "device_bytes": self.device.allocated_bytes,
+            "device_capacity_bytes": self.device.capacity_bytes,
+            "kv_bytes": self.batching.kv_bytes,
+            "kv_capacity_tokens": self.batching.kv_capacity_tokens,
+            "running": running,
+            "waiting": num_handles - running,
+            "num_steps": self.steps.num_steps,
+            "interval_history": [list(change) for change in self.steps.interval_history],
+            "link_bytes": usage.copied_bytes,
+            "link_busy_s": usage.busy_s,
+            "stall_s": self.executor.stats.stall_s,
+        }
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if store, homes or slots are not as they should be; call it between steps."""
+        self.store.check_integrity()
+        self.executor.check_integrity()
+
+    def _limit_compute_threads(self) -> None:
+        """Leaves a core to the emulated link, whose copies would otherwise wait for the model's own threads."""
+        if resolve_kind(self.config.device) == "emulated":
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(self.config.device.compute_threads or max(1, cores - 1))
+
+    def _everything_bytes(self) -> int:
+        """Device bytes with which every unit is resident, the most slots there may be included."""
+        text, batch = self.model.config.get_text_config(), self.config.batch
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        token_bytes = 2 * kv_heads * head_dim * self.model.dtype.itemsize * text.num_hidden_layers
+        # Pages are rounded up to sectors, and two sectors are never used.
+        kv_bytes = token_bytes * (batch.kv_tokens + 8 * batch.page_size) * 2
+        resident = sum(align_up(tensor.nbytes) for tensor in resident_tensors(self.model, self.units))
+        units = sum(align_up(unit.num_bytes) for unit in self.units)
+        return resident + units + MAX_SLOTS * slot_bytes(self.units) + kv_bytes

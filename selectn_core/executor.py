@@ -1,0 +1,319 @@
+"""Runs a model whose offloaded units are copied in while others compute.
+
+Every unit has its weights in the host store. A resident unit also has a *home* on the device; an offloaded one is
+copied into a *slot* for every step, just in time. `OverlappedExecutor` keeps the link busy through the step and
+across its end; `SynchronousExecutor` copies each unit when it is needed and is the reference the other must equal.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from selectn_core.device import Device, Event, align_up
+from selectn_core.errors import DeviceMemoryExceeded, LinkError
+from selectn_core.host_store import HostStore
+from selectn_core.placement import OffloadPlan
+from selectn_core.planner import plan_bytes, slot_bytes
+from selectn_core.units import Unit
+
+logger = logging.getLogger(__name__)
+
+_COPY_ATTEMPTS = 3
+
+
+@dataclass(kw_only=True)
+class ExecutorStats:
+    """Counts since the executor was attached. `stall_s` is compute time lost waiting for copies."""
+
+    num_steps: int = 0
+    num_copies: int = 0
+    num_plan_changes: int = 0
+    stall_s: float = 0.0
+
+
+class Executor(ABC):
+    """Owns where the units' weights are. Attach and detach are symmetric; a `with` block does both.
+
+    `request_plan` may be called from any thread; all else belongs to the thread that runs the model.
+    """
+
+    def __init__(self, model: nn.Module, store: HostStore, device: Device, plan: OffloadPlan) -> None:
+        self.model, self.store, self.device = model, store, device
+        self.units: Sequence[Unit] = store.units
+        self.stats = ExecutorStats()
+        self.plan = OffloadPlan(
+            offloaded=tuple(range(len(self.units))), num_slots=plan.num_slots, num_units=len(self.units)
+        )
+        self._requested: OffloadPlan | None = plan
+        self._lock = threading.Lock()
+        self._homes: dict[int, torch.Tensor] = {}
+        self._home_copied: dict[int, Event] = {}
+        self._slots: list[torch.Tensor] = []
+        self._slot_views: dict[tuple[int, int], list[torch.Tensor]] = {}  # (unit, slot)
+        self._handles: list[RemovableHandle] = []
+        self._stalls: deque[tuple[Callable[[], float], Callable[[], float]]] = deque(maxlen=2 * len(self.units))
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Hooks the model and places its units by the plan. Raises DeviceMemoryExceeded if they do not fit."""
+        self._handles.append(self.model.register_forward_pre_hook(lambda *_: self.begin_step()))
+        for unit in self.units:
+            self._handles.append(unit.module.register_forward_pre_hook(self._pre_hook(unit)))
+            self._handles.append(unit.module.register_forward_hook(self._post_hook(unit)))
+        try:
+            self._apply_requested_plan()
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Unhooks the model, gives device memory back and leaves the parameters bound to the host store."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.device.synchronize()
+        self._forget_slots()
+        for unit in self.units:
+            self.store.bind(unit)
+        for buffer in [*self._homes.values(), *self._slots]:
+            self.device.free(buffer)
+        self._homes.clear()
+        self._home_copied.clear()
+        self._slots.clear()
+
+    def __enter__(self) -> Executor:
+        self.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    # -- plans --------------------------------------------------------------------------------------------------
+
+    def budget_bytes(self) -> int:
+        """Device bytes that homes and slots may take: what they hold now and what is free."""
+        held = sum(align_up(buffer.nbytes) for buffer in [*self._homes.values(), *self._slots])
+        return held + self.device.free_bytes
+
+    def request_plan(self, plan: OffloadPlan) -> None:
+        """Takes effect when the next step begins. Raises DeviceMemoryExceeded if it cannot fit."""
+        if plan.num_units != len(self.units):
+            raise ValueError(f"a plan for {plan.num_units} units, for a model of {len(self.units)}")
+        wanted, budget = plan_bytes(self.units, plan), self.budget_bytes()
+        if wanted > budget:
+            raise DeviceMemoryExceeded(
+                f"{plan.num_offloaded} of {plan.num_units} units offloaded through {plan.slots_used} slots needs "
+                f"{wanted:,} bytes of device memory for weights; {budget:,} are there: offload more units"
+            )
+        with self._lock:
+            self._requested = plan
+
+    def begin_step(self) -> None:
+        """Applies what was requested since the last step."""
+        self.stats.num_steps += 1
+        if self._requested is not None:
+            self._apply_requested_plan()
+
+    def end_step(self) -> float:
+        """Seconds that compute waited for copies since the last call; only after the step's compute is done."""
+        stall_s = sum(after() - before() for before, after in self._stalls)
+        self._stalls.clear()
+        self.stats.stall_s += stall_s
+        return stall_s
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless every unit has a home or is offloaded, and all is as the plan says."""
+        away = set(self.plan.offloaded)
+        assert set(self._homes) == set(range(len(self.units))) - away, "homes and plan disagree"
+        assert len(self._slots) == self.plan.slots_used, "slots and plan disagree"
+        spans = sorted((b.data_ptr(), b.data_ptr() + b.nbytes) for b in [*self._homes.values(), *self._slots])
+        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "device buffers overlap"
+
+    def _apply_requested_plan(self) -> None:
+        with self._lock:
+            plan, self._requested = self._requested, None
+        if plan is None:
+            return
+        before = set(self.plan.offloaded)
+        for index in sorted(set(plan.offloaded) - before):
+            self._vacate_home(self.units[index])
+        self._resize_slots(plan.slots_used)
+        promoted = [index for index in sorted(before - set(plan.offloaded)) if self._take_home(self.units[index])]
+        stayed = sorted(set(plan.offloaded) | (before - set(plan.offloaded) - set(promoted)))
+        self.plan = OffloadPlan(offloaded=tuple(stayed), num_slots=plan.num_slots, num_units=plan.num_units)
+        self._resize_slots(self.plan.slots_used)
+        self.stats.num_plan_changes += 1
+        self._start_plan(promoted)
+
+    @abstractmethod
+    def _start_plan(self, promoted: Sequence[int]) -> None:
+        """Issues the copies that the plan begins with; `promoted` units must reach their homes."""
+
+    def _take_home(self, unit: Unit) -> bool:
+        try:
+            self._homes[unit.index] = self.device.allocate(unit.num_bytes, f"the weights of {unit.name}")
+        except DeviceMemoryExceeded as error:
+            logger.warning("%s stays offloaded: %s", unit.name, error)
+            return False
+        return True
+
+    def _vacate_home(self, unit: Unit) -> None:
+        event = self._home_copied.pop(unit.index, None)
+        if event is not None:
+            event.synchronize()
+        self.store.bind(unit)
+        self.device.free(self._homes.pop(unit.index))
+
+    def _copy_home(self, unit: Unit) -> None:
+        self._home_copied[unit.index] = self._copy(unit, self._homes[unit.index])
+        unit.bind(unit.views(self._homes[unit.index]))
+
+    def _resize_slots(self, num_slots: int) -> None:
+        if len(self._slots) == num_slots:
+            return
+        self.device.synchronize()  # a copy may be on its way into a slot that goes
+        self._forget_slots()
+        while len(self._slots) > num_slots:
+            self.device.free(self._slots.pop())
+        while len(self._slots) < num_slots:
+            self._slots.append(self.device.allocate(slot_bytes(self.units), f"slot {len(self._slots)}"))
+
+    def _forget_slots(self) -> None:
+        """Drops every view of the slots, so that their memory can go."""
+        self._slot_views.clear()
+        for unit in self.units:
+            if unit.index not in self._homes:
+                self.store.bind(unit)
+
+    # -- units --------------------------------------------------------------------------------------------------
+
+    def _pre_hook(self, unit: Unit) -> Any:
+        return lambda *_: self._before_unit(unit)
+
+    def _post_hook(self, unit: Unit) -> Any:
+        return lambda *_: self._after_unit(unit)
+
+    @abstractmethod
+    def _before_unit(self, unit: Unit) -> None:
+        """Makes the unit's parameters right before it computes."""
+
+    def _after_unit(self, unit: Unit) -> None:
+        """Called when the unit's compute has been issued."""
+
+    def _bind_slot(self, unit: Unit, slot: int) -> None:
+        views = self._slot_views.get((unit.index, slot))
+        if views is None:
+            views = self._slot_views[unit.index, slot] = unit.views(self._slots[slot])
+        unit.bind(views)
+
+    def _copy(self, unit: Unit, target: torch.Tensor, after: Event | None = None) -> Event:
+        self.stats.num_copies += 1
+        return self.device.copy_async(self.store.buffer(unit), target[: unit.num_bytes], after=after)
+
+    def _wait(self, event: Event, unit: Unit, target: torch.Tensor) -> None:
+        """Makes compute wait for a copy, repeating one that the link failed."""
+        before = self.device.timestamp()
+        for attempt in range(1, _COPY_ATTEMPTS + 1):
+            try:
+                self.device.wait(event)
+                break
+            except LinkError as error:
+                if attempt == _COPY_ATTEMPTS:
+                    raise LinkError(f"{unit.name}: {_COPY_ATTEMPTS} copies in a row failed") from error
+                logger.warning("copying %s again: %s", unit.name, error)
+                event = self._copy(unit, target)
+        self._stalls.append((before, self.device.timestamp()))
+
+
+class SynchronousExecutor(Executor):
+    """Copies each offloaded unit when it is needed and waits for it: slow, and plain enough to trust."""
+
+    def _start_plan(self, promoted: Sequence[int]) -> None:
+        for index in promoted:
+            unit = self.units[index]
+            self._copy_home(unit)
+            self._wait(self._home_copied.pop(index), unit, self._homes[index])
+
+    def _before_unit(self, unit: Unit) -> None:
+        if unit.index in self._homes:
+            return
+        target = self._slots[0]
+        self._wait(self._copy(unit, target, after=self.device.record()), unit, target)
+        self._bind_slot(unit, 0)
+
+
+class OverlappedExecutor(Executor):
+    """Keeps the next S offloaded units of the endless sequence of steps in the slots, or on their way there."""
+
+    def __init__(self, model: nn.Module, store: HostStore, device: Device, plan: OffloadPlan) -> None:
+        super().__init__(model, store, device, plan)
+        self._slot_of: dict[int, int] = {}
+        self._copied: dict[int, Event] = {}
+        self._position: dict[int, int] = {}
+        self._in_step = False
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        if self._in_step:  # the last step was cut short by an error: what the slots hold is no longer known
+            self._slot_of.clear()
+            self._start_plan(())
+        self._in_step = bool(self.plan.offloaded)
+
+    def check_integrity(self) -> None:
+        super().check_integrity()
+        assert len(set(self._slot_of.values())) == len(self._slot_of), "two units in one slot"
+        assert set(self._slot_of) == set(self._copied) <= set(self.plan.offloaded), "a slot holds a resident unit"
+
+    def _start_plan(self, promoted: Sequence[int]) -> None:
+        first = self.plan.offloaded[: self.plan.slots_used]
+        self._position = {index: i for i, index in enumerate(self.plan.offloaded)}
+        self._slot_of = {index: slot for index, slot in self._slot_of.items() if index in first}
+        self._copied = {index: self._copied[index] for index in self._slot_of}
+        vacant = sorted(set(range(len(self._slots))) - set(self._slot_of.values()))
+        for index in sorted([*promoted, *(index for index in first if index not in self._slot_of)]):
+            if index in self._homes:
+                self._copy_home(self.units[index])
+            else:
+                self._fetch(index, vacant.pop(0), after=None)
+
+    def _forget_slots(self) -> None:
+        super()._forget_slots()
+        self._slot_of.clear()
+        self._copied.clear()
+
+    def _fetch(self, index: int, slot: int, after: Event | None) -> None:
+        self._slot_of[index] = slot
+        self._copied[index] = self._copy(self.units[index], self._slots[slot], after)
+
+    def _before_unit(self, unit: Unit) -> None:
+        index = unit.index
+        if index in self._homes:
+            if index in self._home_copied:
+                self._wait(self._home_copied.pop(index), unit, self._homes[index])
+            return
+        slot = self._slot_of[index]
+        self._wait(self._copied[index], unit, self._slots[slot])
+        self._bind_slot(unit, slot)
+
+    def _after_unit(self, unit: Unit) -> None:
+        position = self._position.get(unit.index)
+        if position is None:
+            return
+        offloaded, num_slots = self.plan.offloaded, len(self._slots)
+        if num_slots < len(offloaded):
+            slot = self._slot_of.pop(unit.index)
+            del self._copied[unit.index]
+            self._fetch(offloaded[(position + num_slots) % len(offloaded)], slot, after=self.device.record())
+        if position == len(offloaded) - 1:
+            self._in_step = False

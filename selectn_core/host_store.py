@@ -1,0 +1,62 @@
+"""The host copy of every unit's weights: one contiguous aligned buffer each, so a unit moves in one copy."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from selectn_core.device import Device
+from selectn_core.units import TENSOR_ALIGNMENT_BYTES, Unit
+
+
+class HostStore:
+    """Owns the units' weights in host memory; they are written once, here, and only read afterwards."""
+
+    def __init__(self, units: Sequence[Unit], device: Device) -> None:
+        """Moves the units' parameters into buffers that `device`'s link can read, one unit at a time.
+
+        Afterwards the parameters are views of those buffers and their old memory is free, so the peak is one
+        unit above the model's size.
+        """
+        self.units = tuple(units)
+        self._buffers = [self._adopt(unit, device) for unit in self.units]
+        self._checksums = [_checksum(buffer) for buffer in self._buffers]
+
+    @property
+    def num_bytes(self) -> int:
+        """Host bytes of all units."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def buffer(self, unit: Unit) -> torch.Tensor:
+        """The unit's bytes, uint8 [unit.num_bytes]."""
+        return self._buffers[unit.index]
+
+    def bind(self, unit: Unit) -> None:
+        """Makes the unit's parameters be the host copy."""
+        unit.bind(unit.views(self._buffers[unit.index]))
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if a manifest overlaps or overruns its buffer, or if any weight has changed."""
+        for unit, buffer, checksum in zip(self.units, self._buffers, self._checksums, strict=True):
+            end = 0
+            for spec in unit.tensors:
+                assert spec.offset >= end, f"{unit.name}.{spec.name} overlaps the tensor before it"
+                assert spec.offset % TENSOR_ALIGNMENT_BYTES == 0, f"{unit.name}.{spec.name} is not aligned"
+                end = spec.offset + spec.num_bytes
+            assert end <= buffer.nbytes == unit.num_bytes, f"{unit.name} overruns its buffer"
+            assert _checksum(buffer) == checksum, f"the host copy of {unit.name} has changed"
+
+    @staticmethod
+    def _adopt(unit: Unit, device: Device) -> torch.Tensor:
+        buffer = device.allocate_host(unit.num_bytes)
+        views = unit.views(buffer)
+        for view, parameter in zip(views, unit.parameters, strict=True):
+            view.copy_(parameter.data)
+        unit.bind(views)
+        return buffer
+
+
+def _checksum(buffer: torch.Tensor) -> int:
+    return zlib.crc32(buffer.numpy())

@@ -1,0 +1,108 @@
+"""Which units are offloaded: any k of L, spaced so that the copies have equal time, or the paper's integer interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from selectn_core.latency import Link, StepCosts, predict_step_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadPlan:
+    """Which units live only in host memory, and how many slots on the device receive them.
+
+    `offloaded` is ascending; `num_units` is L.
+    """
+
+    offloaded: tuple[int, ...]
+    num_slots: int
+    num_units: int
+
+    def __post_init__(self) -> None:
+        if list(self.offloaded) != sorted(set(self.offloaded)):
+            raise ValueError(f"offloaded={self.offloaded}: expected ascending, distinct units")
+        if self.offloaded and not (0 <= self.offloaded[0] and self.offloaded[-1] < self.num_units):
+            raise ValueError(f"offloaded={self.offloaded}: expected units below {self.num_units}")
+        if self.num_slots < 1:
+            raise ValueError(f"num_slots={self.num_slots}: expected at least 1")
+
+    @property
+    def num_offloaded(self) -> int:
+        return len(self.offloaded)
+
+    @property
+    def interval(self) -> float:
+        """The offloading interval N = L / k; infinite when nothing is offloaded."""
+        return self.num_units / len(self.offloaded) if self.offloaded else math.inf
+
+    @property
+    def slots_used(self) -> int:
+        """Slots that hold something: never more than there are offloaded units."""
+        return min(self.num_slots, len(self.offloaded))
+
+
+def place_evenly(num_offloaded: int, costs: StepCosts) -> tuple[int, ...]:
+    """The k units whose starts are nearest to k instants evenly spaced over a whole step, the rest included.
+
+    Spacing in time rather than by index leaves each copy the same room, also across R at the step's end and
+    where units differ. O(L).
+    """
+    starts_s, clock_s = [], 0.0
+    for compute_s in costs.compute_s:
+        starts_s.append(clock_s)
+        clock_s += compute_s
+    period_s = clock_s + costs.rest_s
+    wanted_s = [(i + 1) * period_s / num_offloaded for i in range(num_offloaded)]
+    return _nearest_distinct(wanted_s, starts_s)
+
+
+def place_by_index(num_offloaded: int, num_units: int) -> tuple[int, ...]:
+    """k of L units evenly spaced by index, the last unit always among them."""
+    return tuple((i + 1) * num_units // num_offloaded - 1 for i in range(num_offloaded))
+
+
+def place_integer_interval(interval: int, num_units: int) -> tuple[int, ...]:
+    """The paper's layout (arXiv 2502.08182): of every `interval` consecutive units the last is offloaded."""
+    if interval < 1:
+        raise ValueError(f"interval={interval}: expected at least 1")
+    return tuple(range(interval - 1, num_units, interval))
+
+
+def best_placement(num_offloaded: int, num_slots: int, costs: StepCosts, link: Link) -> OffloadPlan:
+    """The faster of even spacing in time and by index, by the recurrence; ties go to time."""
+    num_units = len(costs.compute_s)
+    if not 0 <= num_offloaded <= num_units:
+        raise ValueError(f"num_offloaded={num_offloaded}: expected 0 to {num_units}")
+    candidates: Iterable[tuple[int, ...]] = [()]
+    if num_offloaded:
+        candidates = [place_evenly(num_offloaded, costs), place_by_index(num_offloaded, num_units)]
+    offloaded = min(candidates, key=lambda units: predict_step_s(costs, units, num_slots, link))
+    return OffloadPlan(offloaded=offloaded, num_slots=num_slots, num_units=num_units)
+
+
+def best_slots(num_offloaded: int, max_slots: int, costs: StepCosts, link: Link) -> OffloadPlan:
+    """The placement and number of slots (1..max_slots) with the shortest predicted step; fewest slots on a tie.
+
+    Slots that would make the offloaded units resident again (S >= k) are not considered, except S = 1.
+    """
+    most = max(1, min(max_slots, num_offloaded - 1))
+    plans = [best_placement(num_offloaded, slots, costs, link) for slots in range(1, most + 1)]
+    return min(
+        plans,
+        key=lambda plan: (round(predict_step_s(costs, plan.offloaded, plan.num_slots, link), 9), plan.num_slots),
+    )
+
+
+def _nearest_distinct(wanted_s: list[float], starts_s: list[float]) -> tuple[int, ...]:
+    """For each ascending wanted time the nearest unit, moved no further than distinctness requires."""
+    num_units, count = len(starts_s), len(wanted_s)
+    chosen, unit = [], 0
+    for i, want_s in enumerate(wanted_s):
+        last_allowed = num_units - (count - i)
+        while unit < last_allowed and abs(starts_s[unit + 1] - want_s) <= abs(starts_s[unit] - want_s):
+            unit += 1
+        chosen.append(unit)
+        unit = min(unit + 1, num_units - 1)
+    return tuple(chosen)

@@ -1,0 +1,65 @@
+"""What a step was, and how long it took: the record that reports, benchmarks and the controller read."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What a step computes: its time depends on nothing else.
+
+    `num_tokens` are the query tokens of all requests, `num_decodes` the requests that decode (one token each),
+    `kv_tokens` the keys that all requests attend to, their new tokens included.
+    """
+
+    num_tokens: int
+    num_requests: int
+    num_decodes: int
+    kv_tokens: int
+
+    @property
+    def is_decode_only(self) -> bool:
+        return self.num_decodes == self.num_requests
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One step that ran.
+
+    `duration_s` is from scheduling to the last token handed out; `stall_s` of it compute waited for copies.
+    """
+
+    iteration: int
+    shape: StepShape
+    num_offloaded: int
+    num_slots: int
+    duration_s: float
+    stall_s: float
+
+
+class StepLog:
+    """The last `capacity` steps, and where the interval changed among all of them (the last `capacity` changes)."""
+
+    def __init__(self, capacity: int = 4096) -> None:
+        self.records: deque[StepRecord] = deque(maxlen=capacity)
+        self.interval_history: deque[tuple[int, int]] = deque(maxlen=capacity)  # (iteration, num_offloaded)
+        self.num_steps = 0
+
+    def add(
+        self, shape: StepShape, duration_s: float, stall_s: float, num_offloaded: int, num_slots: int
+    ) -> None:
+        if not self.interval_history or self.interval_history[-1][1] != num_offloaded:
+            self.interval_history.append((self.num_steps, num_offloaded))
+        self.records.append(
+            StepRecord(
+                iteration=self.num_steps,
+                shape=shape,
+                num_offloaded=num_offloaded,
+                num_slots=num_slots,
+                duration_s=duration_s,
+                stall_s=stall_s,
+            )
+        )
+        self.num_steps += 1

@@ -1,0 +1,295 @@
+"""The one place that touches private names of transformers' continuous batching.
+
+tests/unit/test_private_names.py fails, naming the culprit, when an upgrade moves one of them. What this module adds
+to a `ContinuousBatchingManager`: a callback when a step is planned and when it is over, per-request sampling, the
+per-request attention, outputs handed to a callback, and a KV cache that lives in the device's memory.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+
+from selectn_core.attention import ATTENTION_NAME, make_segments
+from selectn_core.config import BatchConfig
+from selectn_core.device import Device
+from selectn_core.sampling import SamplingParams, perturb_for_argmax
+from selectn_core.steps import StepShape
+
+StepPlanned = Callable[[StepShape], None]
+StepDone = Callable[[StepShape, float], None]
+OnOutput = Callable[[GenerationOutput], None]
+
+
+class ContinuousBatching:
+    """Transformers' continuous batching over one model and one device's memory."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: BatchConfig,
+        device: Device,
+        *,
+        on_step_planned: StepPlanned,
+        on_step_done: StepDone,
+        on_output: OnOutput,
+    ) -> None:
+        """Builds the KV cache in `device`'s memory; callbacks run on the generation thread.
+
+        Raises DeviceMemoryExceeded if the cache does not fit.
+        """
+        self._model = model
+        self._on_step_planned, self._on_step_done = on_step_planned, on_step_done
+        self._step: tuple[StepShape, float] | None = None
+        self._manager = _new_manager(model, config)
+        self._manager.output_router = _CallbackRouter(on_output)
+        self._manager.logit_processor = _SamplingProcessors()
+        model.set_attn_implementation(ATTENTION_NAME)
+        self._segments_hook = model.register_forward_pre_hook(_add_segments, with_kwargs=True)
+        self._build_processor()
+        _move_cache(self._processor.cache, device)
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def submit(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, eos_ids: Sequence[int], seed: int
+    ) -> bool:
+        """Queues a request; False if the generation thread cannot take it (it failed or is stopping)."""
+        accepted = self._manager.add_request(
+            list(prompt_ids),
+            request_id=request_id,
+            max_new_tokens=params.max_tokens,
+            streaming=True,
+            eos_token_id=list(eos_ids) or -1,
+            sampling=(params, seed),
+        )
+        return accepted is not None
+
+    def cancel(self, request_id: str) -> None:
+        """Drops a request before the next step; no output follows."""
+        self._manager.cancel_request(request_id)
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> threading.Thread:
+        """Starts (or after a failure restarts) the generation thread and returns it."""
+        self._manager.start()
+        thread = self._manager._generation_thread
+        assert thread is not None
+        return thread
+
+    @property
+    def fatal_error(self) -> Exception | None:
+        """What ended the generation thread, if it failed."""
+        return self._manager.background_thread_status.fatal_error
+
+    def close(self) -> None:
+        """Fails what is left, ends the generation thread and unhooks the model."""
+        if self._manager.is_running():
+            self._manager.stop(block=True, hard_stop=True)
+        self._segments_hook.remove()
+        self._model.set_attn_implementation("sdpa")
+
+    # -- capacity -----------------------------------------------------------------------------------------------
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that one request may hold in the KV cache when it has it alone."""
+        cache = self._processor.cache
+        per_token = sum(
+            allocator.bytes_per_block / allocator.tokens_per_page for allocator in cache.cache_allocators.values()
+        )
+        # One sector per attention type may be open for each; the rest is whole pages.
+        usable = (cache.num_sectors - len(cache.cache_allocators) + 1) * cache.bytes_per_sector
+        return int(usable / per_token)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Device bytes of the KV cache."""
+        return self._processor.cache.cache_tensor.nbytes
+
+    @property
+    def num_active(self) -> int:
+        """Requests that hold KV cache now."""
+        return len(self._processor.scheduler.active_requests)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless all KV is free again; call it when no request is left."""
+        scheduler, cache = self._processor.scheduler, self._processor.cache
+        assert not scheduler.active_requests, "requests are still active"
+        assert not scheduler.waiting_requests, "requests are still waiting"
+        cache.evict_cached_blocks()
+        cache.pool.try_to_free_sectors()
+        assert cache.pool.num_free_sectors == cache.num_sectors, "KV blocks have leaked"
+
+    # -- construction -------------------------------------------------------------------------------------------
+
+    def _build_processor(self) -> None:
+        """Builds cache and processor now, through a scheduler class that is registered only for that moment."""
+        key = f"selectn-{uuid.uuid4().hex}"
+        SCHEDULER_MAPPING[key] = partial(_ObservedScheduler, self._begin_step)
+        self._manager.continuous_batching_config.scheduler_type = key
+        try:
+            self._manager.warmup()
+        finally:
+            del SCHEDULER_MAPPING[key]
+        processor = self._manager.batch_processor
+        assert processor is not None
+        update_batch = processor.update_batch
+
+        def update_and_record() -> None:
+            update_batch()
+            self._end_step()
+
+        processor.update_batch = update_and_record
+        self._processor = processor
+
+    def _begin_step(self, shape: StepShape, started_s: float) -> None:
+        self._step = (shape, started_s)
+        self._on_step_planned(shape)
+
+    def _end_step(self) -> None:
+        if self._step is not None:
+            shape, started_s = self._step
+            self._step = None
+            self._on_step_done(shape, time.perf_counter() - started_s)
+
+
+class _ObservedScheduler(FIFOScheduler):
+    """First come first served, telling `on_planned` what the next step is before it runs."""
+
+    def __init__(self, on_planned: Callable[[StepShape, float], None], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._on_planned = on_planned
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
+        started_s = time.perf_counter()
+        planned = super().schedule_batch(token_budget, cache_budget)
+        if planned[0]:
+            self._on_planned(_shape(planned[0]), started_s)
+        return planned
+
+
+def _shape(batch: Sequence[FutureRequestState]) -> StepShape:
+    return StepShape(
+        num_tokens=sum(request.query_length for request in batch),
+        num_requests=len(batch),
+        num_decodes=sum(
+            request.query_length == 1 and request.state.position_offset > 0 for request in batch
+        ),
+        kv_tokens=sum(request.state.position_offset + request.query_length for request in batch),
+    )
+
+
+class _CallbackRouter(OutputRouter):
+    """Hands every output to one callback on the generation thread."""
+
+    def __init__(self, on_output: OnOutput) -> None:
+        super().__init__()
+        self._on_output = on_output
+
+    def deliver(self, output: GenerationOutput) -> None:
+        self._on_output(output)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            self._on_output(output)
+
+
+class _SamplingProcessors(ContinuousBatchingLogitsProcessorList):
+    """Per-request sampling in one pass, so that greedy and sampled requests share a batch."""
+
+    def __init__(self) -> None:
+        super().__init__(LogitsProcessorList())
+        self.do_processing = True
+        self._rows: list[tuple[SamplingParams, int, int]] = []
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        if set(kwargs) != {"sampling"}:
+            raise ValueError(f"expected the one keyword 'sampling', got {sorted(kwargs)}")
+
+    def prepare_tensor_args(
+        self, requests_in_batch: list[FutureRequestState], arg_storage: torch.Tensor
+    ) -> torch.Tensor:
+        self._rows = []
+        for request in requests_in_batch:
+            if request.has_new_token:
+                state = request.state
+                params, seed = state.logit_processor_kwargs["sampling"]
+                # A preempted request comes back with its tokens in the prompt: the sum is its position still.
+                self._rows.append((params, seed, len(state.initial_tokens) + len(state.generated_tokens)))
+        return arg_storage
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, logits_processor_args: torch.Tensor
+    ) -> torch.Tensor:
+        params, seeds, positions = zip(*self._rows, strict=True)
+        return perturb_for_argmax(scores, params, seeds, positions)
+
+
+def _new_manager(model: PreTrainedModel, config: BatchConfig) -> ContinuousBatchingManager:
+    # The manager accepts sdpa, eager and flash only; the attention is switched after it has looked.
+    model.set_attn_implementation("sdpa")
+    return model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=config.page_size,
+            num_blocks=math.ceil(config.kv_tokens / config.page_size),
+            max_batch_tokens=config.max_batch_tokens,
+            max_requests_per_batch=config.max_requests,
+            max_blocks_per_request=0,
+            allow_block_sharing=config.prefix_sharing,
+            use_async_batching=False,  # a step's plan is applied before it runs, not one step ahead
+            use_cuda_graph=False,  # a replayed graph does not call hooks
+            auto_switch_to_flash=False,
+        ),
+    )
+
+
+def _add_segments(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Gives the attention of every layer its segments, computed once per step."""
+    cache: PagedAttentionCache | None = kwargs.get("cache")
+    if cache is None:
+        return None
+    query_bounds = kwargs["cu_seq_lens_q"].tolist()
+    by_type = {
+        name: make_segments(
+            query_bounds,
+            kwargs["cu_seq_lens_k"][name].tolist(),
+            sliding_window=getattr(allocator, "sliding_window", None),
+            device=kwargs["input_ids"].device,
+        )
+        for name, allocator in cache.cache_allocators.items()
+    }
+    num_layers = len(cache.layer_to_allocator)
+    kwargs["segments"] = [by_type[cache.layer_to_allocator[i].layer_type] for i in range(num_layers)]
+    return args, kwargs
+
+
+def _move_cache(cache: PagedAttentionCache, device: Device) -> None:
+    """Puts the KV cache into memory of `device`; the pages that transformers allocated are given back first."""
+    num_bytes = cache.cache_tensor.nbytes
+    cache.cache_tensor = None
+    for allocator in cache.cache_allocators.values():
+        allocator.cache_tensor = allocator._copy_view = None
+        allocator._kv_token_views, allocator._kv_page_views = {}, {}
+    cache.cache_tensor = device.allocate(num_bytes, "the KV cache").zero_()
+    for allocator in cache.cache_allocators.values():
+        allocator.register_cache_tensor(
+            cache.bytes_per_sector, cache.num_sectors * cache.bytes_per_sector, cache.cache_tensor, cache.pool
+        )
