@@ -289,7 +289,16 @@ class Engine:
 
     def _on_step_done(self, shape: StepShape, duration_s: float) -> None:
         plan = self.executor.plan
-        self.steps.add(shape, duration_s, self.executor.end_step(), plan.num_offloaded, plan.num_slots)
+        self.steps.add(
+            shape,
+            plan,
+            duration_s=duration_s,
+            stall_s=self.executor.end_step(),
+            offloaded_bytes=self._offloaded_bytes(plan),
+        )
+
+    def _offloaded_bytes(self, plan: OffloadPlan) -> int:
+        return sum(self.units[index].num_bytes for index in plan.offloaded)
 
     # -- sizes and state ----------------------------------------------------------------------------------------
 
@@ -299,7 +308,6 @@ class Engine:
         with self._lock:
             num_handles, state = len(self._handles), self._state
         running = min(num_handles, self.batching.num_active)
-        offloaded = [self.units[index].num_bytes for index in plan.offloaded]
         return {
             "state": state,
             "model": self.model_name,
@@ -309,7 +317,7 @@ class Engine:
             "num_offloaded": plan.num_offloaded,
             "num_slots": plan.num_slots,
             "host_bytes": self.store.num_bytes,
-            "offloaded_bytes": sum(offloaded),
+            "offloaded_bytes": self._offloaded_bytes(plan),
             "device_bytes": self.device.allocated_bytes,
             "device_capacity_bytes": self.device.capacity_bytes,
             "kv_bytes": self.batching.kv_bytes,
@@ -318,6 +326,7 @@ class Engine:
             "waiting": num_handles - running,
             "num_steps": self.steps.num_steps,
             "interval_history": [list(change) for change in self.steps.interval_history],
+            "step_over_bound": self.steps.median_over_bound(usage.bytes_per_s),
             "link_bytes": usage.copied_bytes,
             "link_busy_s": usage.busy_s,
             "stall_s": self.executor.stats.stall_s,

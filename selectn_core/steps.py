@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from statistics import median
+
+from selectn_core.placement import OffloadPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,12 @@ class StepRecord:
     num_slots: int
     duration_s: float
     stall_s: float
+    offloaded_bytes: int
+
+    def over_bound(self, link_bytes_per_s: float) -> float:
+        """Duration over T_bound, whose compute term is this step's own time without its stalls."""
+        link_s = self.offloaded_bytes / link_bytes_per_s if self.num_offloaded > self.num_slots else 0.0
+        return self.duration_s / max(self.duration_s - self.stall_s, link_s)
 
 
 class StepLog:
@@ -47,9 +56,8 @@ class StepLog:
         self.interval_history: deque[tuple[int, int]] = deque(maxlen=capacity)  # (iteration, num_offloaded)
         self.num_steps = 0
 
-    def add(
-        self, shape: StepShape, duration_s: float, stall_s: float, num_offloaded: int, num_slots: int
-    ) -> None:
+    def add(self, shape: StepShape, plan: OffloadPlan, *, duration_s: float, stall_s: float, offloaded_bytes: int) -> None:
+        num_offloaded = plan.num_offloaded
         if not self.interval_history or self.interval_history[-1][1] != num_offloaded:
             self.interval_history.append((self.num_steps, num_offloaded))
         self.records.append(
@@ -57,9 +65,15 @@ class StepLog:
                 iteration=self.num_steps,
                 shape=shape,
                 num_offloaded=num_offloaded,
-                num_slots=num_slots,
+                num_slots=plan.num_slots,
                 duration_s=duration_s,
                 stall_s=stall_s,
+                offloaded_bytes=offloaded_bytes,
             )
         )
         self.num_steps += 1
+
+    def median_over_bound(self, link_bytes_per_s: float) -> float | None:
+        """Median of measured step over T_bound; None before the first step."""
+        records = list(self.records)
+        return median(record.over_bound(link_bytes_per_s) for record in records) if records else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ class LinkUsage:
     copied_bytes: int
     num_copies: int
     busy_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Bandwidth while copying; infinite before the first copy."""
+        return self.copied_bytes / self.busy_s if self.busy_s else math.inf
 
 
 class Event(ABC):

