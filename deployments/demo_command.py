@@ -180,6 +180,7 @@ def _answers_without_offloading(app_args: AppArgs) -> list[Answer]:
         handles = [engine.submit(prompt, SamplingParams(max_tokens=MAX_TOKENS)) for prompt in prompts]
         for question, prompt, handle in zip(QUESTIONS, prompts, handles, strict=True):
             tokens = handle.result()
+            assert engine.tokenizer is not None
             detokenizer = Detokenizer(engine.tokenizer, prompt)
             text = detokenizer.push(tokens) + detokenizer.finish()
             answers.append(

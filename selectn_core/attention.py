@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -85,7 +85,7 @@ def varlen_attention(
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     num_tokens, num_heads, num_kv_heads = query.shape[2], query.shape[1], key.shape[1]
     output = query.new_empty(num_tokens, num_heads, value.shape[-1])
-    for segment in segments[module.layer_idx]:  # type: ignore[index]
+    for segment in segments[cast(int, module.layer_idx)]:
         keys = key[:, :, segment.key_start : segment.key_end]
         values = value[:, :, segment.key_start : segment.key_end]
         if segment.query_end - segment.query_start == 1:

@@ -57,7 +57,10 @@ class DeviceConfig:
     def __post_init__(self) -> None:
         require(self.kind in DEVICE_KINDS, "device.kind", self.kind, f"one of {', '.join(DEVICE_KINDS)}")
         require(
-            self.memory_gib is None or self.memory_gib > 0, "device.memory_gib", self.memory_gib, "more than 0"
+            self.memory_gib is None or self.memory_gib > 0,
+            "device.memory_gib",
+            self.memory_gib,
+            "more than 0",
         )
         require(self.link_gb_per_s > 0, "device.link_gb_per_s", self.link_gb_per_s, "more than 0")
         require(
@@ -109,7 +112,9 @@ class OffloadConfig:
         allowed = self.num_offloaded == "auto" or (
             isinstance(self.num_offloaded, int) and self.num_offloaded >= 0
         )
-        require(allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of layers, 0 or more")
+        require(
+            allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of layers, 0 or more"
+        )
         require(1 <= self.num_slots <= MAX_SLOTS, "offload.num_slots", self.num_slots, f"1 to {MAX_SLOTS}")
 
 

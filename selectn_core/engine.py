@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,8 @@ class Engine:
         self.model, self.tokenizer, self.model_name = loaded.model, loaded.tokenizer, loaded.name
         self.units = find_units(self.model)
         self.steps = StepLog()
+        # Called on the generation thread when a step is planned and has not begun: the iteration controller's place.
+        self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
         self._handles: dict[str, RequestHandle] = {}
         self._lock = threading.Lock()
         self._state = "loaded"  # loaded -> running -> closed, or failed
@@ -140,7 +142,9 @@ class Engine:
                     self._state = "failed"
             self._fail_all(f"generation failed: {self.batching.fatal_error}")
             if self._state == "failed":
-                logger.error("generation failed %d times in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S)
+                logger.error(
+                    "generation failed %d times in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S
+                )
                 return
             logger.warning("restarting generation after: %s", self.batching.fatal_error)
             thread = self.batching.start()
@@ -257,7 +261,9 @@ class Engine:
         if not 1 <= slots <= MAX_SLOTS:
             raise ConfigError(f"num_slots={slots} is not allowed: expected 1 to {MAX_SLOTS}")
         if not 0 <= num_offloaded <= len(self.units):
-            raise ConfigError(f"num_offloaded={num_offloaded} is not allowed: expected 0 to {len(self.units)}")
+            raise ConfigError(
+                f"num_offloaded={num_offloaded} is not allowed: expected 0 to {len(self.units)}"
+            )
         try:
             self.executor.request_plan(self._plan(num_offloaded, slots))
         except DeviceMemoryExceeded as error:
@@ -285,7 +291,7 @@ class Engine:
         return plan
 
     def _on_step_planned(self, shape: StepShape) -> None:
-        """Where the iteration controller decides; the executor applies what is requested when the step begins."""
+        self.on_step_planned(shape)
 
     def _on_step_done(self, shape: StepShape, duration_s: float) -> None:
         plan = self.executor.plan

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,27 +62,37 @@ class Executor(ABC):
         self._slots: list[torch.Tensor] = []
         self._slot_views: dict[tuple[int, int], list[torch.Tensor]] = {}  # (unit, slot)
         self._handles: list[RemovableHandle] = []
-        self._stalls: deque[tuple[Callable[[], float], Callable[[], float]]] = deque(maxlen=2 * len(self.units))
+        self._stalls: deque[tuple[Callable[[], float], Callable[[], float]]] = deque(
+            maxlen=2 * len(self.units)
+        )
 
     # -- life ---------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
         """Hooks the model and places its units by the plan. Raises DeviceMemoryExceeded if they do not fit."""
-        self._handles.append(self.model.register_forward_pre_hook(lambda *_: self.begin_step()))
-        for unit in self.units:
-            self._handles.append(unit.module.register_forward_pre_hook(self._pre_hook(unit)))
-            self._handles.append(unit.module.register_forward_hook(self._post_hook(unit)))
+        self.hook()
         try:
             self._apply_requested_plan()
         except BaseException:
             self.detach()
             raise
 
-    def detach(self) -> None:
-        """Unhooks the model, gives device memory back and leaves the parameters bound to the host store."""
+    def hook(self) -> None:
+        """Hooks the model; the weights are where they are."""
+        self._handles.append(self.model.register_forward_pre_hook(lambda *_: self.begin_step()))
+        for unit in self.units:
+            self._handles.append(unit.module.register_forward_pre_hook(self._pre_hook(unit)))
+            self._handles.append(unit.module.register_forward_hook(self._post_hook(unit)))
+
+    def unhook(self) -> None:
+        """Leaves the model as transformers built it, which works while every unit is resident."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def detach(self) -> None:
+        """Unhooks the model, gives device memory back and leaves the parameters bound to the host store."""
+        self.unhook()
         self.device.synchronize()
         self._forget_slots()
         for unit in self.units:
@@ -138,7 +149,7 @@ class Executor(ABC):
         assert set(self._homes) == set(range(len(self.units))) - away, "homes and plan disagree"
         assert len(self._slots) == self.plan.slots_used, "slots and plan disagree"
         spans = sorted((b.data_ptr(), b.data_ptr() + b.nbytes) for b in [*self._homes.values(), *self._slots])
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "device buffers overlap"
+        assert all(a[1] <= b[0] for a, b in pairwise(spans)), "device buffers overlap"
 
     def _apply_requested_plan(self) -> None:
         with self._lock:
@@ -149,7 +160,9 @@ class Executor(ABC):
         for index in sorted(set(plan.offloaded) - before):
             self._vacate_home(self.units[index])
         self._resize_slots(plan.slots_used)
-        promoted = [index for index in sorted(before - set(plan.offloaded)) if self._take_home(self.units[index])]
+        promoted = [
+            index for index in sorted(before - set(plan.offloaded)) if self._take_home(self.units[index])
+        ]
         stayed = sorted(set(plan.offloaded) | (before - set(plan.offloaded) - set(promoted)))
         self.plan = OffloadPlan(offloaded=tuple(stayed), num_slots=plan.num_slots, num_units=plan.num_units)
         self._resize_slots(self.plan.slots_used)
@@ -208,7 +221,7 @@ class Executor(ABC):
     def _before_unit(self, unit: Unit) -> None:
         """Makes the unit's parameters right before it computes."""
 
-    def _after_unit(self, unit: Unit) -> None:
+    def _after_unit(self, unit: Unit) -> None:  # noqa: B027  (nothing to do is a valid implementation)
         """Called when the unit's compute has been issued."""
 
     def _bind_slot(self, unit: Unit, slot: int) -> None:
@@ -273,7 +286,9 @@ class OverlappedExecutor(Executor):
     def check_integrity(self) -> None:
         super().check_integrity()
         assert len(set(self._slot_of.values())) == len(self._slot_of), "two units in one slot"
-        assert set(self._slot_of) == set(self._copied) <= set(self.plan.offloaded), "a slot holds a resident unit"
+        assert set(self._slot_of) == set(self._copied) <= set(self.plan.offloaded), (
+            "a slot holds a resident unit"
+        )
 
     def _start_plan(self, promoted: Sequence[int]) -> None:
         first = self.plan.offloaded[: self.plan.slots_used]

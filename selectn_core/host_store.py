@@ -59,4 +59,4 @@ class HostStore:
 
 
 def _checksum(buffer: torch.Tensor) -> int:
-    return zlib.crc32(buffer.numpy())
+    return zlib.crc32(buffer.numpy().data)

@@ -23,7 +23,7 @@ class OffloadPlan:
     def __post_init__(self) -> None:
         if list(self.offloaded) != sorted(set(self.offloaded)):
             raise ValueError(f"offloaded={self.offloaded}: expected ascending, distinct units")
-        if self.offloaded and not (0 <= self.offloaded[0] and self.offloaded[-1] < self.num_units):
+        if self.offloaded and not (self.offloaded[0] >= 0 and self.offloaded[-1] < self.num_units):
             raise ValueError(f"offloaded={self.offloaded}: expected units below {self.num_units}")
         if self.num_slots < 1:
             raise ValueError(f"num_slots={self.num_slots}: expected at least 1")
@@ -91,7 +91,10 @@ def best_slots(num_offloaded: int, max_slots: int, costs: StepCosts, link: Link)
     plans = [best_placement(num_offloaded, slots, costs, link) for slots in range(1, most + 1)]
     return min(
         plans,
-        key=lambda plan: (round(predict_step_s(costs, plan.offloaded, plan.num_slots, link), 9), plan.num_slots),
+        key=lambda plan: (
+            round(predict_step_s(costs, plan.offloaded, plan.num_slots, link), 9),
+            plan.num_slots,
+        ),
     )
 
 

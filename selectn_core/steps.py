@@ -56,7 +56,9 @@ class StepLog:
         self.interval_history: deque[tuple[int, int]] = deque(maxlen=capacity)  # (iteration, num_offloaded)
         self.num_steps = 0
 
-    def add(self, shape: StepShape, plan: OffloadPlan, *, duration_s: float, stall_s: float, offloaded_bytes: int) -> None:
+    def add(
+        self, shape: StepShape, plan: OffloadPlan, *, duration_s: float, stall_s: float, offloaded_bytes: int
+    ) -> None:
         num_offloaded = plan.num_offloaded
         if not self.interval_history or self.interval_history[-1][1] != num_offloaded:
             self.interval_history.append((self.num_steps, num_offloaded))

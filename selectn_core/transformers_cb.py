@@ -20,7 +20,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessorList,
+)
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
@@ -67,7 +69,12 @@ class ContinuousBatching:
     # -- requests -----------------------------------------------------------------------------------------------
 
     def submit(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, eos_ids: Sequence[int], seed: int
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        eos_ids: Sequence[int],
+        seed: int,
     ) -> bool:
         """Queues a request; False if the generation thread cannot take it (it failed or is stopping)."""
         accepted = self._manager.add_request(
@@ -112,7 +119,8 @@ class ContinuousBatching:
         """Tokens that one request may hold in the KV cache when it has it alone."""
         cache = self._processor.cache
         per_token = sum(
-            allocator.bytes_per_block / allocator.tokens_per_page for allocator in cache.cache_allocators.values()
+            allocator.bytes_per_block / allocator.tokens_per_page
+            for allocator in cache.cache_allocators.values()
         )
         # One sector per attention type may be open for each; the rest is whole pages.
         usable = (cache.num_sectors - len(cache.cache_allocators) + 1) * cache.bytes_per_sector
@@ -189,9 +197,7 @@ def _shape(batch: Sequence[FutureRequestState]) -> StepShape:
     return StepShape(
         num_tokens=sum(request.query_length for request in batch),
         num_requests=len(batch),
-        num_decodes=sum(
-            request.query_length == 1 and request.state.position_offset > 0 for request in batch
-        ),
+        num_decodes=sum(request.query_length == 1 and request.state.position_offset > 0 for request in batch),
         kv_tokens=sum(request.state.position_offset + request.query_length for request in batch),
     )
 
@@ -238,6 +244,8 @@ class _SamplingProcessors(ContinuousBatchingLogitsProcessorList):
     def __call__(
         self, input_ids: torch.Tensor, scores: torch.Tensor, logits_processor_args: torch.Tensor
     ) -> torch.Tensor:
+        if not self._rows:  # a chunk of prefill alone: nobody gets a token in this step
+            return scores
         params, seeds, positions = zip(*self._rows, strict=True)
         return perturb_for_argmax(scores, params, seeds, positions)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from selectn_core.device import align_up
 from selectn_core.errors import UnsupportedModel
@@ -51,7 +52,7 @@ class Unit:
             parameter.data = view
 
 
-def find_units(model: nn.Module) -> list[Unit]:
+def find_units(model: PreTrainedModel) -> list[Unit]:
     """The decoder layers of a transformers causal language model, in the order of the step.
 
     Raises UnsupportedModel, saying why, for a model that cannot be served with offloading.
@@ -63,7 +64,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     return units
 
 
-def _refuse_unsupported(model: nn.Module) -> None:
+def _refuse_unsupported(model: PreTrainedModel) -> None:
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{config.model_type} is an encoder-decoder model; only decoders are served")
@@ -75,12 +76,16 @@ def _refuse_unsupported(model: nn.Module) -> None:
             f"{' and '.join(ATTENTION_TYPES)} only"
         )
     if getattr(text, "attn_logit_softcapping", None):
-        raise UnsupportedModel(f"{config.model_type} caps its attention logits, which the attention here does not do")
+        raise UnsupportedModel(
+            f"{config.model_type} caps its attention logits, which the attention here does not do"
+        )
     if any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters()):
-        raise UnsupportedModel(f"{config.model_type} has attention sinks, which the attention here does not do")
+        raise UnsupportedModel(
+            f"{config.model_type} has attention sinks, which the attention here does not do"
+        )
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The one ModuleList with num_hidden_layers entries of which entry i attends as layer i."""
     num_layers = model.config.get_text_config().num_hidden_layers
     found = [
@@ -133,4 +138,6 @@ def _refuse_shared_parameters(units: list[Unit]) -> None:
         for parameter in unit.parameters:
             other = owner.setdefault(id(parameter), unit)
             if other is not unit:
-                raise UnsupportedModel(f"{other.name} and {unit.name} share parameters; neither can move alone")
+                raise UnsupportedModel(
+                    f"{other.name} and {unit.name} share parameters; neither can move alone"
+                )

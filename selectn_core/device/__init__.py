@@ -12,7 +12,7 @@ __all__ = ["Device", "Event", "LinkUsage", "align_up", "open_device", "resolve_k
 
 
 def resolve_kind(config: DeviceConfig) -> str:
-    """"cuda" or "emulated": what `auto` means on this machine. Raises ConfigError for CUDA that is not there."""
+    """ "cuda" or "emulated": what `auto` means on this machine. Raises ConfigError for CUDA that is not there."""
     has_cuda = torch.cuda.is_available()
     if config.kind == "cuda" and not has_cuda:
         raise ConfigError(

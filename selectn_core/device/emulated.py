@@ -6,7 +6,9 @@ Pacing only makes that thread wait until the bytes could have arrived over a lin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import threading
 import time
 from collections import deque
@@ -80,7 +82,9 @@ class EmulatedDevice(Device):
 
     def copy_async(self, source: torch.Tensor, target: torch.Tensor, *, after: Event | None = None) -> Event:
         if source.nbytes != target.nbytes or not (source.is_contiguous() and target.is_contiguous()):
-            raise ValueError(f"cannot copy {source.nbytes} bytes to {target.nbytes}: expected equal, contiguous")
+            raise ValueError(
+                f"cannot copy {source.nbytes} bytes to {target.nbytes}: expected equal, contiguous"
+            )
         assert after is None or isinstance(after, EmulatedEvent)
         return self._link.submit(source, target, after)
 
@@ -156,7 +160,9 @@ class _PacedLink:
         self._thread = threading.Thread(target=self._run, name="selectn-link", daemon=False)
         self._thread.start()
 
-    def submit(self, source: torch.Tensor, target: torch.Tensor, after: EmulatedEvent | None) -> EmulatedEvent:
+    def submit(
+        self, source: torch.Tensor, target: torch.Tensor, after: EmulatedEvent | None
+    ) -> EmulatedEvent:
         return self._enqueue(_Copy(source, target, after))
 
     def submit_marker(self) -> EmulatedEvent:
@@ -231,6 +237,10 @@ def _sleep_until(instant_ns: int) -> None:
 
 
 def _aligned_zeros(num_bytes: int) -> torch.Tensor:
-    raw = torch.zeros(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
-    offset = -raw.data_ptr() % ALIGNMENT_BYTES
-    return raw[offset : offset + num_bytes]
+    """Zeroed memory [num_bytes], aligned; in huge pages where the kernel gives them, as weights are read whole."""
+    raw = mmap.mmap(-1, num_bytes + ALIGNMENT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        raw.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(raw, dtype=torch.uint8)
+    offset = -memory.data_ptr() % ALIGNMENT_BYTES
+    return memory[offset : offset + num_bytes]

@@ -1,0 +1,37 @@
+"""Pictures of benchmark results, for people who would rather look than read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def plot_intervals(samples: list[dict[str, Any]], provenance: str, path: Path) -> None:
+    """Step time against offloaded layers: measured, predicted and T_bound, one panel per batch and bandwidth."""
+    batches = sorted({sample["batch"] for sample in samples})
+    links = sorted({sample["link_gb_per_s"] for sample in samples})
+    figure, panels = plt.subplots(
+        len(links), len(batches), figsize=(4 * len(batches), 3 * len(links)), squeeze=False, sharex=True
+    )
+    for row, link in zip(panels, links, strict=True):
+        for panel, batch in zip(row, batches, strict=True):
+            mine = [s for s in samples if (s["batch"], s["link_gb_per_s"]) == (batch, link)]
+            ks = [sample["k"] for sample in mine]
+            panel.plot(ks, [s["bound_s"] * 1e3 for s in mine], color="tab:grey", label="T_bound")
+            panel.plot(ks, [s["predicted_s"] * 1e3 for s in mine], "--", color="tab:blue", label="recurrence")
+            panel.plot(ks, [s["measured_s"] * 1e3 for s in mine], ".", color="tab:red", label=provenance)
+            panel.set_title(f"batch {batch}, link {link:g} GB/s", fontsize=10)
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    figure.supxlabel("layers offloaded (k)")
+    figure.supylabel("step time (ms)")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

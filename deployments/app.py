@@ -1,0 +1,71 @@
+"""The Serve application: one ingress in front of the replicas. `import_path: deployments.app:build_app`."""
+
+# No `from __future__ import annotations`: Serve reads the builder's annotation to validate `args:`.
+
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import BackpressureConfig
+
+from deployments.config import REPLICA_NAME, AppArgs
+from deployments.errors import RETRY_AFTER_S
+from deployments.ingress import Ingress
+from deployments.replica import SelectNReplica
+from selectn_core.config import DeviceConfig
+
+# The ingress only waits and forwards: what bounds requests is the replica's queue and max_queued_requests.
+INGRESS_MAX_ONGOING_REQUESTS = 10_000
+# A share for Ray's placement, not a limit: a replica's arithmetic is bounded by device.compute_threads.
+NUM_CPUS = 0.1
+
+
+def build_app(args: AppArgs) -> serve.Application:
+    """The application that `args` describe, with `device.kind: auto` resolved for this cluster."""
+    args = args.model_copy(update={"device": resolve_device(args.device, cluster_num_gpus())})
+    return _ingress(args).bind(_replica(args).bind(args.engine, args.limits.default_max_tokens), args.limits)
+
+
+def cluster_num_gpus() -> float:
+    """GPUs that Ray can give to replicas; 0 outside a cluster."""
+    return ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
+
+
+def resolve_device(device: DeviceConfig, num_gpus: float) -> DeviceConfig:
+    """ "auto" is CUDA where the cluster has GPUs, and the emulated device elsewhere."""
+    if device.kind != "auto":
+        return device
+    return replace(device, kind="cuda" if num_gpus >= 1 else "emulated")
+
+
+def _ingress(args: AppArgs) -> serve.Deployment:
+    return serve.deployment(
+        Ingress,
+        name="SelectNIngress",
+        max_ongoing_requests=INGRESS_MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": NUM_CPUS},
+        graceful_shutdown_timeout_s=args.shutdown_grace_s,
+        graceful_shutdown_wait_loop_s=min(1.0, args.shutdown_grace_s),
+    )
+
+
+def _replica(args: AppArgs) -> serve.Deployment:
+    return serve.deployment(
+        SelectNReplica,
+        name=REPLICA_NAME,
+        num_replicas=args.num_replicas,
+        max_ongoing_requests=args.resolved_max_ongoing_requests(),
+        max_queued_requests=args.limits.max_queued_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
+        # A model that cannot be loaded will not load at the second attempt: say so now, not after minutes.
+        # Replicas that have run and died are restarted whatever this says.
+        max_constructor_retry_count=1,
+        ray_actor_options=_replica_actor_options(args.device),
+        graceful_shutdown_timeout_s=args.shutdown_grace_s,
+        graceful_shutdown_wait_loop_s=min(1.0, args.shutdown_grace_s),
+    )
+
+
+def _replica_actor_options(device: DeviceConfig) -> dict[str, Any]:
+    return {"num_cpus": NUM_CPUS, "num_gpus": 1 if device.kind == "cuda" else 0}

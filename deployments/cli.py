@@ -1,0 +1,70 @@
+"""The command line, `selectn`: one module per command, each of which registers its own parser."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from deployments import demo_command, serve_command
+from selectn_core.errors import SelectNError
+
+EXIT_OK, EXIT_ERROR = 0, 2
+
+DESCRIPTION = "Latency-SLO-aware memory offloading for LLM inference, on Ray Serve."
+EXAMPLES = """\
+examples:
+  selectn demo                             the whole system once, with a report
+  selectn serve                            serve the embedded model on http://127.0.0.1:8000
+  selectn serve --model ./llama --port 9000
+  selectn serve --help                     every option of a command
+"""
+
+# Each adds a sub-command, whose parser sets `run`: from the parsed arguments to the exit code.
+COMMANDS: tuple[Callable[[Any], None], ...] = (serve_command.register, demo_command.register)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, or 2 for a wrong call or an expected failure."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        return int(args.run(args))
+    except SelectNError as error:
+        print(f"selectn: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_OK
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="selectn",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"selectn {_version()}")
+    parser.add_argument("--verbose", action="store_true", help="log what is done, for finding faults")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for register in COMMANDS:
+        register(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("selectn")
+    except PackageNotFoundError:  # run out of a checkout that is not installed
+        return "0+unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Ray for one machine, on loopback only, while a `with` block lasts; or a cluster that already runs."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+
+from selectn_core.errors import SelectNError
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+# Ray rewrites 127.0.0.1 to the machine's address, and listens on all interfaces, unless it is told that this
+# is no cluster.
+LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+EXIT_GRACE_S = 5.0
+
+
+class ClusterError(SelectNError):
+    """Ray could not be started or joined as asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Which Ray to use. `address` None: $RAY_ADDRESS if set, else a cluster of our own on loopback.
+
+    `num_cpus` is what a cluster of our own has for Ray's placement; None: what the machine has.
+    """
+
+    address: str | None = None
+    dashboard: bool = False
+    num_cpus: int | None = None
+
+    def resolved_address(self) -> str | None:
+        """The cluster to join, or None to start one."""
+        address = self.address or os.environ.get("RAY_ADDRESS") or None
+        return None if address == "local" else address
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A connected Ray. `is_own`: started here, and gone when the `with` block ends."""
+
+    is_own: bool
+    dashboard_url: str | None
+
+
+@contextlib.contextmanager
+def local_cluster(config: ClusterConfig) -> Iterator[Cluster]:
+    """Connects to Ray, and disconnects at the end. A cluster that was started here leaves no process behind.
+
+    Raises ClusterError if Ray cannot be reached, or would listen outside loopback.
+    """
+    address = config.resolved_address()
+    with _joined(address) if address else _started(config) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def _joined(address: str) -> Iterator[Cluster]:
+    import ray
+
+    try:
+        context = ray.init(address=address, namespace="serve", logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"cannot join the Ray cluster at {address}: {_first_line(error)}") from error
+    try:
+        yield Cluster(is_own=False, dashboard_url=_dashboard_url(context.dashboard_url))
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _started(config: ClusterConfig) -> Iterator[Cluster]:
+    import ray
+
+    keep_ray_on_loopback()
+    try:
+        context = ray.init(
+            address="local",
+            namespace="serve",
+            num_cpus=config.num_cpus,
+            include_dashboard=config.dashboard,
+            dashboard_host=LOOPBACK,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _node_ip_address=LOOPBACK,
+        )
+        _require_loopback(context.address_info["node_ip_address"])
+        yield Cluster(is_own=True, dashboard_url=_dashboard_url(context.dashboard_url))
+    finally:
+        _shut_down()
+
+
+def _shut_down() -> None:
+    import ray
+
+    processes = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    end_processes(processes)
+
+
+def end_processes(processes: list[psutil.Process]) -> None:
+    """Waits for `processes` to end, and ends those that do not."""
+    _, alive = psutil.wait_procs(processes, timeout=EXIT_GRACE_S)
+    for process in alive:
+        logger.warning("killing process %d (%s), which did not end", process.pid, process.name())
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=EXIT_GRACE_S)
+
+
+def keep_ray_on_loopback() -> None:
+    """Has the Ray that this process will start stay on loopback, whether `ray` is imported yet or not."""
+    from ray._private import ray_constants
+
+    os.environ.update(LOOPBACK_ENVIRONMENT)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def _require_loopback(node_ip_address: str) -> None:
+    if not ipaddress.ip_address(node_ip_address).is_loopback:
+        raise ClusterError(f"Ray listens on {node_ip_address}, which is not loopback")
+
+
+def _dashboard_url(address: str | None) -> str | None:
+    return f"http://{address}" if address else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

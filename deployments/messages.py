@@ -1,0 +1,90 @@
+"""What the ingress and a replica say to each other: frozen, plain data without behaviour.
+
+Outcomes are messages, not exceptions: an exception that crosses Ray arrives wrapped, and its attributes
+depend on both sides unpickling it alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Refusal = Literal["invalid", "overloaded", "unavailable"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatMessage:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """selectn_core.sampling.SamplingParams as the client wrote it; the replica checks the ranges.
+
+    Repeated here because the ingress must not import torch. `max_tokens` None: as many as the replica allows.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One generation. `prompt` is text, token ids, or a conversation for the chat template."""
+
+    request_id: str
+    prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """The only message of a request that was not taken. `field` is the request field at fault."""
+
+    kind: Refusal
+    message: str
+    field: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """The first message of a request that was taken: sent before there is a token."""
+
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """Text that is final: no later token changes it."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The last message. `num_output_tokens` counts what was generated, cut-off stop strings included."""
+
+    reason: FinishReason
+    num_output_tokens: int
+    error: str | None = None
+
+
+GenerateMessage = Refused | Accepted | Delta | Finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a replica serves. `max_model_len` counts prompt and output tokens."""
+
+    name: str
+    max_model_len: int
+    created_unix_s: int

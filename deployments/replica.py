@@ -1,0 +1,172 @@
+"""One replica: it owns the engine and the tokenizer, and turns requests into text.
+
+Text is made and read here, not in the ingress: the tokenizer belongs to the checkpoint the replica has
+loaded, so the ingress stays free of torch and of model files, and tokenising scales with the replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, cast
+
+from deployments.config import ReplicaUserConfig, parse
+from deployments.detokenizer import Detokenizer, StopStrings
+from deployments.messages import (
+    Accepted,
+    ChatMessage,
+    Delta,
+    Finished,
+    FinishReason,
+    GenerateMessage,
+    GenerateRequest,
+    ModelCard,
+    Refused,
+    Sampling,
+)
+from deployments.private_server import bind_to_node_address
+from deployments.prompting import encode_prompt
+from selectn_core.config import EngineConfig
+from selectn_core.errors import EngineOverloaded, EngineUnavailable, RequestError, UnsupportedModel
+
+# torch and transformers are imported when a replica starts: building the application, which imports this
+# module in a process of its own, takes seconds less without them.
+if TYPE_CHECKING:
+    from selectn_core.engine import Engine
+    from selectn_core.requests import RequestHandle
+    from selectn_core.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class SelectNReplica:
+    """The replica deployment's class. Its methods are called through a Serve handle."""
+
+    async def __init__(self, config: EngineConfig, default_max_tokens: int) -> None:  # type: ignore[misc]
+        bind_to_node_address()
+        self._default_max_tokens = default_max_tokens
+        # One thread: a tokenizer is not thread-safe, and one keeps up with any engine.
+        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+        self._engine = await asyncio.to_thread(_started_engine, config)
+        self._tokenizer: Any = self._engine.tokenizer
+        self._created_unix_s = int(time.time())
+        logger.info("serving %s", self._engine.model_name)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateMessage]:
+        """Refused, or Accepted, Delta..., Finished. Abandoning the iterator cancels the request."""
+        try:
+            prompt_ids = await self._in_tokenizer_thread(encode_prompt, self._tokenizer, request)
+            handle = self._submit(request, prompt_ids)
+        except RequestError as error:
+            yield Refused(kind="invalid", message=str(error), field=_body_field(error, request))
+            return
+        except EngineOverloaded as error:
+            yield Refused(kind="overloaded", message=str(error))
+            return
+        except EngineUnavailable as error:
+            yield Refused(kind="unavailable", message=str(error))
+            return
+        try:
+            yield Accepted(num_prompt_tokens=handle.num_prompt_tokens)
+            detokenizer = Detokenizer(self._tokenizer, prompt_ids)
+            async for message in text_messages(handle, detokenizer, StopStrings(request.stop)):
+                yield message
+        finally:
+            # A client that went away, a stop string, or nothing: cancelling a finished request is harmless.
+            handle.cancel()
+
+    async def model_card(self) -> ModelCard:
+        """What /v1/models shows."""
+        return ModelCard(
+            name=self._engine.model_name,
+            max_model_len=self._engine.max_model_len,
+            created_unix_s=self._created_unix_s,
+        )
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The engine's state, as plain JSON data."""
+        return self._engine.snapshot()
+
+    async def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
+        """Changes this replica's plan from its next iteration on. Raises ConfigError if it does not fit."""
+        self._engine.set_num_offloaded(num_offloaded, num_slots)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's hook for a changed `user_config`: the replica goes on running."""
+        wanted = parse(ReplicaUserConfig, user_config, where="user_config")
+        if wanted.offload is not None:
+            await self.set_num_offloaded(wanted.offload.num_offloaded, wanted.offload.num_slots)
+
+    async def check_health(self) -> None:
+        """Serve's health check: raising has this replica replaced."""
+        if not self._engine.is_healthy():
+            raise EngineUnavailable("the engine has stopped")
+
+    async def __del__(self) -> None:
+        """Serve awaits this once, when the replica is shut down in order."""
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            await asyncio.to_thread(engine.close)
+            self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self, request: GenerateRequest, prompt_ids: list[int]) -> RequestHandle:
+        params = self._sampling_params(request.sampling, len(prompt_ids))
+        return self._engine.submit(prompt_ids, params, request_id=request.request_id)
+
+    def _sampling_params(self, sampling: Sampling, num_prompt_tokens: int) -> SamplingParams:
+        from selectn_core.sampling import SamplingParams
+
+        room = max(1, self._engine.max_model_len - num_prompt_tokens)
+        max_tokens = sampling.max_tokens
+        return SamplingParams(
+            max_tokens=min(self._default_max_tokens, room) if max_tokens is None else max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            ignore_eos=sampling.ignore_eos,
+        )
+
+    async def _in_tokenizer_thread(self, function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *args)
+
+
+async def text_messages(
+    handle: RequestHandle, detokenizer: Detokenizer, stop_strings: StopStrings
+) -> AsyncIterator[Delta | Finished]:
+    """A request's token events as text, ending early where a stop string is met."""
+    num_output_tokens = 0
+    async for event in handle:
+        num_output_tokens += len(event.token_ids)
+        text = detokenizer.push(event.token_ids)
+        if event.finish_reason is not None:
+            text += detokenizer.finish()
+        text, stopped = stop_strings.push(text)
+        if event.finish_reason is not None and not stopped:
+            text += stop_strings.finish()
+        if text:
+            yield Delta(text=text)
+        if stopped or event.finish_reason is not None:
+            reason = "stop" if stopped else event.finish_reason
+            yield Finished(reason=cast(FinishReason, reason), num_output_tokens=num_output_tokens, error=event.error)
+            return
+
+
+def _body_field(error: RequestError, request: GenerateRequest) -> str | None:
+    """The HTTP field at fault: a chat's prompt was made from its messages."""
+    is_chat = any(isinstance(part, ChatMessage) for part in request.prompt)
+    return "messages" if error.field == "prompt" and is_chat else error.field
+
+
+def _started_engine(config: EngineConfig) -> Engine:
+    from selectn_core.engine import Engine
+
+    engine = Engine.load(config)
+    if engine.tokenizer is None:
+        engine.close()
+        raise UnsupportedModel(f"{engine.model_name} has no tokenizer, which serving text needs")
+    engine.start()
+    return engine

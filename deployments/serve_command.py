@@ -1,0 +1,189 @@
+"""`selectn serve`: one machine, one command, an OpenAI-compatible server until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from deployments.config import IMPORT_PATH, AppArgs, load_yaml, parse, select_n_applications
+from deployments.local_cluster import ClusterConfig, local_cluster
+from deployments.serving import (
+    base_urls,
+    deployed,
+    free_port,
+    http_address,
+    require_free_port,
+    served_model,
+    wait_until_serving,
+)
+from selectn_core.config import DEVICE_KINDS
+from selectn_core.errors import ConfigError
+
+DEFAULT_CONFIG = Path("serve_config.yaml")
+PROGRESS_PERIOD_S = 5.0
+
+EXAMPLES = """\
+examples:
+  selectn serve
+      the embedded model; serve_config.yaml of this directory is used if there is one
+  selectn serve --model ./llama-3-8b --device cuda --num-offloaded 8
+      a local checkpoint on the GPU, 8 of its layers in host memory
+  selectn serve --device emulated --device-memory-gib 0.5 --link-gb-per-s 4
+      no GPU needed: a device of 512 MiB behind an emulated link
+  selectn serve --config serve_config.yaml --port 0
+      a config file, on any free port
+"""
+
+# Option, key in the application's args, and how to read the value.
+OVERRIDES: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
+    ("--model", ("model", "source"), {"help": "directory, .gguf file, hub id, or 'embedded'"}),
+    ("--served-name", ("model", "served_name"), {"help": "the model's name in the API"}),
+    ("--dtype", ("model", "dtype"), {"help": "auto, float32, bfloat16 or float16"}),
+    ("--device", ("device", "kind"), {"choices": DEVICE_KINDS, "help": "auto: CUDA where there is a GPU"}),
+    ("--device-memory-gib", ("device", "memory_gib"), {"type": float, "help": "size of the device's memory"}),
+    ("--link-gb-per-s", ("device", "link_gb_per_s"), {"type": float, "help": "speed of the emulated link"}),
+    ("--kv-tokens", ("batch", "kv_tokens"), {"type": int, "help": "tokens that the KV cache holds"}),
+    ("--num-offloaded", ("offload", "num_offloaded"), {"help": "layers kept in host memory, or 'auto'"}),
+    ("--num-slots", ("offload", "num_slots"), {"type": int, "help": "device buffers for offloaded layers"}),
+    ("--num-replicas", ("num_replicas",), {"type": int, "help": "replicas, each with a device of its own"}),
+)
+
+
+def register(commands: Any) -> None:
+    """Adds the command to `selectn`."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serves a model over an OpenAI-compatible HTTP API until Ctrl-C.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, help=f"Serve config file (default: {DEFAULT_CONFIG} if there)")
+    parser.add_argument("--port", type=int, help="HTTP port; 0: any free one (default: 8000)")
+    for option, path, settings in OVERRIDES:
+        parser.add_argument(option, dest=".".join(path), default=None, **settings)
+    parser.add_argument("--address", help="join the Ray cluster at this address (default: $RAY_ADDRESS, or start one)")
+    parser.add_argument("--dashboard", action="store_true", help="start Ray's dashboard as well, on loopback")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until SIGINT or SIGTERM. Raises SelectNError for whatever the user can put right."""
+    _interrupt_on_first_signal()
+    try:
+        cluster = ClusterConfig(address=args.address, dashboard=args.dashboard)
+        document = configured_document(args)
+        if cluster.resolved_address() is None:
+            require_free_port(*http_address(document))
+            resolve_local_models(document)
+        _serve(document, cluster)
+    except (KeyboardInterrupt, SystemExit):  # SystemExit: of Ray's own handler of SIGTERM, while Ray starts
+        print("stopped", flush=True)
+    return 0
+
+
+def configured_document(args: argparse.Namespace) -> dict[str, Any]:
+    """The Serve config to deploy: the file's, or the defaults, with the options of this call put in."""
+    path = args.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None)
+    document = load_yaml(path) if path else default_document()
+    if path:
+        print(f"using {path}", flush=True)
+    document = copy.deepcopy(document)
+    options = document.setdefault("http_options", {})
+    if args.port is not None:
+        options["port"] = args.port
+    if options.get("port") == 0:
+        options["port"] = free_port(http_address(document)[0])
+    for app in select_n_applications(document):
+        app["args"] = _with_overrides(app.get("args") or {}, args)
+        parse(AppArgs, app["args"], where="options")
+    return document
+
+
+def resolve_local_models(document: dict[str, Any]) -> None:
+    """Makes model paths absolute: a replica has another working directory. Raises ConfigError for a missing one."""
+    for app in select_n_applications(document):
+        source = parse(AppArgs, app["args"], where="args").model.source
+        path = Path(source).expanduser()
+        if source != "embedded" and path.exists():
+            app["args"]["model"]["source"] = str(path.resolve())
+        elif source.startswith(("/", ".", "~")):
+            raise ConfigError(f"model.source={source!r}: there is no such file or directory")
+
+
+def default_document() -> dict[str, Any]:
+    """What is served without a config file."""
+    application = {"name": "selectn", "route_prefix": "/", "import_path": IMPORT_PATH}
+    return {"http_options": {"host": "127.0.0.1"}, "applications": [application]}
+
+
+def _with_overrides(app_args: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    result = copy.deepcopy(app_args)
+    for _, path, _ in OVERRIDES:
+        value = getattr(args, ".".join(path))
+        if value is None:
+            continue
+        section = result
+        for key in path[:-1]:
+            section = section.setdefault(key, {})
+        section[path[-1]] = value
+    return result
+
+
+def _serve(document: dict[str, Any], config: ClusterConfig) -> None:
+    print("starting Ray ..." if config.resolved_address() is None else "joining Ray ...", flush=True)
+    with local_cluster(config) as cluster:
+        _interrupt_on_first_signal()  # again: Ray has put its own handler of SIGTERM in place
+        with deployed(document):
+            print(f"loading {', '.join(model_sources(document))} ...", flush=True)
+            wait_until_serving(document, _Progress())
+            for url in base_urls(document):
+                print(ready_message(url), flush=True)
+            if cluster.dashboard_url:
+                print(f"dashboard: {cluster.dashboard_url}", flush=True)
+            print("Ctrl-C stops the server.", flush=True)
+            threading.Event().wait()  # until a signal interrupts it
+
+
+def model_sources(document: dict[str, Any]) -> list[str]:
+    """What each Select-N application of a Serve config serves."""
+    applications = select_n_applications(document)
+    return [parse(AppArgs, app.get("args") or {}, where="args").model.source for app in applications]
+
+
+def ready_message(base_url: str) -> str:
+    """Where the server is, and a line to try it with: every model can complete, not every one can chat."""
+    body = json.dumps({"model": served_model(base_url), "prompt": "The sky is", "max_tokens": 16})
+    curl = f"curl {base_url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    return f"ready: {base_url}/v1\n{curl}"
+
+
+class _Progress:
+    """Says now and then that the model is still loading."""
+
+    def __init__(self) -> None:
+        self._next_s = PROGRESS_PERIOD_S
+
+    def __call__(self, elapsed_s: float) -> None:
+        if elapsed_s >= self._next_s:
+            print(f"  still loading ({elapsed_s:.0f} s)", flush=True)
+            self._next_s = elapsed_s + PROGRESS_PERIOD_S
+
+
+def _interrupt_on_first_signal() -> None:
+    """SIGINT and SIGTERM raise KeyboardInterrupt once; more of them cannot cut the clean-up short."""
+
+    def interrupt(*_: object) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, interrupt)
