@@ -49,7 +49,11 @@ FULL = Effort(ks=lambda num_units: list(range(num_units + 1)), num_cost_pairs=20
 
 def main() -> int:
     arguments = parse_arguments(
-        __doc__ or "", [("--device", {"default": "auto", "help": "auto, cuda, emulated"})]
+        __doc__ or "",
+        [
+            ("--device", {"default": "auto", "choices": DEVICE_KINDS, "help": "auto: CUDA if there is one"}),
+            ("--plot", {"type": Path, "metavar": "FILE", "help": "draw step time against k"}),
+        ],
     )
     effort = QUICK if arguments.quick else FULL
     kind = resolve_kind(DeviceConfig(kind=arguments.device))

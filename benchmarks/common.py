@@ -108,7 +108,7 @@ class StepReader:
             event = next(self._events)  # one event of the first request is one step
             if event.finish_reason is not None:
                 raise RuntimeError("the requests ended before the measurement: give them more tokens")
-        return [r for r in self._engine.steps.records if first < r.iteration <= first + num_steps]
+        return [r for r in list(self._engine.steps.records) if first < r.iteration <= first + num_steps]
 
     def median_s(self, num_steps: int, *, after: int) -> float:
         """Median duration of `num_steps` steps, after letting `after` pass."""

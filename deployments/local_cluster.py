@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ LOOPBACK = "127.0.0.1"
 # Ray rewrites 127.0.0.1 to the machine's address, and listens on all interfaces, unless it is told that this
 # is no cluster.
 LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-EXIT_GRACE_S = 5.0
+EXIT_GRACE_S = CONNECT_TIMEOUT_S = 5.0
 
 
 class ClusterError(SelectNError):
@@ -66,6 +67,7 @@ def local_cluster(config: ClusterConfig) -> Iterator[Cluster]:
 def _joined(address: str) -> Iterator[Cluster]:
     import ray
 
+    _require_reachable(address)
     try:
         context = ray.init(address=address, namespace="serve", logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -122,6 +124,19 @@ def keep_ray_on_loopback() -> None:
 
     os.environ.update(LOOPBACK_ENVIRONMENT)
     ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def _require_reachable(address: str) -> None:
+    """Raises ClusterError if nothing listens at host:port: Ray itself would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # "auto", which Ray looks up
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(f"cannot join the Ray cluster at {address}: {error.strerror or error}") from error
+    if host == "localhost" or host.startswith("127."):
+        keep_ray_on_loopback()  # or it takes the address for the machine's own
 
 
 def _require_loopback(node_ip_address: str) -> None:

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from selectn_core.config import MAX_SLOTS, EngineConfig
+from selectn_core.config import MAX_SLOTS, EngineConfig, require
 from selectn_core.device import Device, align_up, open_device, resolve_kind
 from selectn_core.errors import (
     ConfigError,
@@ -28,12 +27,12 @@ from selectn_core.executor import Executor, OverlappedExecutor
 from selectn_core.host_store import HostStore
 from selectn_core.loading import LoadedModel, load_model
 from selectn_core.placement import OffloadPlan
-from selectn_core.planner import fewest_offloaded, slot_bytes, unmeasured_plan
+from selectn_core.planner import fewest_offloaded, plan_bytes, slot_bytes, unmeasured_plan
 from selectn_core.requests import RequestHandle, TokenEvent
 from selectn_core.resident import ResidentWeights, resident_tensors
 from selectn_core.sampling import SamplingParams
 from selectn_core.steps import StepLog, StepShape
-from selectn_core.transformers_cb import ContinuousBatching
+from selectn_core.transformers_cb import ContinuousBatching, GenerationOutput
 from selectn_core.units import find_units
 
 logger = logging.getLogger(__name__)
@@ -86,6 +85,7 @@ class Engine:
             )
             self.executor = executor_class(self.model, self.store, self.device, self._first_plan())
             self.executor.attach()
+            self.device.synchronize()  # what was placed here is computed on by another thread and stream
         except BaseException:
             self.device.close()
             raise
@@ -240,7 +240,9 @@ class Engine:
 
     def _on_output(self, output: GenerationOutput) -> None:
         handle = self._handles.get(output.request_id)
-        if handle is None:  # cancelled
+        if handle is None:  # cancelled, or submitted while generation failed: nobody reads it
+            if not output.is_finished():
+                self.batching.cancel(output.request_id)
             return
         new = tuple(output.generated_tokens[handle.num_tokens :])
         if not output.is_finished():
@@ -258,30 +260,32 @@ class Engine:
     def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
         """Offloads `num_offloaded` of the units from the next iteration on. Raises ConfigError if it cannot be."""
         slots = num_slots if num_slots is not None else self.executor.plan.num_slots
-        if not 1 <= slots <= MAX_SLOTS:
-            raise ConfigError(f"num_slots={slots} is not allowed: expected 1 to {MAX_SLOTS}")
-        if not 0 <= num_offloaded <= len(self.units):
-            raise ConfigError(
-                f"num_offloaded={num_offloaded} is not allowed: expected 0 to {len(self.units)}"
-            )
-        try:
-            self.executor.request_plan(self._plan(num_offloaded, slots))
-        except DeviceMemoryExceeded as error:
-            raise ConfigError(f"num_offloaded={num_offloaded} is not possible: {error}") from error
+        require(1 <= slots <= MAX_SLOTS, "num_slots", slots, f"1 to {MAX_SLOTS}")
+        self.executor.request_plan(self._checked_plan("num_offloaded", num_offloaded, slots))
 
-    def _plan(self, num_offloaded: int, num_slots: int) -> OffloadPlan:
-        return unmeasured_plan(self.units, num_offloaded, num_slots)
+    def _checked_plan(self, name: str, num_offloaded: int, num_slots: int) -> OffloadPlan:
+        """The plan, or ConfigError where the model has fewer layers or the device less memory."""
+        require(0 <= num_offloaded <= len(self.units), name, num_offloaded, f"0 to {len(self.units)}, the layers")
+        plan = unmeasured_plan(self.units, num_offloaded, num_slots)
+        wanted, budget = plan_bytes(self.units, plan), self._weights_budget_bytes()
+        if wanted > budget:
+            least = fewest_offloaded(self.units, num_slots, budget)
+            hint = f"at least {least.num_offloaded} must be offloaded" if least else "no number of layers would fit"
+            raise ConfigError(
+                f"{name}={num_offloaded} is not possible: weights and {plan.slots_used} slots would take {wanted:,} "
+                f"bytes of device memory and {budget:,} are there; {hint}"
+            )
+        return plan
+
+    def _weights_budget_bytes(self) -> int:
+        """Device bytes for layers: what is neither KV cache nor resident for good."""
+        return self.device.capacity_bytes - align_up(self.resident.num_bytes) - align_up(self.batching.kv_bytes)
 
     def _first_plan(self) -> OffloadPlan:
         wanted, batch = self.config.offload, self.config.batch
         if wanted.num_offloaded != "auto":
-            if wanted.num_offloaded > len(self.units):
-                raise ConfigError(
-                    f"offload.num_offloaded={wanted.num_offloaded} is not allowed: the model has "
-                    f"{len(self.units)} layers"
-                )
-            return self._plan(wanted.num_offloaded, wanted.num_slots)
-        plan = fewest_offloaded(self.units, wanted.num_slots, self.device.free_bytes)
+            return self._checked_plan("offload.num_offloaded", wanted.num_offloaded, wanted.num_slots)
+        plan = fewest_offloaded(self.units, wanted.num_slots, self._weights_budget_bytes())
         if plan is None:
             raise DeviceMemoryExceeded(
                 f"the model does not fit {self.device.capacity_bytes:,} bytes of device memory even with every "
@@ -331,7 +335,7 @@ class Engine:
             "running": running,
             "waiting": num_handles - running,
             "num_steps": self.steps.num_steps,
-            "interval_history": [list(change) for change in self.steps.interval_history],
+            "interval_history": [list(change) for change in list(self.steps.interval_history)],
             "step_over_bound": self.steps.median_over_bound(usage.bytes_per_s),
             "link_bytes": usage.copied_bytes,
             "link_busy_s": usage.busy_s,

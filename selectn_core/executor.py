@@ -7,11 +7,12 @@ across its end; `SynchronousExecutor` copies each unit when it is needed and is 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -156,41 +157,51 @@ class Executor(ABC):
             plan, self._requested = self._requested, None
         if plan is None:
             return
-        before = set(self.plan.offloaded)
-        for index in sorted(set(plan.offloaded) - before):
-            self._vacate_home(self.units[index])
-        self._resize_slots(plan.slots_used)
-        promoted = [
-            index for index in sorted(before - set(plan.offloaded)) if self._take_home(self.units[index])
-        ]
-        stayed = sorted(set(plan.offloaded) | (before - set(plan.offloaded) - set(promoted)))
-        self.plan = OffloadPlan(offloaded=tuple(stayed), num_slots=plan.num_slots, num_units=plan.num_units)
-        self._resize_slots(self.plan.slots_used)
+        try:
+            promoted = self._place(plan)
+        except DeviceMemoryExceeded as error:
+            logger.info("device memory is in pieces, placing everything again: %s", error)
+            self._vacate(self._homes)
+            self._resize_slots(0)
+            promoted = self._place(plan)
+        self.plan = plan
         self.stats.num_plan_changes += 1
         self._start_plan(promoted)
+
+    def _place(self, plan: OffloadPlan) -> list[int]:
+        """Gives every resident unit a home and no other; returns the units whose homes are new, still empty."""
+        resident = set(range(len(self.units))) - set(plan.offloaded)
+        self._vacate(self._homes.keys() - resident)
+        self._resize_slots(plan.slots_used)
+        promoted = sorted(resident - self._homes.keys())
+        for index in promoted:
+            unit = self.units[index]
+            self._homes[index] = self.device.allocate(unit.num_bytes, f"the weights of {unit.name}")
+        return promoted
 
     @abstractmethod
     def _start_plan(self, promoted: Sequence[int]) -> None:
         """Issues the copies that the plan begins with; `promoted` units must reach their homes."""
 
-    def _take_home(self, unit: Unit) -> bool:
-        try:
-            self._homes[unit.index] = self.device.allocate(unit.num_bytes, f"the weights of {unit.name}")
-        except DeviceMemoryExceeded as error:
-            logger.warning("%s stays offloaded: %s", unit.name, error)
-            return False
-        return True
-
-    def _vacate_home(self, unit: Unit) -> None:
-        event = self._home_copied.pop(unit.index, None)
-        if event is not None:
-            event.synchronize()
-        self.store.bind(unit)
-        self.device.free(self._homes.pop(unit.index))
+    def _vacate(self, indices: Iterable[int]) -> None:
+        for index in list(indices):
+            event = self._home_copied.pop(index, None)
+            if event is not None:
+                with contextlib.suppress(LinkError):  # the bytes do not matter any more, only that none will follow
+                    event.synchronize()
+            self.store.bind(self.units[index])
+            self.device.free(self._homes.pop(index))
 
     def _copy_home(self, unit: Unit) -> None:
         self._home_copied[unit.index] = self._copy(unit, self._homes[unit.index])
         unit.bind(unit.views(self._homes[unit.index]))
+
+    def _await_home(self, unit: Unit) -> None:
+        """Makes compute wait for the weights that are on their way into the unit's home, if they are."""
+        event = self._home_copied.get(unit.index)
+        if event is not None:
+            self._wait(event, unit, self._homes[unit.index])
+            del self._home_copied[unit.index]  # only now: after an error the home must not pass for filled
 
     def _resize_slots(self, num_slots: int) -> None:
         if len(self._slots) == num_slots:
@@ -234,8 +245,8 @@ class Executor(ABC):
         self.stats.num_copies += 1
         return self.device.copy_async(self.store.buffer(unit), target[: unit.num_bytes], after=after)
 
-    def _wait(self, event: Event, unit: Unit, target: torch.Tensor) -> None:
-        """Makes compute wait for a copy, repeating one that the link failed."""
+    def _wait(self, event: Event, unit: Unit, target: torch.Tensor) -> Event:
+        """Makes compute wait for a copy, repeating one that the link failed; returns the copy that arrived."""
         before = self.device.timestamp()
         for attempt in range(1, _COPY_ATTEMPTS + 1):
             try:
@@ -247,6 +258,7 @@ class Executor(ABC):
                 logger.warning("copying %s again: %s", unit.name, error)
                 event = self._copy(unit, target)
         self._stalls.append((before, self.device.timestamp()))
+        return event
 
 
 class SynchronousExecutor(Executor):
@@ -254,12 +266,11 @@ class SynchronousExecutor(Executor):
 
     def _start_plan(self, promoted: Sequence[int]) -> None:
         for index in promoted:
-            unit = self.units[index]
-            self._copy_home(unit)
-            self._wait(self._home_copied.pop(index), unit, self._homes[index])
+            self._copy_home(self.units[index])
 
     def _before_unit(self, unit: Unit) -> None:
         if unit.index in self._homes:
+            self._await_home(unit)
             return
         target = self._slots[0]
         self._wait(self._copy(unit, target, after=self.device.record()), unit, target)
@@ -314,11 +325,10 @@ class OverlappedExecutor(Executor):
     def _before_unit(self, unit: Unit) -> None:
         index = unit.index
         if index in self._homes:
-            if index in self._home_copied:
-                self._wait(self._home_copied.pop(index), unit, self._homes[index])
+            self._await_home(unit)
             return
         slot = self._slot_of[index]
-        self._wait(self._copied[index], unit, self._slots[slot])
+        self._copied[index] = self._wait(self._copied[index], unit, self._slots[slot])
         self._bind_slot(unit, slot)
 
     def _after_unit(self, unit: Unit) -> None:

@@ -33,6 +33,8 @@ from selectn_core.device import Device
 from selectn_core.sampling import SamplingParams, perturb_for_argmax
 from selectn_core.steps import StepShape
 
+__all__ = ["ContinuousBatching", "GenerationOutput"]
+
 StepPlanned = Callable[[StepShape], None]
 StepDone = Callable[[StepShape, float], None]
 OnOutput = Callable[[GenerationOutput], None]

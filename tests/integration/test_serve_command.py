@@ -1,0 +1,75 @@
+"""`selectn serve` as a user starts and stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.processes import alive, is_loopback, listening_addresses
+
+STOP_TIMEOUT_S = 40
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def server(checkpoint, tmp_path) -> Iterator[subprocess.Popen[str]]:
+    """`selectn serve` in a process group of its own, as a shell starts it."""
+    command = [sys.executable, "-m", "deployments.cli", "serve", "--port", "0", "--model", checkpoint]
+    options = ["--device", "emulated", "--num-offloaded", "1", "--kv-tokens", "512"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        [*command, *options],
+        env={**environment, "PYTHONPATH": str(REPOSITORY)},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        yield process
+        process.kill()
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
+    """The lines up to the one that contains `text`."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip("\n"))
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} was not printed:\n" + "\n".join(lines))
+
+
+def test_it_answers_and_ctrl_c_leaves_nothing_behind(server):
+    lines = read_until(server, "Ctrl-C stops the server.")
+    (curl,) = [line for line in lines if line.startswith("curl ")]
+    answer = json.loads(subprocess.check_output(["bash", "-c", f"{curl} --silent --noproxy '*'"]))
+    assert answer["usage"]["completion_tokens"] > 0
+    processes = psutil.Process(server.pid).children(recursive=True)
+    assert len(processes) > 5
+    assert {each for each in listening_addresses(processes) if not is_loopback(each)} == set()
+
+    os.killpg(server.pid, signal.SIGINT)  # what a terminal sends on Ctrl-C
+
+    assert server.stdout.read() == "stopped\n"
+    assert server.wait(STOP_TIMEOUT_S) == 0
+    assert not alive(processes)
+
+
+def test_a_signal_while_the_model_loads_stops_it_too(server):
+    read_until(server, "loading ")
+    processes = psutil.Process(server.pid).children(recursive=True)
+    server.send_signal(signal.SIGTERM)
+    server.send_signal(signal.SIGINT)
+    assert server.stdout.read().splitlines()[-1] == "stopped"
+    assert server.wait(STOP_TIMEOUT_S) == 0
+    assert not alive(processes)

@@ -1,0 +1,136 @@
+"""The command line's answers that need no server."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+
+import pytest
+
+from deployments import serve_command
+from deployments.cli import build_parser, main
+from deployments.serving import base_urls, free_port, last_error
+from selectn_core.errors import ConfigError
+
+
+def parse_serve(*options: str) -> argparse.Namespace:
+    return build_parser().parse_args(["serve", *options])
+
+
+@pytest.fixture(autouse=True)
+def _empty_directory(tmp_path, monkeypatch):
+    """No serve_config.yaml to be found."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("command", [[], ["serve"]])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([*command, "--help"])
+    assert exit_info.value.code == 0
+    assert "examples:\n  selectn " in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out.startswith("selectn 0")
+
+
+@pytest.mark.parametrize("argv", [[], ["srve"], ["serve", "--prot", "1"]])
+def test_a_wrong_call_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(argv)
+    assert exit_info.value.code == 2
+    assert "usage: selectn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "none.yaml"], "none.yaml: cannot be read"),
+        (["--num-offloaded", "most"], "offload.num_offloaded"),
+        (["--kv-tokens", "0"], "batch.kv_tokens=0 is not allowed: expected at least 1"),
+    ],
+)
+def test_a_wrong_configuration_is_a_short_error(options, message, capsys):
+    assert main(["serve", *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert len(captured.err.splitlines()) <= 2
+
+
+def test_a_port_in_use_is_a_short_error(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    expected = f"selectn: error: port {port} on 127.0.0.1 is in use; choose another with --port\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_cluster_that_is_not_there_is_a_short_error(capsys):
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    assert main(["serve", "--address", address]) == 2
+    expected = f"selectn: error: cannot join the Ray cluster at {address}: Connection refused\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_options_are_put_into_the_default_application():
+    args = parse_serve("--model", "./m", "--num-offloaded", "3", "--device-memory-gib", "0.5", "--port", "9")
+    document = serve_command.configured_document(args)
+    assert document["http_options"] == {"host": "127.0.0.1", "port": 9}
+    assert document["applications"][0]["args"] == {
+        "model": {"source": "./m"},
+        "device": {"memory_gib": 0.5},
+        "offload": {"num_offloaded": "3"},
+    }
+
+
+def test_options_override_a_config_file(tmp_path, capsys):
+    path = tmp_path / "serve_config.yaml"
+    path.write_text(
+        "applications: [{name: a, import_path: 'deployments.app:build_app',"
+        " args: {model: {source: x, dtype: float32}}}]",
+        encoding="utf-8",
+    )
+    document = serve_command.configured_document(parse_serve("--model", "y"))
+    assert document["applications"][0]["args"]["model"] == {"source": "y", "dtype": "float32"}
+    assert capsys.readouterr().out == "using serve_config.yaml\n"
+
+
+def test_model_paths_are_made_absolute_and_must_exist(tmp_path):
+    (tmp_path / "m").mkdir()
+    document = serve_command.configured_document(parse_serve("--model", "./m"))
+    serve_command.resolve_local_models(document)
+    assert document["applications"][0]["args"]["model"]["source"] == str(tmp_path / "m")
+    document = serve_command.configured_document(parse_serve("--model", "./none"))
+    with pytest.raises(ConfigError, match="there is no such file or directory"):
+        serve_command.resolve_local_models(document)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Traceback:\n  File\nselectn_core.errors.ConfigError: a=1 is\nnot allowed", "a=1 is\nnot allowed"),
+        ("failed 1 times. Error:\nray.x.ActorDiedError: died\nValueError: bad", "bad"),
+        ("just words: here", "just words: here"),
+    ],
+)
+def test_serves_messages_are_cut_to_what_is_wrong(message, expected):
+    assert last_error(message) == expected
+
+
+def test_port_0_is_a_free_port():
+    document = serve_command.configured_document(parse_serve("--port", "0"))
+    assert document["http_options"]["port"] > 0
+    assert free_port("127.0.0.1") > 0
+
+
+def test_base_urls_are_ones_a_client_can_use():
+    application = {"name": "a", "import_path": "deployments.app:build_app", "route_prefix": "/llm"}
+    document = {"http_options": {"host": "0.0.0.0", "port": 81}, "applications": [application]}
+    assert base_urls(document) == ["http://127.0.0.1:81/llm"]

@@ -1,0 +1,79 @@
+"""Engines on tiny models, and runs of them in which every step is checked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, OffloadConfig
+from selectn_core.engine import Engine
+from selectn_core.sampling import SamplingParams
+from selectn_core.steps import StepShape
+from tests.tiny_models import VOCAB_SIZE, tiny_model
+
+# More tokens than `max_batch_tokens`: prefill is chunked and mixed with decoding.
+PROMPT_LENGTHS = (3, 9, 17, 26, 5)
+NUM_TOKENS = 12
+
+BeforeStep = Callable[[Engine], None]
+
+
+class CheckedEngine(Engine):
+    """Calls `before_step` where the controller will decide, and checks integrity after every step."""
+
+    before_step: BeforeStep | None = None
+
+    def _on_step_planned(self, shape: StepShape) -> None:
+        super()._on_step_planned(shape)
+        if self.before_step is not None:
+            self.before_step(self)
+
+    def _on_step_done(self, shape: StepShape, duration_s: float) -> None:
+        super()._on_step_done(shape, duration_s)
+        self.check_integrity()
+
+
+def engine_config(
+    num_offloaded: Any = 0,
+    num_slots: int = 2,
+    *,
+    memory_gib: float | None = None,
+    kind: str = "emulated",
+    **batch: Any,
+) -> EngineConfig:
+    return EngineConfig(
+        device=DeviceConfig(kind=kind, link_gb_per_s=50, memory_gib=memory_gib),
+        batch=BatchConfig(**{"max_batch_tokens": 16, "max_requests": 8, "kv_tokens": 512, **batch}),
+        offload=OffloadConfig(num_offloaded=num_offloaded, num_slots=num_slots),
+    )
+
+
+def make_prompts(lengths: Sequence[int] = PROMPT_LENGTHS, *, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
+def greedy(max_tokens: int = NUM_TOKENS) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+
+
+def generate(
+    family: str,
+    config: EngineConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    prompts: Sequence[Sequence[int]] | None = None,
+    before_step: BeforeStep | None = None,
+    **engine_kwargs: Any,
+) -> list[list[int]]:
+    """Greedy tokens of every prompt; all are submitted before the engine starts, so equal runs batch equally."""
+    engine = CheckedEngine(tiny_model(family, dtype), config, **engine_kwargs)
+    engine.before_step = before_step
+    handles = [engine.submit(prompt, greedy()) for prompt in (prompts or make_prompts())]
+    with engine:
+        tokens = [handle.result() for handle in handles]
+    engine.batching.check_integrity()
+    return tokens

@@ -1,0 +1,105 @@
+"""Every private name of transformers that selectn_core/transformers_cb.py stands on is where it was.
+
+When an upgrade breaks one of these, read the new source, fix that file, and move the pin in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor, OutputRouter
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+
+from selectn_core.config import DeviceConfig, EngineConfig
+from selectn_core.engine import Engine
+from tests.tiny_models import tiny_model
+
+PLACE = "selectn_core/transformers_cb.py"
+
+SIGNATURES = [
+    (FIFOScheduler.__init__, ("self", "cache", "safety_margin", "max_requests_per_batch")),
+    (FIFOScheduler.schedule_batch, ("self", "token_budget", "cache_budget")),
+    (OutputRouter.deliver, ("self", "output")),
+    (OutputRouter.deliver_batch, ("self", "outputs")),
+    (OutputRouter.fail_and_deliver, ("self", "state", "error")),
+    (ContinuousBatchingLogitsProcessorList.check_kwargs, ("self", "kwargs")),
+    (
+        ContinuousBatchingLogitsProcessorList.prepare_tensor_args,
+        ("self", "requests_in_batch", "arg_storage"),
+    ),
+    (ContinuousBatchingLogitsProcessorList.__call__, ("self", "input_ids", "scores", "logits_processor_args")),
+    (ContinuousBatchProcessor.update_batch, ("self",)),
+    (ContinuousBatchingManager.cancel_request, ("self", "request_id")),
+    (PagedAttentionCache.update, ("self", "key_states", "value_states", "layer_idx", "kwargs")),
+    (PagedAttentionCache.evict_cached_blocks, ("self",)),
+]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = Engine(tiny_model("mistral"), EngineConfig(device=DeviceConfig(kind="emulated", link_gb_per_s=50)))
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize(("function", "parameters"), SIGNATURES, ids=lambda value: getattr(value, "__qualname__", ""))
+def test_signature(function, parameters) -> None:
+    found = tuple(inspect.signature(function).parameters)
+    assert found == parameters, f"{function.__qualname__} has changed: see {PLACE}"
+
+
+def test_manager_parameters() -> None:
+    wanted = {"input_ids", "request_id", "max_new_tokens", "streaming", "eos_token_id", "logit_processor_kwargs"}
+    assert wanted <= set(inspect.signature(ContinuousBatchingManager.add_request).parameters), f"see {PLACE}"
+    assert {"block", "hard_stop"} <= set(inspect.signature(ContinuousBatchingManager.stop).parameters), f"see {PLACE}"
+
+
+def test_objects_have_what_is_used(engine) -> None:
+    """Attributes of live objects: most are set in constructors, where a class does not show them."""
+    manager, processor = engine.batching._manager, engine.batching._processor
+    cache = processor.cache
+    allocator = next(iter(cache.cache_allocators.values()))
+    request = RequestState(request_id="r", initial_tokens=[1])
+    used = {
+        manager: "output_router logit_processor batch_processor background_thread_status continuous_batching_config "
+        "_generation_thread is_running start stop warmup add_request",
+        manager.background_thread_status: "fatal_error",
+        processor: "cache scheduler update_batch",
+        processor.scheduler: "active_requests waiting_requests schedule_batch",
+        cache: "cache_tensor cache_allocators layer_to_allocator num_sectors bytes_per_sector pool update",
+        cache.pool: "num_free_sectors try_to_free_sectors",
+        allocator: "cache_tensor _copy_view _kv_token_views _kv_page_views register_cache_tensor bytes_per_block "
+        "tokens_per_page layer_type sliding_window",
+        FutureRequestState(request, True, {}, 1): "state query_length has_new_token",
+    }
+    for owner, names in used.items():
+        missing = [name for name in names.split() if not hasattr(owner, name)]
+        assert not missing, f"{type(owner).__name__} no longer has {missing}: see {PLACE}"
+    for name in "initial_tokens generated_tokens position_offset logit_processor_kwargs".split():
+        assert hasattr(request, name), f"RequestState no longer has {name}: see {PLACE}"
+    for name in "request_id generated_tokens error is_finished".split():
+        assert hasattr(GenerationOutput(request_id="r"), name), f"GenerationOutput no longer has {name}: see {PLACE}"
+
+
+def test_the_scheduler_registry_is_a_dict_and_is_left_as_it_was(engine) -> None:
+    assert SCHEDULER_MAPPING["fifo"] is FIFOScheduler
+    assert set(SCHEDULER_MAPPING) == {"fifo", "prefill_first"}
+
+
+def test_a_failed_step_keeps_the_processor(engine) -> None:
+    """The supervisor restarts the same manager: start() must reset the processor, not build another one."""
+    source = inspect.getsource(ContinuousBatchingManager._create_batch_processor)
+    assert "batch_processor.reset()" in source, f"a restart builds a new processor: see {PLACE}"
+
+
+def test_transformers_is_the_pinned_release() -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert f"transformers=={version('transformers')}" in pyproject["project"]["dependencies"]
