@@ -125,9 +125,7 @@ def _measure_intervals(
     link = Link(bytes_per_s=gb_per_s * 1e9 if gb_per_s else _measured_bandwidth(engine, reader))
     samples = []
     before = _unloaded_costs(engine, timer, reader)
-    progress = tqdm(
-        effort.ks(len(engine.units)), desc=f"batch {batch_size}, {link.bytes_per_s / 1e9:.1f} GB/s"
-    )
+    progress = tqdm(effort.ks(len(engine.units)), desc=f"batch {batch_size}, {link.bytes_per_s / 1e9:.1f} GB/s")
     for num_offloaded in progress:
         plan = best_slots(num_offloaded, MAX_SLOTS, before, link)
         engine.executor.request_plan(plan)
@@ -168,9 +166,7 @@ def _measured_bandwidth(engine: Engine, reader: StepReader) -> float:
     return (after.copied_bytes - before.copied_bytes) / (after.busy_s - before.busy_s)
 
 
-def _sample(
-    batch_size: int, plan: OffloadPlan, costs: StepCosts, link: Link, step_s: float
-) -> dict[str, Any]:
+def _sample(batch_size: int, plan: OffloadPlan, costs: StepCosts, link: Link, step_s: float) -> dict[str, Any]:
     bound = bound_s(costs, plan.offloaded, plan.num_slots, link)
     predicted = predict_step_s(costs, plan.offloaded, plan.num_slots, link)
     return {

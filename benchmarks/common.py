@@ -60,9 +60,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def finish(
-    arguments: argparse.Namespace, provenance: str, samples: list[dict[str, Any]], checks: list[Check]
-) -> int:
+def finish(arguments: argparse.Namespace, provenance: str, samples: list[dict[str, Any]], checks: list[Check]) -> int:
     """Prints the checks, writes the result file if asked; the exit code is 1 if a check does not hold."""
     print()
     for check in checks:
@@ -84,9 +82,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Right-aligned columns."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells
-    )
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
 def random_prompts(num_prompts: int, num_tokens: int, vocab_size: int) -> list[list[int]]:

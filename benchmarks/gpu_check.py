@@ -57,9 +57,7 @@ def _run_bench(model: str, *, quick: bool, keep: Path | None) -> list[tuple[str,
     with tempfile.TemporaryDirectory() as folder:
         target = keep or Path(folder) / "bench_interval.json"
         command = [sys.executable, "-m", "benchmarks.bench_interval", "--device", "cuda", "--model", model]
-        subprocess.run(
-            [*command, "--json", str(target), *(["--quick"] if quick else [])], cwd=ROOT, check=False
-        )
+        subprocess.run([*command, "--json", str(target), *(["--quick"] if quick else [])], cwd=ROOT, check=False)
         if not target.is_file():
             return [("bench_interval", "FAIL", "it did not finish")]
         checks = json.loads(target.read_text())["checks"]

@@ -57,9 +57,7 @@ def stream_chat(base_url: str, model: str, question: str, *, max_tokens: int) ->
 
 def _events(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The JSON objects of a server-sent event stream, up to [DONE]."""
-    request = urllib.request.Request(
-        url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"})
     # The server is on this machine: not through $http_proxy.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=TIMEOUT_S) as response:

@@ -47,9 +47,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--model", default="embedded", help="directory, .gguf file, hub id, or 'embedded'")
     parser.add_argument("--device", choices=DEVICE_KINDS, default="auto", help="auto: CUDA if there is one")
-    parser.add_argument(
-        "--device-memory-gib", type=float, help=f"size of its memory (emulated: {EMULATED_MEMORY_GIB})"
-    )
+    parser.add_argument("--device-memory-gib", type=float, help=f"size of its memory (emulated: {EMULATED_MEMORY_GIB})")
     parser.add_argument(
         "--link-gb-per-s", type=float, default=EMULATED_LINK_GB_PER_S, help="speed of the emulated link"
     )
@@ -118,8 +116,7 @@ def _ask_while_layers_move(base_url: str, replica: _Replica, before: dict[str, A
     first_steps = before["num_steps"]
     with ThreadPoolExecutor(len(QUESTIONS)) as pool:
         asked: list[Future[Answer]] = [
-            pool.submit(stream_chat, base_url, model, question, max_tokens=MAX_TOKENS)
-            for question in QUESTIONS
+            pool.submit(stream_chat, base_url, model, question, max_tokens=MAX_TOKENS) for question in QUESTIONS
         ]
         most, fewest = max(before["num_layers"] - 2, before["num_offloaded"]), before["num_offloaded"]
         for num_steps, num_offloaded in ((8, most), (20, fewest)):
@@ -183,9 +180,7 @@ def _answers_without_offloading(app_args: AppArgs) -> list[Answer]:
             assert engine.tokenizer is not None
             detokenizer = Detokenizer(engine.tokenizer, prompt)
             text = detokenizer.push(tokens) + detokenizer.finish()
-            answers.append(
-                Answer(question=question, text=text, num_tokens=len(tokens), ttft_s=0.0, tpot_s=0.0)
-            )
+            answers.append(Answer(question=question, text=text, num_tokens=len(tokens), ttft_s=0.0, tpot_s=0.0))
     return answers
 
 

@@ -92,9 +92,7 @@ def render(report: Report) -> str:
     ]
     for answer in report.answers:
         lines.append(f"  Q  {answer['question']}")
-        lines.append(
-            textwrap.fill(answer["text"].strip(), 100, initial_indent="  A  ", subsequent_indent="     ")
-        )
+        lines.append(textwrap.fill(answer["text"].strip(), 100, initial_indent="  A  ", subsequent_indent="     "))
         lines.append(
             f"     {answer['num_tokens']} tokens, TTFT {answer['ttft_ms']:.0f} ms, TPOT {answer['tpot_ms']:.0f} ms"
         )
@@ -105,11 +103,7 @@ def render(report: Report) -> str:
 
 def _rows(report: Report) -> list[tuple[str, str]]:
     history = ", ".join(f"{count} from step {step}" for step, count in report.interval_history)
-    same = (
-        "equal to those without offloading"
-        if report.tokens_equal_reference
-        else "DIFFERENT without offloading"
-    )
+    same = "equal to those without offloading" if report.tokens_equal_reference else "DIFFERENT without offloading"
     return [
         ("answers", same),
         ("TTFT", _against(report.ttft_ms, report.slo["ttft_ms"], report.slo_attained["ttft"])),

@@ -16,7 +16,6 @@ from deployments.config import RequestLimits
 from deployments.errors import ErrorResponse, install_error_handlers, model_not_found
 from deployments.generation import Generation, ReplicaClient
 from deployments.messages import ChatMessage, GenerateRequest, ModelCard
-from deployments.private_server import bind_to_node_address
 from deployments.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletion,
@@ -27,6 +26,7 @@ from deployments.protocol import (
     ModelList,
     Request,
 )
+from deployments.ray_private import bind_replica_to_node_address
 from deployments.responses import ChatWriter, CompletionWriter, Writer, sse_events, whole_response
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Ingress:
     """The ingress deployment's class: builds the FastAPI application in its replica."""
 
     def __init__(self, replica: DeploymentHandle, limits: RequestLimits) -> None:
-        bind_to_node_address()
+        bind_replica_to_node_address()
         self._service = Service(ReplicaClient(replica, limits.admission_timeout_s))
         self._limits = limits
 

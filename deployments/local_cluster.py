@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from deployments.ray_private import forbid_multi_node_addresses
 from selectn_core.errors import SelectNError
 
 logger = logging.getLogger(__name__)
@@ -120,10 +121,8 @@ def end_processes(processes: list[psutil.Process]) -> None:
 
 def keep_ray_on_loopback() -> None:
     """Has the Ray that this process will start stay on loopback, whether `ray` is imported yet or not."""
-    from ray._private import ray_constants
-
     os.environ.update(LOOPBACK_ENVIRONMENT)
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    forbid_multi_node_addresses()
 
 
 def _require_reachable(address: str) -> None:

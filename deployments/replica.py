@@ -27,8 +27,8 @@ from deployments.messages import (
     Refused,
     Sampling,
 )
-from deployments.private_server import bind_to_node_address
 from deployments.prompting import encode_prompt
+from deployments.ray_private import bind_replica_to_node_address
 from selectn_core.config import EngineConfig
 from selectn_core.errors import EngineOverloaded, EngineUnavailable, RequestError, UnsupportedModel
 
@@ -46,7 +46,7 @@ class SelectNReplica:
     """The replica deployment's class. Its methods are called through a Serve handle."""
 
     async def __init__(self, config: EngineConfig, default_max_tokens: int) -> None:  # type: ignore[misc]
-        bind_to_node_address()
+        bind_replica_to_node_address()
         self._default_max_tokens = default_max_tokens
         # One thread: a tokenizer is not thread-safe, and one keeps up with any engine.
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from deployments.config import select_n_applications
+from deployments.ray_private import start_serve
 from selectn_core.errors import ConfigError, SelectNError
 
 logger = logging.getLogger(__name__)
@@ -57,14 +58,11 @@ def free_port(host: str) -> int:
 def deployed(document: dict[str, Any]) -> Iterator[None]:
     """Starts Serve and submits the config; deletes its applications at the end."""
     from ray import serve
-    from ray.serve._private import api as private_api  # what `serve run` calls: there is no public equivalent
     from ray.serve.schema import ServeDeploySchema
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this process only
     schema = ServeDeploySchema.model_validate(document)
-    client = private_api.serve_start(
-        http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location
-    )
+    client = start_serve(schema)
     try:
         client.deploy_apps(schema)
         yield

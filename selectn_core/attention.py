@@ -107,9 +107,7 @@ def varlen_attention(
     return output.unsqueeze(0), None
 
 
-def _mask(
-    num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device | None
-) -> torch.Tensor:
+def _mask(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device | None) -> torch.Tensor:
     """True where a query may see a key: not after it, and fewer than `sliding_window` before it."""
     seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril_(num_keys - num_queries)
     if sliding_window is not None:

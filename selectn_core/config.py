@@ -109,12 +109,8 @@ class OffloadConfig:
     num_slots: int = 2
 
     def __post_init__(self) -> None:
-        allowed = self.num_offloaded == "auto" or (
-            isinstance(self.num_offloaded, int) and self.num_offloaded >= 0
-        )
-        require(
-            allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of layers, 0 or more"
-        )
+        allowed = self.num_offloaded == "auto" or (isinstance(self.num_offloaded, int) and self.num_offloaded >= 0)
+        require(allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of layers, 0 or more")
         require(1 <= self.num_slots <= MAX_SLOTS, "offload.num_slots", self.num_slots, f"1 to {MAX_SLOTS}")
 
 

@@ -142,9 +142,7 @@ class Engine:
                     self._state = "failed"
             self._fail_all(f"generation failed: {self.batching.fatal_error}")
             if self._state == "failed":
-                logger.error(
-                    "generation failed %d times in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S
-                )
+                logger.error("generation failed %d times in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S)
                 return
             logger.warning("restarting generation after: %s", self.batching.fatal_error)
             thread = self.batching.start()

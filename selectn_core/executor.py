@@ -63,9 +63,7 @@ class Executor(ABC):
         self._slots: list[torch.Tensor] = []
         self._slot_views: dict[tuple[int, int], list[torch.Tensor]] = {}  # (unit, slot)
         self._handles: list[RemovableHandle] = []
-        self._stalls: deque[tuple[Callable[[], float], Callable[[], float]]] = deque(
-            maxlen=2 * len(self.units)
-        )
+        self._stalls: deque[tuple[Callable[[], float], Callable[[], float]]] = deque(maxlen=2 * len(self.units))
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -297,9 +295,7 @@ class OverlappedExecutor(Executor):
     def check_integrity(self) -> None:
         super().check_integrity()
         assert len(set(self._slot_of.values())) == len(self._slot_of), "two units in one slot"
-        assert set(self._slot_of) == set(self._copied) <= set(self.plan.offloaded), (
-            "a slot holds a resident unit"
-        )
+        assert set(self._slot_of) == set(self._copied) <= set(self.plan.offloaded), "a slot holds a resident unit"
 
     def _start_plan(self, promoted: Sequence[int]) -> None:
         first = self.plan.offloaded[: self.plan.slots_used]

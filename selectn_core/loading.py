@@ -46,9 +46,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
 def resolve_source(config: ModelConfig) -> ModelConfig:
     """The configuration with `source` a directory or hub id, and `served_name` set. Raises ConfigError."""
     if config.source == "embedded":
-        return replace(
-            config, source=str(embedded_model_directory()), served_name=config.served_name or SERVED_NAME
-        )
+        return replace(config, source=str(embedded_model_directory()), served_name=config.served_name or SERVED_NAME)
     path = Path(config.source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return replace(
@@ -70,9 +68,7 @@ def _load_weights(config: ModelConfig, kwargs: dict[str, Any]) -> PreTrainedMode
         kwargs = {**kwargs, "quantization_config": GgufConfig(dequantize=True)}
         dtype = "float32" if dtype == "auto" else dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.source, dtype=dtype, attn_implementation="sdpa", **kwargs
-        )
+        model = AutoModelForCausalLM.from_pretrained(config.source, dtype=dtype, attn_implementation="sdpa", **kwargs)
     except OSError as error:
         raise ConfigError(f"model.source={config.source!r} cannot be loaded: {_first_line(error)}") from error
     except ValueError as error:

@@ -25,9 +25,7 @@ def slot_bytes(units: Sequence[Unit]) -> int:
 def unmeasured_plan(units: Sequence[Unit], num_offloaded: int, num_slots: int) -> OffloadPlan:
     """Placement before anything was measured: compute in proportion to bytes, a link as fast as the compute."""
     sizes = tuple(unit.num_bytes for unit in units)
-    costs = StepCosts(
-        compute_s=tuple(size / max(sizes) for size in sizes), unit_bytes=sizes, rest_s=len(sizes) / 10
-    )
+    costs = StepCosts(compute_s=tuple(size / max(sizes) for size in sizes), unit_bytes=sizes, rest_s=len(sizes) / 10)
     return best_placement(num_offloaded, num_slots, costs, Link(bytes_per_s=float(max(sizes))))
 
 

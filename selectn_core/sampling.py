@@ -41,9 +41,7 @@ class SamplingParams:
         )
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, up to 1")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        _require(
-            self.seed is None or -_SEEDS <= self.seed < _SEEDS, "seed", self.seed, "a 64-bit integer, or null"
-        )
+        _require(self.seed is None or -_SEEDS <= self.seed < _SEEDS, "seed", self.seed, "a 64-bit integer, or null")
 
     @property
     def is_greedy(self) -> bool:

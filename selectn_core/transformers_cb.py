@@ -121,8 +121,7 @@ class ContinuousBatching:
         """Tokens that one request may hold in the KV cache when it has it alone."""
         cache = self._processor.cache
         per_token = sum(
-            allocator.bytes_per_block / allocator.tokens_per_page
-            for allocator in cache.cache_allocators.values()
+            allocator.bytes_per_block / allocator.tokens_per_page for allocator in cache.cache_allocators.values()
         )
         # One sector per attention type may be open for each; the rest is whole pages.
         usable = (cache.num_sectors - len(cache.cache_allocators) + 1) * cache.bytes_per_sector

@@ -76,13 +76,9 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
             f"{' and '.join(ATTENTION_TYPES)} only"
         )
     if getattr(text, "attn_logit_softcapping", None):
-        raise UnsupportedModel(
-            f"{config.model_type} caps its attention logits, which the attention here does not do"
-        )
+        raise UnsupportedModel(f"{config.model_type} caps its attention logits, which the attention here does not do")
     if any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters()):
-        raise UnsupportedModel(
-            f"{config.model_type} has attention sinks, which the attention here does not do"
-        )
+        raise UnsupportedModel(f"{config.model_type} has attention sinks, which the attention here does not do")
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -138,6 +134,4 @@ def _refuse_shared_parameters(units: list[Unit]) -> None:
         for parameter in unit.parameters:
             other = owner.setdefault(id(parameter), unit)
             if other is not unit:
-                raise UnsupportedModel(
-                    f"{other.name} and {unit.name} share parameters; neither can move alone"
-                )
+                raise UnsupportedModel(f"{other.name} and {unit.name} share parameters; neither can move alone")

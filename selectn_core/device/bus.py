@@ -103,9 +103,7 @@ class Bus:
     def _read(self) -> tuple[bytes, float, int, int]:
         magic, bytes_per_s, next_free_ns, promised_ns = _STATE.unpack_from(self._memory)
         if magic == _MAGIC and not bytes_per_s > 0:
-            raise ConfigError(
-                f"bus {self.name!r} holds no valid state: remove {_SHARED_MEMORY}/selectn-bus-*"
-            )
+            raise ConfigError(f"bus {self.name!r} holds no valid state: remove {_SHARED_MEMORY}/selectn-bus-*")
         return magic, bytes_per_s, next_free_ns, promised_ns
 
     def _write(self, bytes_per_s: float, next_free_ns: int, promised_ns: int) -> None:

@@ -82,9 +82,7 @@ class EmulatedDevice(Device):
 
     def copy_async(self, source: torch.Tensor, target: torch.Tensor, *, after: Event | None = None) -> Event:
         if source.nbytes != target.nbytes or not (source.is_contiguous() and target.is_contiguous()):
-            raise ValueError(
-                f"cannot copy {source.nbytes} bytes to {target.nbytes}: expected equal, contiguous"
-            )
+            raise ValueError(f"cannot copy {source.nbytes} bytes to {target.nbytes}: expected equal, contiguous")
         assert after is None or isinstance(after, EmulatedEvent)
         return self._link.submit(source, target, after)
 
@@ -160,9 +158,7 @@ class _PacedLink:
         self._thread = threading.Thread(target=self._run, name="selectn-link", daemon=False)
         self._thread.start()
 
-    def submit(
-        self, source: torch.Tensor, target: torch.Tensor, after: EmulatedEvent | None
-    ) -> EmulatedEvent:
+    def submit(self, source: torch.Tensor, target: torch.Tensor, after: EmulatedEvent | None) -> EmulatedEvent:
         return self._enqueue(_Copy(source, target, after))
 
     def submit_marker(self) -> EmulatedEvent:
@@ -170,9 +166,7 @@ class _PacedLink:
         return self._enqueue(_Copy(nothing, nothing, None))
 
     def usage(self) -> LinkUsage:
-        return LinkUsage(
-            copied_bytes=self._copied_bytes, num_copies=self._num_copies, busy_s=self._busy_ns / 1e9
-        )
+        return LinkUsage(copied_bytes=self._copied_bytes, num_copies=self._num_copies, busy_s=self._busy_ns / 1e9)
 
     def close(self) -> None:
         with self._changed:

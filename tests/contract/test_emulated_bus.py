@@ -33,9 +33,7 @@ def bus_name() -> Iterator[str]:
 
 def run_python(code: str, *arguments: str) -> subprocess.Popen[str]:
     """A process of its own; it says "ready" when it has got to where the test wants it."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process

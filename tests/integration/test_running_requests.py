@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -88,11 +87,9 @@ def test_a_client_that_gives_up_waiting_ends_its_generation(base_url, replica):
 @pytest.mark.usefixtures("slow")
 def test_a_stop_string_ends_the_generation_too(http, replica):
     whole = http.post("/v1/completions", json=body(max_tokens=12)).json()["choices"][0]["text"]
-    started_s = time.monotonic()
     answer = http.post("/v1/completions", json=body(max_tokens=900, stop=[whole[3:6]])).json()
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] < 30
-    assert time.monotonic() - started_s < 15  # 900 tokens would take a minute
     wait_until(lambda: num_running(replica) == 0, 5, "the generation is cancelled")
 
 

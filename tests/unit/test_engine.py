@@ -290,9 +290,7 @@ def test_requests_that_outgrow_the_cache_together_are_all_served() -> None:
 def test_generation_ends_at_a_stop_token_or_the_length() -> None:
     ((*_, third),) = ((tokens[0], tokens[1], tokens[2]) for tokens in [generated_tokens()])
     with tiny_engine() as engine:
-        stopped = list(
-            engine.submit(PROMPT, SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=(third,)))
-        )
+        stopped = list(engine.submit(PROMPT, SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=(third,))))
         full = list(engine.submit(PROMPT, greedy()))
     assert stopped[-1].finish_reason == "stop"
     assert stopped[-1].token_ids[-1] == third
@@ -306,9 +304,7 @@ def test_the_models_end_token_ends_generation_unless_it_is_ignored() -> None:
     loaded.model.generation_config.eos_token_id = [tokens[4], 130]
     with CheckedEngine(loaded, engine_config(2, 1)) as engine:
         assert engine.default_eos_ids == (tokens[4], 130)
-        assert engine.submit(PROMPT, SamplingParams(max_tokens=12)).result() == tokens[
-            : tokens.index(tokens[4]) + 1
-        ]
+        assert engine.submit(PROMPT, SamplingParams(max_tokens=12)).result() == tokens[: tokens.index(tokens[4]) + 1]
         assert engine.submit(PROMPT, greedy()).result() == tokens
 
 
@@ -335,9 +331,7 @@ def test_sampled_and_greedy_requests_share_a_batch() -> None:
 # -- interval and memory ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("num_offloaded", "num_slots"), [(-1, 1), (NUM_LAYERS + 1, 1), (2, 0), (2, MAX_SLOTS + 1)]
-)
+@pytest.mark.parametrize(("num_offloaded", "num_slots"), [(-1, 1), (NUM_LAYERS + 1, 1), (2, 0), (2, MAX_SLOTS + 1)])
 def test_intervals_out_of_range_are_refused(num_offloaded: int, num_slots: int) -> None:
     with tiny_engine() as engine:
         with pytest.raises(ConfigError, match="not allowed"):

@@ -20,9 +20,7 @@ from tests.unit.engines import BeforeStep, CheckedEngine, engine_config, generat
 # Every k and every S at least once.
 PLANS = [(1, 1), (2, 1), (3, 2), (4, 3), (5, 4), (5, 1)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FAMILY_DTYPES = [(family, dtype) for family in FAMILIES for dtype in ("float32", "bfloat16")] + [
-    ("llama", "float16")
-]
+FAMILY_DTYPES = [(family, dtype) for family in FAMILIES for dtype in ("float32", "bfloat16")] + [("llama", "float16")]
 
 
 @cache
@@ -56,9 +54,7 @@ def test_tokens_at_every_interval(family: str, dtype: str, num_offloaded: int, n
 
 @pytest.mark.parametrize("executor_class", [OverlappedExecutor, SynchronousExecutor])
 @pytest.mark.parametrize(("family", "dtype"), FAMILY_DTYPES)
-def test_tokens_with_random_plans_in_mid_generation(
-    family: str, dtype: str, executor_class: type[Executor]
-) -> None:
+def test_tokens_with_random_plans_in_mid_generation(family: str, dtype: str, executor_class: type[Executor]) -> None:
     tokens = generate(
         family,
         engine_config(2, 1),

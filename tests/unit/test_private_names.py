@@ -83,9 +83,9 @@ def test_objects_have_what_is_used(engine) -> None:
     for owner, names in used.items():
         missing = [name for name in names.split() if not hasattr(owner, name)]
         assert not missing, f"{type(owner).__name__} no longer has {missing}: see {PLACE}"
-    for name in "initial_tokens generated_tokens position_offset logit_processor_kwargs".split():
+    for name in ["initial_tokens", "generated_tokens", "position_offset", "logit_processor_kwargs"]:
         assert hasattr(request, name), f"RequestState no longer has {name}: see {PLACE}"
-    for name in "request_id generated_tokens error is_finished".split():
+    for name in ["request_id", "generated_tokens", "error", "is_finished"]:
         assert hasattr(GenerationOutput(request_id="r"), name), f"GenerationOutput no longer has {name}: see {PLACE}"
 
 

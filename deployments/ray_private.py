@@ -1,0 +1,55 @@
+"""The one place that touches private names of Ray, each for want of a public one.
+
+tests/unit/deployments/test_ray_private.py fails, naming the culprit, when an upgrade moves one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+ADD_PORT = "add_port_to_grpc_server"
+
+
+def forbid_multi_node_addresses() -> None:
+    """Has Ray keep a node address of 127.0.0.1, which it otherwise rewrites to the machine's own.
+
+    The environment variable behind it is read when Ray is imported; this works afterwards too.
+    """
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def start_serve(schema: Any) -> Any:
+    """Starts Serve with a `ServeDeploySchema`'s options, as `serve run` does; the client has `deploy_apps`."""
+    from ray.serve._private import api
+
+    return api.serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
+
+
+def bind_replica_to_node_address() -> None:
+    """Keeps this replica's gRPC server off the other interfaces; call it in the replica's constructor.
+
+    Every Serve replica starts one for calls of other replicas, on `[::]` whatever address its node has. Callers
+    reach it through the node's address, so that is the one address it needs. Idempotent.
+    """
+    import ray
+    from ray.serve._private import replica
+
+    original = getattr(replica, ADD_PORT, None)
+    if original is None:
+        logger.warning("this release of Ray Serve cannot be kept from listening on all interfaces")
+        return
+    if getattr(original, "binds_to_node_address", False):
+        return
+    address = ray.util.get_node_ip_address()
+    host = f"[{address}]" if ":" in address else address
+
+    def add_port(server: Any, wanted: str) -> Any:
+        return original(server, wanted.replace("[::]", host))
+
+    add_port.binds_to_node_address = True  # type: ignore[attr-defined]
+    setattr(replica, ADD_PORT, add_port)
