@@ -187,8 +187,8 @@ class Engine:
         eos_ids = () if params.ignore_eos else self.default_eos_ids
         handle.eos_ids = frozenset((*eos_ids, *params.stop_token_ids))
         self._register(handle)
-        if not self.batching.submit(handle.request_id, prompt_ids, params, sorted(handle.eos_ids), seed):
-            self._forget(handle.request_id)
+        if not self.batching.submit(handle.ticket, prompt_ids, params, sorted(handle.eos_ids), seed):
+            self._forget(handle.ticket)
             raise EngineUnavailable("generation is being restarted after an error; send the request again")
         return handle
 
@@ -210,23 +210,23 @@ class Engine:
         with self._lock:
             if self._state in ("closed", "failed"):
                 raise EngineUnavailable(f"the engine is {self._state}")
-            if handle.request_id in self._handles:
+            if any(other.request_id == handle.request_id for other in self._handles.values()):
                 raise RequestError(f"request_id={handle.request_id!r} is in use", field="request_id")
             if len(self._handles) >= batch.max_requests + batch.max_waiting:
                 raise EngineOverloaded(
                     f"{len(self._handles)} requests are running or waiting (batch.max_requests="
                     f"{batch.max_requests}, batch.max_waiting={batch.max_waiting})"
                 )
-            self._handles[handle.request_id] = handle
+            self._handles[handle.ticket] = handle
 
-    def _forget(self, request_id: str) -> RequestHandle | None:
+    def _forget(self, ticket: str) -> RequestHandle | None:
         with self._lock:
-            return self._handles.pop(request_id, None)
+            return self._handles.pop(ticket, None)
 
-    def _cancel(self, request_id: str) -> None:
-        handle = self._forget(request_id)
+    def _cancel(self, ticket: str) -> None:
+        handle = self._forget(ticket)
         if handle is not None:
-            self.batching.cancel(request_id)
+            self.batching.cancel(ticket)
             handle.push(TokenEvent(token_ids=(), finish_reason="cancelled"))
 
     def _fail_all(self, reason: str) -> None:

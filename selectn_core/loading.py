@@ -79,7 +79,7 @@ def _load_weights(config: ModelConfig, kwargs: dict[str, Any]) -> PreTrainedMode
 def _load_tokenizer(config: ModelConfig, kwargs: dict[str, Any]) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(config.source, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         logger.warning("%s has no tokenizer that loads: %s", config.source, _first_line(error))
         return None
 

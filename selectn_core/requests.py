@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class RequestHandle:
 
     def __init__(self, request_id: str, num_prompt_tokens: int, cancel: Callable[[str], None]) -> None:
         self.request_id = request_id
+        # What the batching knows the request by: a client may reuse its own name for it at once after cancelling.
+        self.ticket = uuid.uuid4().hex
         self.num_prompt_tokens = num_prompt_tokens
         self.num_tokens = 0
         self.eos_ids: frozenset[int] = frozenset()
@@ -48,7 +51,7 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """Ends the request; its last event says "cancelled". Does nothing once it is over."""
-        self._cancel(self.request_id)
+        self._cancel(self.ticket)
 
     @property
     def timing(self) -> RequestTiming:

@@ -1,0 +1,38 @@
+"""The docs name what there is: every module, and only make targets that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def modules() -> list[str]:
+    found = []
+    for package in ("selectn_core", "cluster", "deployments", "benchmarks"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.name != "__init__.py":
+                found.append(str(path.relative_to(ROOT / package)))
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_every_module_has_its_line(module) -> None:
+    assert f"- `{module}`: " in ARCHITECTURE
+
+
+def test_every_line_has_its_module() -> None:
+    assert set(re.findall(r"^- `([\w/]+\.py)`: ", ARCHITECTURE, flags=re.MULTILINE)) - set(modules()) <= {
+        "device/__init__.py"
+    }
+
+
+def test_the_readmes_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"`?make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {"demo", "test"} <= targets
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)

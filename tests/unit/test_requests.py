@@ -1,0 +1,88 @@
+"""A request's handle: events in order, from any thread, to one reader, sync or async."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from selectn_core.requests import RequestHandle, TokenEvent
+
+EVENTS = [TokenEvent(token_ids=(i,)) for i in range(50)] + [TokenEvent(token_ids=(99,), finish_reason="length")]
+
+
+def new_handle(cancel=lambda ticket: None) -> RequestHandle:
+    return RequestHandle("request", 3, cancel)
+
+
+def push_all(handle: RequestHandle, events=EVENTS) -> threading.Thread:
+    thread = threading.Thread(target=lambda: [handle.push(event) for event in events])
+    thread.start()
+    return thread
+
+
+def test_a_sync_reader_gets_every_event_in_order() -> None:
+    handle = new_handle()
+    thread = push_all(handle)
+    assert list(handle) == EVENTS
+    thread.join()
+
+
+def test_an_async_reader_gets_every_event_in_order() -> None:
+    async def read() -> list[TokenEvent]:
+        handle = new_handle()
+        thread = push_all(handle)
+        events = [event async for event in handle]
+        thread.join()
+        return events
+
+    assert asyncio.run(read()) == EVENTS
+
+
+def test_nothing_comes_after_the_last_event() -> None:
+    handle = new_handle()
+    push_all(handle, [*EVENTS, TokenEvent(token_ids=(1,)), TokenEvent(token_ids=(), finish_reason="error")]).join()
+    assert list(handle) == EVENTS
+
+
+def test_the_result_is_all_tokens_and_an_error_is_raised() -> None:
+    handle = new_handle()
+    push_all(handle).join()
+    assert handle.result() == [*range(50), 99]
+    failed = new_handle()
+    failed.push(TokenEvent(token_ids=(), finish_reason="error", error="it broke"))
+    with pytest.raises(RuntimeError, match="it broke"):
+        failed.result()
+
+
+def test_cancelling_names_the_ticket_and_tickets_differ() -> None:
+    cancelled: list[str] = []
+    handles = [new_handle(cancelled.append) for _ in range(2)]
+    for handle in handles:
+        handle.cancel()
+    assert cancelled == [handle.ticket for handle in handles]
+    assert len(set(cancelled)) == 2
+
+
+def test_timing_needs_tokens() -> None:
+    handle = new_handle()
+    assert (handle.timing.ttft_s, handle.timing.tpot_s) == (None, None)
+    handle.push(TokenEvent(token_ids=(1,)))
+    assert handle.timing.ttft_s is not None
+    assert handle.timing.tpot_s is None
+    handle.push(TokenEvent(token_ids=(2, 3)))
+    assert handle.timing.tpot_s is not None
+    assert handle.timing.tpot_s >= 0
+
+
+def test_an_event_for_a_reader_whose_loop_has_ended_is_dropped() -> None:
+    handle = new_handle()
+
+    async def read_one() -> None:
+        handle.push(TokenEvent(token_ids=(1,)))
+        async for _ in handle:
+            return
+
+    asyncio.run(read_one())
+    handle.push(TokenEvent(token_ids=(2,)))
