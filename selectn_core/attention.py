@@ -83,28 +83,44 @@ def varlen_attention(
     if cache is None or segments is None:
         raise RuntimeError(f"{ATTENTION_NAME} works on the paged cache of continuous batching only")
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-    num_tokens, num_heads, num_kv_heads = query.shape[2], query.shape[1], key.shape[1]
-    output = query.new_empty(num_tokens, num_heads, value.shape[-1])
-    for segment in segments[cast(int, module.layer_idx)]:
-        keys = key[:, :, segment.key_start : segment.key_end]
-        values = value[:, :, segment.key_start : segment.key_end]
-        if segment.query_end - segment.query_start == 1:
-            # One query: the heads that share a key head become its queries, and nothing is repeated.
-            one = query[:, :, segment.query_start].reshape(1, num_kv_heads, num_heads // num_kv_heads, -1)
-            attended = scaled_dot_product_attention(one, keys, values, scale=scaling)
-            output[segment.query_start] = attended.reshape(num_heads, -1)
-        else:
-            attended = scaled_dot_product_attention(
-                query[:, :, segment.query_start : segment.query_end],
-                keys,
-                values,
-                attn_mask=segment.mask,
-                is_causal=segment.is_causal,
-                scale=scaling,
-                enable_gqa=num_heads != num_kv_heads,
-            )
-            output[segment.query_start : segment.query_end] = attended[0].transpose(0, 1)
+    mine = segments[cast(int, module.layer_idx)]
+    if len(mine) == 1:
+        return _attend(query, key, value, mine[0], scaling).unsqueeze(0), None
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+    for segment in mine:
+        output[segment.query_start : segment.query_end] = _attend(
+            query[:, :, segment.query_start : segment.query_end],
+            key[:, :, segment.key_start : segment.key_end],
+            value[:, :, segment.key_start : segment.key_end],
+            segment,
+            scaling,
+        )
     return output.unsqueeze(0), None
+
+
+def _attend(
+    query: torch.Tensor,  # [1, num_heads, num_queries, head_dim]
+    key: torch.Tensor,  # [1, num_kv_heads, num_keys, head_dim]
+    value: torch.Tensor,  # [1, num_kv_heads, num_keys, head_dim]
+    segment: Segment,
+    scaling: float | None,
+) -> torch.Tensor:  # [num_queries, num_heads, head_dim]
+    """One request's attention."""
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    if query.shape[2] == 1:
+        # One query: the heads that share a key head become its queries, and nothing is repeated.
+        one = query.reshape(1, num_kv_heads, num_heads // num_kv_heads, -1)
+        return scaled_dot_product_attention(one, key, value, scale=scaling).reshape(1, num_heads, -1)
+    attended = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=segment.mask,
+        is_causal=segment.is_causal,
+        scale=scaling,
+        enable_gqa=num_heads != num_kv_heads,
+    )
+    return attended[0].transpose(0, 1)
 
 
 def _mask(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device | None) -> torch.Tensor:
