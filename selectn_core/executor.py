@@ -63,6 +63,7 @@ class Executor(ABC):
         self._slots: list[torch.Tensor] = []
         self._slot_views: dict[tuple[int, int], list[torch.Tensor]] = {}  # (unit, slot)
         self._handles: list[RemovableHandle] = []
+        self._unit_handles: dict[int, tuple[RemovableHandle, RemovableHandle]] = {}
         self._stalls: deque[tuple[Callable[[], float], Callable[[], float]]] = deque(maxlen=2 * len(self.units))
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -79,12 +80,26 @@ class Executor(ABC):
     def hook(self) -> None:
         """Hooks the model; the weights are where they are."""
         self._handles.append(self.model.register_forward_pre_hook(lambda *_: self.begin_step()))
-        for unit in self.units:
-            self._handles.append(unit.module.register_forward_pre_hook(self._pre_hook(unit)))
-            self._handles.append(unit.module.register_forward_hook(self._post_hook(unit)))
+        self._hook_units()
+
+    def _hook_units(self) -> None:
+        """Hooks the units that need it: resident ones whose weights have arrived run as transformers built them."""
+        self._unhook_units()
+        for index in (*self.plan.offloaded, *self._home_copied):
+            unit = self.units[index]
+            # First and last: what others hook in between sees the unit with its weights there.
+            pre_hook = unit.module.register_forward_pre_hook(self._pre_hook(unit), prepend=True)
+            self._unit_handles[index] = (pre_hook, unit.module.register_forward_hook(self._post_hook(unit)))
+
+    def _unhook_units(self) -> None:
+        for handles in self._unit_handles.values():
+            for handle in handles:
+                handle.remove()
+        self._unit_handles.clear()
 
     def unhook(self) -> None:
         """Leaves the model as transformers built it, which works while every unit is resident."""
+        self._unhook_units()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -134,6 +149,8 @@ class Executor(ABC):
         self.stats.num_steps += 1
         if self._requested is not None:
             self._apply_requested_plan()
+        elif len(self._unit_handles) != len(self.plan.offloaded) + len(self._home_copied):
+            self._hook_units()  # weights have arrived in their homes
 
     def end_step(self) -> float:
         """Seconds that compute waited for copies since the last call; only after the step's compute is done."""
@@ -165,6 +182,7 @@ class Executor(ABC):
         self.plan = plan
         self.stats.num_plan_changes += 1
         self._start_plan(promoted)
+        self._hook_units()
 
     def _place(self, plan: OffloadPlan) -> list[int]:
         """Gives every resident unit a home and no other; returns the units whose homes are new, still empty."""
