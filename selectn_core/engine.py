@@ -145,7 +145,10 @@ class Engine:
                 logger.error("generation failed %d times in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S)
                 return
             logger.warning("restarting generation after: %s", self.batching.fatal_error)
-            thread = self.batching.start()
+            with self._lock:  # close() must not pass by a thread that is just being started
+                if self._state != "running":
+                    return
+                thread = self.batching.start()
 
     def _may_restart(self) -> bool:
         now_s = time.monotonic()

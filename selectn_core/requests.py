@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import uuid
@@ -114,9 +115,10 @@ class RequestHandle:
                 if not events:
                     await arrived.wait()
         finally:
-            self._wake = None
+            with self._changed:  # not while push() is about to call it
+                self._wake = None
 
 
 def _wake(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event) -> None:
-    if not loop.is_closed():  # the reader's loop may end before its request does
+    with contextlib.suppress(RuntimeError):  # the reader's loop may end at any moment, before its request does
         loop.call_soon_threadsafe(arrived.set)

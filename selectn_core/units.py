@@ -60,7 +60,7 @@ def find_units(model: PreTrainedModel) -> list[Unit]:
     _refuse_unsupported(model)
     name, layers = _decoder_layers(model)
     units = [_make_unit(i, f"{name}.{i}", layer) for i, layer in enumerate(layers)]
-    _refuse_shared_parameters(units)
+    _refuse_shared_parameters(model, units)
     return units
 
 
@@ -128,10 +128,14 @@ def _make_unit(index: int, name: str, module: nn.Module) -> Unit:
     )
 
 
-def _refuse_shared_parameters(units: list[Unit]) -> None:
+def _refuse_shared_parameters(model: PreTrainedModel, units: list[Unit]) -> None:
     owner: dict[int, Unit] = {}
     for unit in units:
         for parameter in unit.parameters:
             other = owner.setdefault(id(parameter), unit)
             if other is not unit:
                 raise UnsupportedModel(f"{other.name} and {unit.name} share parameters; neither can move alone")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holder = owner.get(id(parameter))
+        if holder is not None and not name.startswith(f"{holder.name}."):
+            raise UnsupportedModel(f"{holder.name} and {name} share parameters; a unit's weights must be its own")

@@ -215,6 +215,29 @@ def test_closing_while_generation_fails_does_not_hang() -> None:
         assert not engine.is_healthy()
 
 
+def test_closing_between_a_failure_and_the_restart_does_not_hang() -> None:
+    """close() comes when the supervisor has seen the failure and not yet started the next thread."""
+    closers: list[threading.Thread] = []
+
+    class ClosedBeforeRestart(CheckedEngine):
+        def _fail_all(self, reason: str) -> None:
+            super()._fail_all(reason)
+            if threading.current_thread() is self._supervisor:
+                closers.append(threading.Thread(target=self.close))
+                closers[0].start()
+                # Its second look at the state: it has found nothing to stop, and waits for the supervisor.
+                wait_for(lambda: not self.is_healthy() and self.model.config._attn_implementation == "sdpa")
+
+    engine = ClosedBeforeRestart(tiny_model(), engine_config(2, 1))
+    FailingLayer(engine, 1, num_failures=1)
+    engine.start()
+    with pytest.raises(RuntimeError, match="injected"):
+        engine.submit(PROMPT, greedy()).result()
+    wait_for(lambda: bool(closers))
+    closers[0].join()
+    assert "selectn-supervisor" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_an_engine_starts_once() -> None:
     with tiny_engine() as engine, pytest.raises(EngineUnavailable, match="running"):
         engine.start()

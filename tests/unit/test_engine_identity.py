@@ -191,8 +191,8 @@ def test_engine_recovers_from_a_link_that_failed_for_good(
         assert [engine.submit(prompts[0], greedy()).result()] == expected
         device.failure_rate = 1.0
         engine.executor.request_plan(
-            # Other units than before: some are promoted, into homes that must not be trusted now.
-            OffloadPlan(offloaded=(0, 1), num_slots=1, num_units=NUM_LAYERS)
+            # All come home, to homes that must not be trusted now.
+            OffloadPlan(offloaded=(), num_slots=1, num_units=NUM_LAYERS)
         )
         broken = [engine.submit(prompt, greedy()) for prompt in prompts]
         for handle in broken:

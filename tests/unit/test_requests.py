@@ -44,6 +44,7 @@ def test_nothing_comes_after_the_last_event() -> None:
     handle = new_handle()
     push_all(handle, [*EVENTS, TokenEvent(token_ids=(1,)), TokenEvent(token_ids=(), finish_reason="error")]).join()
     assert list(handle) == EVENTS
+    assert handle.num_tokens == len(EVENTS)
 
 
 def test_the_result_is_all_tokens_and_an_error_is_raised() -> None:
@@ -86,3 +87,42 @@ def test_an_event_for_a_reader_whose_loop_has_ended_is_dropped() -> None:
 
     asyncio.run(read_one())
     handle.push(TokenEvent(token_ids=(2,)))
+
+
+def test_a_loop_that_closed_under_its_reader_does_not_disturb_the_sender() -> None:
+    """The sender is the generation thread: an exception there would fail every other request."""
+    handle = new_handle()
+    loop = asyncio.new_event_loop()
+    reader = handle.__aiter__()
+    handle.push(TokenEvent(token_ids=(1,)))
+    loop.run_until_complete(anext(reader))
+    loop.close()
+    handle.push(TokenEvent(token_ids=(2,)))
+    assert handle.num_tokens == 2
+    with pytest.raises(StopIteration):
+        reader.aclose().send(None)  # closes the reader, as the loop would have
+
+
+def test_readers_may_leave_while_events_arrive() -> None:
+    """Many clients disconnect in the middle; each time the sender may be about to wake them."""
+
+    async def read_a_few(handle: RequestHandle) -> None:
+        async for event in handle:
+            if event.token_ids[0] >= 20:
+                return
+
+    for _ in range(20):
+        handle, errors = new_handle(), []
+
+        def push(handle: RequestHandle = handle, errors: list[Exception] = errors) -> None:
+            try:
+                for event in EVENTS:
+                    handle.push(event)
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=push)
+        thread.start()
+        asyncio.run(read_a_few(handle))
+        thread.join()
+        assert not errors

@@ -90,6 +90,14 @@ def test_layers_that_share_a_parameter_are_refused() -> None:
         find_units(model)
 
 
+def test_a_layer_that_shares_a_parameter_with_the_rest_is_refused() -> None:
+    """The rest would read whatever unit is in the slot at that moment."""
+    model = tiny_model().model
+    model.model.norm.weight = model.model.layers[1].input_layernorm.weight
+    with pytest.raises(UnsupportedModel, match=r"layers\.1 and model\.norm\.weight share parameters"):
+        find_units(model)
+
+
 def test_layers_that_are_not_where_they_should_be_are_refused() -> None:
     model = tiny_model().model
     model.config.num_hidden_layers = NUM_LAYERS - 1
