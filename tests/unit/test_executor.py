@@ -107,6 +107,7 @@ def test_each_step_copies_each_offloaded_unit_once(executor: Executor) -> None:
     for _ in range(5):
         step(executor)
     assert executor.stats.num_copies - copies == 5 * 4
+    assert executor.stats.num_plan_changes == 2, "the first plan, and the one requested: each applied once"
 
 
 def test_a_copy_that_arrived_at_the_second_try_is_not_repeated_in_later_steps(
