@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from selectn_core.arena import Arena, weight_sectors
 from selectn_core.config import MAX_SLOTS, EngineConfig, require
 from selectn_core.device import Device, align_up, open_device, resolve_kind
 from selectn_core.errors import (
@@ -25,14 +26,15 @@ from selectn_core.errors import (
 )
 from selectn_core.executor import Executor, OverlappedExecutor
 from selectn_core.host_store import HostStore
+from selectn_core.kv_geometry import KvGeometry
 from selectn_core.loading import LoadedModel, load_model
 from selectn_core.placement import OffloadPlan
-from selectn_core.planner import fewest_offloaded, plan_bytes, slot_bytes, unmeasured_plan
+from selectn_core.planner import fewest_offloaded, most_bytes, plan_bytes, unmeasured_plan
 from selectn_core.requests import RequestHandle, TokenEvent
 from selectn_core.resident import ResidentWeights, resident_tensors
 from selectn_core.sampling import SamplingParams
 from selectn_core.steps import StepLog, StepShape
-from selectn_core.transformers_cb import ContinuousBatching, GenerationOutput
+from selectn_core.transformers_cb import Callbacks, ContinuousBatching, GenerationOutput, KvPages, kv_geometry
 from selectn_core.units import find_units
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,8 @@ class Engine:
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
         self._supervisor: threading.Thread | None = None
         self._limit_compute_threads()
-        self.device: Device = open_device(config.device, default_capacity_bytes=self._everything_bytes())
+        geometry = kv_geometry(self.model, config.batch.page_size)
+        self.device: Device = open_device(config.device, default_capacity_bytes=self._everything_bytes(geometry))
         try:
             self.store = HostStore(self.units, self.device)
             self.resident = ResidentWeights(self.model, self.units, self.device)
@@ -79,11 +82,17 @@ class Engine:
                 self.model,
                 config.batch,
                 self.device,
-                on_step_planned=self._on_step_planned,
-                on_step_done=self._on_step_done,
-                on_output=self._on_output,
+                Callbacks(
+                    before_schedule=self._before_schedule,
+                    on_step_planned=self._on_step_planned,
+                    on_step_done=self._on_step_done,
+                    on_output=self._on_output,
+                ),
+                num_sectors=self._num_sectors(geometry),
             )
-            self.executor = executor_class(self.model, self.store, self.device, self._first_plan())
+            self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
+            self._target = self._first_plan()
+            self.executor = executor_class(self.model, self.store, self.device, self._target, self.arena)
             self.executor.attach()
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
         except BaseException:
@@ -161,10 +170,19 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Prompt and output tokens that one request may have: the model's limit, or what the KV cache holds."""
+        """Prompt and output tokens that one request may have: the model's limit, or what the KV cache can hold.
+
+        That is what it holds with every layer offloaded: they are, while a request needs it.
+        """
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        capacity = self.batching.kv_capacity_tokens
+        everything_away = unmeasured_plan(self.units, len(self.units), self._target.num_slots)
+        capacity = self.batching.geometry.longest_request_in(self._kv_sectors(everything_away))
         return min(limit, capacity) if limit else capacity
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that the KV cache holds now, whoever they belong to."""
+        return self.batching.geometry.tokens_in(self.batching.pages.num_sectors)
 
     @property
     def default_eos_ids(self) -> tuple[int, ...]:
@@ -189,6 +207,7 @@ class Engine:
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         eos_ids = () if params.ignore_eos else self.default_eos_ids
         handle.eos_ids = frozenset((*eos_ids, *params.stop_token_ids))
+        handle.max_total_tokens += params.max_tokens
         self._register(handle)
         if not self.batching.submit(handle.ticket, prompt_ids, params, sorted(handle.eos_ids), seed):
             self._forget(handle.ticket)
@@ -259,18 +278,22 @@ class Engine:
     # -- interval -----------------------------------------------------------------------------------------------
 
     def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
-        """Offloads `num_offloaded` of the units from the next iteration on. Raises ConfigError if it cannot be."""
-        slots = num_slots if num_slots is not None else self.executor.plan.num_slots
+        """Offloads `num_offloaded` of the units from the next iteration on.
+
+        While the KV cache uses the memory that fewer of them need, or a request needs more of it than this number
+        leaves, more are offloaded: `snapshot` says how many. Raises ConfigError if it can never be.
+        """
+        slots = num_slots if num_slots is not None else self._target.num_slots
         require(1 <= slots <= MAX_SLOTS, "num_slots", slots, f"1 to {MAX_SLOTS}")
-        self.executor.request_plan(self._checked_plan("num_offloaded", num_offloaded, slots))
+        self._target = self._checked_plan("num_offloaded", num_offloaded, slots)
 
     def _checked_plan(self, name: str, num_offloaded: int, num_slots: int) -> OffloadPlan:
         """The plan, or ConfigError where the model has fewer layers or the device less memory."""
         require(0 <= num_offloaded <= len(self.units), name, num_offloaded, f"0 to {len(self.units)}, the layers")
         plan = unmeasured_plan(self.units, num_offloaded, num_slots)
-        wanted, budget = plan_bytes(self.units, plan), self._weights_budget_bytes()
+        wanted, budget = self._plan_bytes(plan), self.arena.reachable_bytes(0)
         if wanted > budget:
-            least = fewest_offloaded(self.units, num_slots, budget)
+            least = fewest_offloaded(self.units, num_slots, budget, round_up=self.arena.round_up)
             hint = f"at least {least.num_offloaded} must be offloaded" if least else "no number of layers would fit"
             raise ConfigError(
                 f"{name}={num_offloaded} is not possible: weights and {plan.slots_used} slots would take {wanted:,} "
@@ -278,21 +301,57 @@ class Engine:
             )
         return plan
 
-    def _weights_budget_bytes(self) -> int:
-        """Device bytes for layers: what is neither KV cache nor resident for good."""
-        return self.device.capacity_bytes - align_up(self.resident.num_bytes) - align_up(self.batching.kv_bytes)
+    def _plan_bytes(self, plan: OffloadPlan) -> int:
+        return plan_bytes(self.units, plan, self.arena.round_up)
+
+    def _kv_sectors(self, plan: OffloadPlan) -> int:
+        """Sectors that the KV cache has under `plan`."""
+        return self.arena.num_sectors - self._plan_bytes(plan) // self.arena.sector_bytes
 
     def _first_plan(self) -> OffloadPlan:
         wanted, batch = self.config.offload, self.config.batch
         if wanted.num_offloaded != "auto":
             return self._checked_plan("offload.num_offloaded", wanted.num_offloaded, wanted.num_slots)
-        plan = fewest_offloaded(self.units, wanted.num_slots, self._weights_budget_bytes())
+        plan = fewest_offloaded(
+            self.units, wanted.num_slots, self.arena.reachable_bytes(0), round_up=self.arena.round_up
+        )
         if plan is None:
             raise DeviceMemoryExceeded(
                 f"the model does not fit {self.device.capacity_bytes:,} bytes of device memory even with every "
                 f"layer offloaded: raise device.memory_gib, or lower batch.kv_tokens ({batch.kv_tokens}) or "
                 f"offload.num_slots ({wanted.num_slots})"
             )
+        return plan
+
+    def _before_schedule(self) -> bool:
+        """Moves weights and KV pages to where the next step wants them; False where no new request may begin."""
+        wanted = self._wanted_plan()
+        if wanted != self.executor.wanted:
+            self.executor.request_plan(wanted)
+        self.executor.apply_plan()
+        # What is still to come back waits for KV to be released: no new request may take its place.
+        return self.executor.plan.num_offloaded <= wanted.num_offloaded
+
+    def _wanted_plan(self) -> OffloadPlan:
+        """The target, with more offloaded while the longest request in flight would not fit the KV cache otherwise."""
+        target = self._target
+        with self._lock:
+            longest = max((handle.max_total_tokens for handle in self._handles.values()), default=0)
+        needed = self.batching.geometry.sectors_for_request(longest)
+        if needed <= self._kv_sectors(target):
+            return target
+        return self._plan_with_kv(needed, target)
+
+    def _plan_with_kv(self, num_sectors: int, target: OffloadPlan) -> OffloadPlan:
+        budget = (self.arena.num_sectors - num_sectors) * self.arena.sector_bytes
+        plan = fewest_offloaded(
+            self.units,
+            target.num_slots,
+            budget,
+            at_least=target.num_offloaded,
+            round_up=self.arena.round_up,
+        )
+        assert plan is not None, "a request longer than max_model_len was admitted"
         return plan
 
     def _on_step_planned(self, shape: StepShape) -> None:
@@ -331,8 +390,8 @@ class Engine:
             "offloaded_bytes": self._offloaded_bytes(plan),
             "device_bytes": self.device.allocated_bytes,
             "device_capacity_bytes": self.device.capacity_bytes,
-            "kv_bytes": self.batching.kv_bytes,
-            "kv_capacity_tokens": self.batching.kv_capacity_tokens,
+            "kv_bytes": self.batching.pages.num_sectors * self.arena.sector_bytes,
+            "kv_capacity_tokens": self.kv_capacity_tokens,
             "running": running,
             "waiting": num_handles - running,
             "num_steps": self.steps.num_steps,
@@ -344,9 +403,11 @@ class Engine:
         }
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if store, homes or slots are not as they should be; call it between steps."""
+        """Raises AssertionError if store, homes, slots or KV pages are not as they should be; call it between steps."""
         self.store.check_integrity()
         self.executor.check_integrity()
+        self.arena.check_integrity()
+        assert self.arena.weight_bytes == self.executor.held_bytes, "weights hold other sectors than their own"
 
     def _limit_compute_threads(self) -> None:
         """Leaves a core to the emulated link, whose copies would otherwise wait for the model's own threads."""
@@ -354,14 +415,24 @@ class Engine:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(self.config.device.compute_threads or max(1, cores - 1))
 
-    def _everything_bytes(self) -> int:
-        """Device bytes with which every unit is resident, the most slots there may be included."""
-        text, batch = self.model.config.get_text_config(), self.config.batch
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        token_bytes = 2 * kv_heads * head_dim * self.model.dtype.itemsize * text.num_hidden_layers
-        # Pages are rounded up to sectors, and two sectors are never used.
-        kv_bytes = token_bytes * (batch.kv_tokens + 8 * batch.page_size) * 2
+    def _everything_bytes(self, geometry: KvGeometry) -> int:
+        """Device bytes with which every unit is resident beside the KV cache that is asked for."""
         resident = sum(align_up(tensor.nbytes) for tensor in resident_tensors(self.model, self.units))
-        units = sum(align_up(unit.num_bytes) for unit in self.units)
-        return resident + units + MAX_SLOTS * slot_bytes(self.units) + kv_bytes
+        kv_bytes = (geometry.sectors_for(self.config.batch.kv_tokens) + KvPages.num_reserved) * geometry.sector_bytes
+        weights = most_bytes(
+            self.units, lambda size: weight_sectors(size, geometry.sector_bytes) * geometry.sector_bytes
+        )
+        return resident + align_up(kv_bytes + weights)
+
+    def _num_sectors(self, geometry: KvGeometry) -> int:
+        """Sectors of the arena: all that is left of the device."""
+        kv_tokens, device = self.config.batch.kv_tokens, self.device
+        num_sectors = device.free_bytes // geometry.sector_bytes - KvPages.num_reserved
+        least = geometry.sectors_for(kv_tokens)
+        if num_sectors < least:
+            raise DeviceMemoryExceeded(
+                f"the KV cache wants {least * geometry.sector_bytes:,} bytes of device memory for batch.kv_tokens="
+                f"{kv_tokens}; {device.free_bytes:,} of {device.capacity_bytes:,} are free: raise device.memory_gib "
+                "or lower batch.kv_tokens"
+            )
+        return num_sectors

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from selectn_core.device import Device, Event, align_up
+from selectn_core.arena import FixedMemory, WeightMemory
+from selectn_core.device import Device, Event
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
 from selectn_core.host_store import HostStore
 from selectn_core.placement import OffloadPlan
@@ -46,13 +47,29 @@ class ExecutorStats:
 class Executor(ABC):
     """Owns where the units' weights are. Attach and detach are symmetric; a `with` block does both.
 
+    `plan` is what holds now. It differs from `wanted`, what was asked for last, while device memory lacks for that:
+    then more units are offloaded, and `apply_plan` brings them back as memory comes free.
     `request_plan` may be called from any thread; all else belongs to the thread that runs the model.
     """
 
-    def __init__(self, model: nn.Module, store: HostStore, device: Device, plan: OffloadPlan) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        store: HostStore,
+        device: Device,
+        plan: OffloadPlan,
+        memory: WeightMemory | None = None,
+    ) -> None:
+        """Homes and slots come from `memory`, whose owner then calls `apply_plan` between steps.
+
+        Without it they come straight from `device`, and plans are applied as a step begins.
+        """
         self.model, self.store, self.device = model, store, device
+        self.memory: WeightMemory = memory if memory is not None else FixedMemory(device)
+        self._applies_in_step = memory is None
         self.units: Sequence[Unit] = store.units
         self.stats = ExecutorStats()
+        self.wanted = plan
         self.plan = OffloadPlan(
             offloaded=tuple(range(len(self.units))), num_slots=plan.num_slots, num_units=len(self.units)
         )
@@ -70,9 +87,10 @@ class Executor(ABC):
 
     def attach(self) -> None:
         """Hooks the model and places its units by the plan. Raises DeviceMemoryExceeded if they do not fit."""
+        self.request_plan(self.wanted)
         self.hook()
         try:
-            self._apply_requested_plan()
+            self.apply_plan()
         except BaseException:
             self.detach()
             raise
@@ -112,7 +130,7 @@ class Executor(ABC):
         for unit in self.units:
             self.store.bind(unit)
         for buffer in [*self._homes.values(), *self._slots]:
-            self.device.free(buffer)
+            self.memory.free(buffer)
         self._homes.clear()
         self._home_copied.clear()
         self._slots.clear()
@@ -126,16 +144,16 @@ class Executor(ABC):
 
     # -- plans --------------------------------------------------------------------------------------------------
 
-    def budget_bytes(self) -> int:
-        """Device bytes that homes and slots may take: what they hold now and what is free."""
-        held = sum(align_up(buffer.nbytes) for buffer in [*self._homes.values(), *self._slots])
-        return held + self.device.free_bytes
+    @property
+    def held_bytes(self) -> int:
+        """Device bytes of homes and slots."""
+        return sum(self.memory.round_up(buffer.nbytes) for buffer in [*self._homes.values(), *self._slots])
 
     def request_plan(self, plan: OffloadPlan) -> None:
-        """Takes effect when the next step begins. Raises DeviceMemoryExceeded if it cannot fit."""
+        """Takes effect before the next step. Raises DeviceMemoryExceeded if it can never fit."""
         if plan.num_units != len(self.units):
             raise ValueError(f"a plan for {plan.num_units} units, for a model of {len(self.units)}")
-        wanted, budget = plan_bytes(self.units, plan), self.budget_bytes()
+        wanted, budget = self._bytes_of(plan), self.memory.reachable_bytes(self.held_bytes)
         if wanted > budget:
             raise DeviceMemoryExceeded(
                 f"{plan.num_offloaded} of {plan.num_units} units offloaded through {plan.slots_used} slots needs "
@@ -144,13 +162,26 @@ class Executor(ABC):
         with self._lock:
             self._requested = plan
 
+    def apply_plan(self) -> None:
+        """Goes to the requested plan, or as near to it as device memory allows now. Not while a step is under way."""
+        with self._lock:
+            requested, self._requested = self._requested, None
+        if requested is not None:
+            self.wanted = requested
+        elif self.plan == self.wanted:
+            return
+        plan = self._nearest_possible(self.wanted)
+        if requested is None and plan == self.plan:
+            return
+        self._change_to(plan)
+
     def begin_step(self) -> None:
-        """Applies what was requested since the last step."""
+        """Counts the step, and stops hooking units whose weights have arrived in their homes."""
         self.stats.num_steps += 1
-        if self._requested is not None:
-            self._apply_requested_plan()
-        elif len(self._unit_handles) != len(self.plan.offloaded) + len(self._home_copied):
-            self._hook_units()  # weights have arrived in their homes
+        if self._applies_in_step:
+            self.apply_plan()
+        if len(self._unit_handles) != len(self.plan.offloaded) + len(self._home_copied):
+            self._hook_units()
 
     def end_step(self) -> float:
         """Seconds that compute waited for copies since the last call; only after the step's compute is done."""
@@ -167,11 +198,23 @@ class Executor(ABC):
         spans = sorted((b.data_ptr(), b.data_ptr() + b.nbytes) for b in [*self._homes.values(), *self._slots])
         assert all(a[1] <= b[0] for a, b in pairwise(spans)), "device buffers overlap"
 
-    def _apply_requested_plan(self) -> None:
-        with self._lock:
-            plan, self._requested = self._requested, None
-        if plan is None:
-            return
+    def _bytes_of(self, plan: OffloadPlan) -> int:
+        return plan_bytes(self.units, plan, self.memory.round_up)
+
+    def _nearest_possible(self, wanted: OffloadPlan) -> OffloadPlan:
+        """`wanted`, with more units offloaded until it fits: first those that would have to come back, last first."""
+        budget = self.memory.available_bytes(self.held_bytes)
+        returning = [i for i in range(len(self.units)) if i not in self._homes and i not in wanted.offloaded]
+        staying = [i for i in self._homes if i not in wanted.offloaded]
+        plan, more = wanted, [*staying, *returning]
+        while self._bytes_of(plan) > budget:
+            if not more:
+                return self.plan  # which fits: it holds
+            offloaded = tuple(sorted([*plan.offloaded, more.pop()]))
+            plan = OffloadPlan(offloaded=offloaded, num_slots=wanted.num_slots, num_units=wanted.num_units)
+        return plan
+
+    def _change_to(self, plan: OffloadPlan) -> None:
         try:
             promoted = self._place(plan)
         except DeviceMemoryExceeded as error:
@@ -192,7 +235,7 @@ class Executor(ABC):
         promoted = sorted(resident - self._homes.keys())
         for index in promoted:
             unit = self.units[index]
-            self._homes[index] = self.device.allocate(unit.num_bytes, f"the weights of {unit.name}")
+            self._homes[index] = self.memory.allocate(unit.num_bytes, f"the weights of {unit.name}")
         return promoted
 
     @abstractmethod
@@ -206,10 +249,11 @@ class Executor(ABC):
                 with contextlib.suppress(LinkError):  # the bytes do not matter any more, only that none will follow
                     event.synchronize()
             self.store.bind(self.units[index])
-            self.device.free(self._homes.pop(index))
+            self.memory.free(self._homes.pop(index))
 
     def _copy_home(self, unit: Unit) -> None:
-        self._home_copied[unit.index] = self._copy(unit, self._homes[unit.index])
+        # Not before what has computed in this memory until now is done with it.
+        self._home_copied[unit.index] = self._copy(unit, self._homes[unit.index], after=self.device.record())
         unit.bind(unit.views(self._homes[unit.index]))
 
     def _await_home(self, unit: Unit) -> None:
@@ -225,9 +269,9 @@ class Executor(ABC):
         self.device.synchronize()  # a copy may be on its way into a slot that goes
         self._forget_slots()
         while len(self._slots) > num_slots:
-            self.device.free(self._slots.pop())
+            self.memory.free(self._slots.pop())
         while len(self._slots) < num_slots:
-            self._slots.append(self.device.allocate(slot_bytes(self.units), f"slot {len(self._slots)}"))
+            self._slots.append(self.memory.allocate(slot_bytes(self.units), f"slot {len(self._slots)}"))
 
     def _forget_slots(self) -> None:
         """Drops every view of the slots, so that their memory can go."""
@@ -296,8 +340,8 @@ class SynchronousExecutor(Executor):
 class OverlappedExecutor(Executor):
     """Keeps the next S offloaded units of the endless sequence of steps in the slots, or on their way there."""
 
-    def __init__(self, model: nn.Module, store: HostStore, device: Device, plan: OffloadPlan) -> None:
-        super().__init__(model, store, device, plan)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._slot_of: dict[int, int] = {}
         self._copied: dict[int, Event] = {}
         self._position: dict[int, int] = {}
@@ -325,7 +369,7 @@ class OverlappedExecutor(Executor):
             if index in self._homes:
                 self._copy_home(self.units[index])
             else:
-                self._fetch(index, vacant.pop(0), after=None)
+                self._fetch(index, vacant.pop(0), after=self.device.record())
 
     def _forget_slots(self) -> None:
         super()._forget_slots()

@@ -41,6 +41,7 @@ class RequestHandle:
         self.ticket = uuid.uuid4().hex
         self.num_prompt_tokens = num_prompt_tokens
         self.num_tokens = 0
+        self.max_total_tokens = num_prompt_tokens  # prompt and the most output it may have
         self.eos_ids: frozenset[int] = frozenset()
         self._cancel = cancel
         self._events: deque[TokenEvent] = deque()

@@ -5,6 +5,11 @@ from __future__ import annotations
 import gc
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes on a shared machine says nothing about the code.
+settings.register_profile("selectn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("selectn")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from selectn_core.config import DeviceConfig
-from selectn_core.device.base import Device, Event, LinkUsage, align_up
+from selectn_core.device.base import ALIGNMENT_BYTES, Device, Event, LinkUsage, align_up
 from selectn_core.errors import ConfigError
 
-__all__ = ["Device", "Event", "LinkUsage", "align_up", "open_device", "resolve_kind"]
+__all__ = ["ALIGNMENT_BYTES", "Device", "Event", "LinkUsage", "align_up", "open_device", "resolve_kind"]
 
 
 def resolve_kind(config: DeviceConfig) -> str:

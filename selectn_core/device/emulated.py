@@ -19,6 +19,7 @@ import torch
 from selectn_core.device.base import ALIGNMENT_BYTES, Device, Event, LinkUsage, align_up
 from selectn_core.device.bus import Bus
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
+from selectn_core.first_fit import FirstFit
 
 CHUNK_BYTES = 2 << 20
 
@@ -57,16 +58,16 @@ class EmulatedDevice(Device):
         self.capacity_bytes = align_up(capacity_bytes)
         self.bus = Bus(bus_name, bytes_per_s)
         self._memory = _aligned_zeros(self.capacity_bytes)
-        self._arena = _FirstFit(self.capacity_bytes)
+        self._ranges = FirstFit(self.capacity_bytes)
         self._link = _PacedLink(self.bus)
         self._closed = False
 
     @property
     def allocated_bytes(self) -> int:
-        return self._arena.used_bytes
+        return self._ranges.num_taken
 
     def allocate(self, num_bytes: int, purpose: str) -> torch.Tensor:
-        offset = self._arena.take(align_up(num_bytes))
+        offset = self._ranges.take(align_up(num_bytes))
         if offset is None:
             raise DeviceMemoryExceeded(
                 f"{purpose} wants {num_bytes:,} bytes of device memory; {self.free_bytes:,} of "
@@ -75,7 +76,10 @@ class EmulatedDevice(Device):
         return self._memory[offset : offset + num_bytes]
 
     def free(self, tensor: torch.Tensor) -> None:
-        self._arena.give_back(tensor.data_ptr() - self._memory.data_ptr())
+        try:
+            self._ranges.give_back(tensor.data_ptr() - self._memory.data_ptr())
+        except ValueError:
+            raise ValueError("not a tensor that this device has allocated") from None
 
     def allocate_host(self, num_bytes: int) -> torch.Tensor:
         return _aligned_zeros(num_bytes)
@@ -110,37 +114,6 @@ class EmulatedDevice(Device):
             self._closed = True
             self._link.close()
             self.bus.close()
-
-
-class _FirstFit:
-    """Offsets in a range of bytes, handed out lowest first and merged when they come back."""
-
-    def __init__(self, capacity_bytes: int) -> None:
-        self._free: list[tuple[int, int]] = [(0, capacity_bytes)]  # (offset, size), ascending, never adjacent
-        self._taken: dict[int, int] = {}
-        self.used_bytes = 0
-
-    def take(self, size: int) -> int | None:
-        for i, (offset, available) in enumerate(self._free):
-            if available >= size:
-                self._free[i : i + 1] = [(offset + size, available - size)] if available > size else []
-                self._taken[offset] = size
-                self.used_bytes += size
-                return offset
-        return None
-
-    def give_back(self, offset: int) -> None:
-        size = self._taken.pop(offset, None)
-        if size is None:
-            raise ValueError("not a tensor that this device has allocated")
-        self.used_bytes -= size
-        merged: list[tuple[int, int]] = []
-        for start, length in sorted([*self._free, (offset, size)]):
-            if merged and sum(merged[-1]) == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((start, length))
-        self._free = merged
 
 
 class _PacedLink:

@@ -22,9 +22,17 @@ BeforeStep = Callable[[Engine], None]
 
 
 class CheckedEngine(Engine):
-    """Calls `before_step` where the controller will decide, and checks integrity after every step."""
+    """Calls `before_schedule` and `before_step` where a plan may change, and checks integrity around every step."""
 
     before_step: BeforeStep | None = None
+    before_schedule: BeforeStep | None = None
+
+    def _before_schedule(self) -> bool:
+        if self.before_schedule is not None:
+            self.before_schedule(self)
+        may_begin = super()._before_schedule()
+        self.check_integrity()
+        return may_begin
 
     def _on_step_planned(self, shape: StepShape) -> None:
         super()._on_step_planned(shape)

@@ -22,7 +22,6 @@ from selectn_core.errors import (
     EngineUnavailable,
     RequestError,
 )
-from selectn_core.planner import plan_bytes
 from selectn_core.requests import RequestHandle
 from selectn_core.sampling import SamplingParams
 from tests.tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_model
@@ -374,17 +373,15 @@ def test_the_interval_changes_with_the_next_step() -> None:
 
 
 def bytes_beside_layers(**settings: Any) -> int:
-    """Device bytes of everything but layers and slots."""
+    """Device bytes of everything but layers and slots: what stays, and the least KV cache."""
     engine = tiny_engine(0, **settings)
-    used = engine.device.allocated_bytes - plan_bytes(engine.units, engine.executor.plan)
     engine.close()
-    return used
+    return engine.device.allocated_bytes - engine.arena.reachable_bytes(0)
 
 
 @pytest.mark.parametrize("num_homes", [2, 3, 4, 5])
 def test_auto_offloads_the_fewest_layers_that_fit(num_homes: int) -> None:
-    with pytest.MonkeyPatch.context():
-        layer = tiny_engine_layer_bytes()
+    layer = tiny_engine_layer_bytes()
     memory_gib = (bytes_beside_layers() + num_homes * layer + layer // 2) / GIB
     engine = tiny_engine("auto", 1, memory_gib=memory_gib)
     plan = engine.executor.plan
@@ -398,9 +395,10 @@ def test_auto_offloads_the_fewest_layers_that_fit(num_homes: int) -> None:
 
 
 def tiny_engine_layer_bytes() -> int:
+    """Bytes of one layer in the arena."""
     engine = tiny_engine()
     engine.close()
-    return engine.units[0].num_bytes
+    return engine.arena.round_up(engine.units[0].num_bytes)
 
 
 def test_a_device_on_which_nothing_fits_names_what_to_change() -> None:
@@ -417,26 +415,27 @@ def test_a_number_of_layers_that_does_not_fit_is_not_made_to_fit() -> None:
 
 def test_a_kv_cache_that_does_not_fit_says_so() -> None:
     with pytest.raises(DeviceMemoryExceeded, match="KV cache"):
-        tiny_engine("auto", 1, memory_gib=1e-4)
+        tiny_engine("auto", 1, memory_gib=3e-4)
 
 
-def test_layers_on_the_host_take_no_device_memory() -> None:
-    sizes = {}
+def test_layers_on_the_host_leave_their_memory_to_the_kv_cache() -> None:
+    sizes, allocated = {}, set()
     for num_offloaded in (0, 3, 5):
         engine = tiny_engine(num_offloaded, 1)
-        sizes[num_offloaded] = engine.device.allocated_bytes
+        sizes[num_offloaded] = engine.snapshot()["kv_bytes"]
+        allocated.add(engine.device.allocated_bytes)
         engine.close()
     layer = tiny_engine_layer_bytes()
-    assert sizes[0] - sizes[3] == 2 * layer, "three away, one slot"
-    assert sizes[0] - sizes[5] == 4 * layer
+    assert sizes[3] - sizes[0] == 2 * layer, "three away, one slot"
+    assert sizes[5] - sizes[0] == 4 * layer
+    assert len(allocated) == 1, "one allocation, whatever the interval"
 
 
 def test_closing_gives_the_layers_memory_back_and_leaves_the_model_usable() -> None:
     engine = tiny_engine(2)
     with engine:
         engine.submit(PROMPT, greedy()).result()
-    beside = engine.device.allocated_bytes
-    assert beside == bytes_beside_layers()
+    assert engine.arena.weight_bytes == 0
     expected = tiny_model().model(torch.tensor([PROMPT])).logits
     assert torch.equal(engine.model(torch.tensor([PROMPT])).logits, expected)
 

@@ -24,7 +24,7 @@ SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=10)
 
 def test_bytes_are_homes_and_slots() -> None:
     units = units_of([1000, 300, 2000])
-    assert slot_bytes(units) == align_up(2000)
+    assert slot_bytes(units) == 2000
     plan = OffloadPlan(offloaded=(0, 2), num_slots=1, num_units=3)
     assert plan_bytes(units, plan) == align_up(300) + align_up(2000)
     nothing = OffloadPlan(offloaded=(), num_slots=4, num_units=3)
