@@ -127,6 +127,20 @@ class SloConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostConfig:
+    """Host memory.
+
+    `kv_gib` is the most that KV of preempted requests may take; a request whose KV finds no room there, or is computed
+    again sooner than copied out and back, is computed again.
+    """
+
+    kv_gib: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.kv_gib >= 0, "host.kv_gib", self.kv_gib, "0 (nothing is kept) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything one engine needs."""
 
@@ -134,4 +148,5 @@ class EngineConfig:
     device: DeviceConfig = field(default_factory=DeviceConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
+    host: HostConfig = field(default_factory=HostConfig)
     slo: SloConfig = field(default_factory=SloConfig)

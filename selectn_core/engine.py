@@ -27,6 +27,7 @@ from selectn_core.errors import (
 from selectn_core.executor import Executor, OverlappedExecutor
 from selectn_core.host_store import HostStore
 from selectn_core.kv_geometry import KvGeometry
+from selectn_core.latency import Link, recompute_s, swap_s
 from selectn_core.loading import LoadedModel, load_model
 from selectn_core.placement import OffloadPlan
 from selectn_core.planner import fewest_offloaded, most_bytes, plan_bytes, unmeasured_plan
@@ -87,8 +88,10 @@ class Engine:
                     on_step_planned=self._on_step_planned,
                     on_step_done=self._on_step_done,
                     on_output=self._on_output,
+                    swap_is_cheaper=self._swap_is_cheaper,
                 ),
                 num_sectors=self._num_sectors(geometry),
+                num_host_sectors=self._num_host_sectors(geometry),
             )
             self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
             self._target = self._first_plan()
@@ -174,10 +177,13 @@ class Engine:
 
         That is what it holds with every layer offloaded: they are, while a request needs it.
         """
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         everything_away = unmeasured_plan(self.units, len(self.units), self._target.num_slots)
         capacity = self.batching.geometry.longest_request_in(self._kv_sectors(everything_away))
-        return min(limit, capacity) if limit else capacity
+        return min(self._model_limit or capacity, capacity)
+
+    @property
+    def _model_limit(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -370,6 +376,14 @@ class Engine:
     def _offloaded_bytes(self, plan: OffloadPlan) -> int:
         return sum(self.units[index].num_bytes for index in plan.offloaded)
 
+    def _swap_is_cheaper(self, num_tokens: int, num_bytes: int) -> bool:
+        """Whether a preempted request's KV should wait in host memory rather than be computed again."""
+        seconds_per_token = self.steps.prefill_s_per_token()
+        if seconds_per_token is None:
+            return True
+        link = Link(bytes_per_s=self.device.link_usage().bytes_per_s)
+        return swap_s(num_bytes, link) < recompute_s(num_tokens, seconds_per_token)
+
     # -- sizes and state ----------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
@@ -385,6 +399,7 @@ class Engine:
             "provenance": self.device.provenance,
             "num_layers": len(self.units),
             "num_offloaded": plan.num_offloaded,
+            "num_offloaded_wanted": self.executor.wanted.num_offloaded,
             "num_slots": plan.num_slots,
             "host_bytes": self.store.num_bytes,
             "offloaded_bytes": self._offloaded_bytes(plan),
@@ -400,6 +415,8 @@ class Engine:
             "link_bytes": usage.copied_bytes,
             "link_busy_s": usage.busy_s,
             "stall_s": self.executor.stats.stall_s,
+            "preemptions": self.batching.swap.num_preemptions,
+            "preemptions_swapped": self.batching.swap.num_swapped,
         }
 
     def check_integrity(self) -> None:
@@ -407,6 +424,7 @@ class Engine:
         self.store.check_integrity()
         self.executor.check_integrity()
         self.arena.check_integrity()
+        self.batching.swap.check_integrity()
         assert self.arena.weight_bytes == self.executor.held_bytes, "weights hold other sectors than their own"
 
     def _limit_compute_threads(self) -> None:
@@ -423,6 +441,12 @@ class Engine:
             self.units, lambda size: weight_sectors(size, geometry.sector_bytes) * geometry.sector_bytes
         )
         return resident + align_up(kv_bytes + weights)
+
+    def _num_host_sectors(self, geometry: KvGeometry) -> int:
+        """Sectors of host memory for KV: what is allowed, and no more than every running request could fill."""
+        allowed = int(self.config.host.kv_gib * (1 << 30)) // geometry.sector_bytes
+        longest = geometry.sectors_for_request(self._model_limit or geometry.tokens_in(self._num_sectors(geometry)))
+        return min(allowed, self.config.batch.max_requests * longest)
 
     def _num_sectors(self, geometry: KvGeometry) -> int:
         """Sectors of the arena: all that is left of the device."""

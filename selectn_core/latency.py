@@ -168,3 +168,13 @@ class _Walk:
     def _copy(self, unit: int, *, after_s: float) -> float:
         self.link_free_s = max(self.link_free_s, after_s) + self.link.seconds(self.costs.unit_bytes[unit])
         return self.link_free_s
+
+
+def swap_s(num_bytes: int, link: Link) -> float:
+    """Seconds on the link to move a preempted request's KV out and back."""
+    return 2 * num_bytes / link.bytes_per_s
+
+
+def recompute_s(num_tokens: int, seconds_per_token: float) -> float:
+    """Seconds to compute it again, at what a token of prefill costs in a full step."""
+    return num_tokens * seconds_per_token

@@ -8,6 +8,8 @@ from statistics import median
 
 from selectn_core.placement import OffloadPlan
 
+_RECENT = 512
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
@@ -79,3 +81,8 @@ class StepLog:
         """Median of measured step over T_bound; None before the first step."""
         records = list(self.records)
         return median(record.over_bound(link_bytes_per_s) for record in records) if records else None
+
+    def prefill_s_per_token(self) -> float | None:
+        """Seconds that a token of prefill costs at best, in the recent steps that had some; None before the first."""
+        recent = [r for r in list(self.records)[-_RECENT:] if not r.shape.is_decode_only]
+        return min((r.duration_s / r.shape.num_tokens for r in recent), default=None)

@@ -82,7 +82,7 @@ class Device(ABC):
 
     @abstractmethod
     def copy_async(self, source: torch.Tensor, target: torch.Tensor, *, after: Event | None = None) -> Event:
-        """Copies host `source` to device `target` (uint8, same size), once `after` has happened.
+        """Copies `source` to `target` (uint8, same size), one in host and one in device memory, once `after` happened.
 
         Returns at once; the event is done when the bytes are there.
         """

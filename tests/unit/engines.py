@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, OffloadConfig
+from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, HostConfig, OffloadConfig
 from selectn_core.engine import Engine
 from selectn_core.sampling import SamplingParams
 from selectn_core.steps import StepShape
@@ -50,12 +50,14 @@ def engine_config(
     *,
     memory_gib: float | None = None,
     kind: str = "emulated",
+    kv_gib: float = 1.0,
     **batch: Any,
 ) -> EngineConfig:
     return EngineConfig(
         device=DeviceConfig(kind=kind, link_gb_per_s=50, memory_gib=memory_gib),
         batch=BatchConfig(**{"max_batch_tokens": 16, "max_requests": 8, "kv_tokens": 512, **batch}),
         offload=OffloadConfig(num_offloaded=num_offloaded, num_slots=num_slots),
+        host=HostConfig(kv_gib=kv_gib),
     )
 
 

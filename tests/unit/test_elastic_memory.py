@@ -72,12 +72,17 @@ KINDS = ("submit", "submit", "submit", "plan", "plan", "cancel", "wait")
 ACTIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 99), st.integers(0, 99)), min_size=5, max_size=40)
 
 
-@pytest.mark.parametrize("prefix_sharing", [True, False])
+# Nothing, six sectors of llama, and enough for every request that is preempted.
+HOST_KV_GIB = (0.0, 12288 / GIB, 1.0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=12)
-@given(actions=ACTIONS)
-def test_any_sequence_of_plans_requests_and_cancellations(family: str, prefix_sharing: bool, actions: Any) -> None:
-    engine = build(family, prefix_sharing=prefix_sharing)
+@settings(max_examples=20)
+@given(actions=ACTIONS, prefix_sharing=st.booleans(), kv_gib=st.sampled_from(HOST_KV_GIB))
+def test_any_sequence_of_plans_requests_and_cancellations(
+    family: str, actions: Any, prefix_sharing: bool, kv_gib: float
+) -> None:
+    engine = build(family, prefix_sharing=prefix_sharing, kv_gib=kv_gib)
     script = Script(engine, [("submit", 5, MOST_TOKENS - 1), *actions])
     script.act()
     with engine:
@@ -85,3 +90,4 @@ def test_any_sequence_of_plans_requests_and_cancellations(family: str, prefix_sh
             assert tokens == reference(family, prompt)[: len(tokens)]
             assert reason == "cancelled" or (reason, len(tokens)) == ("length", num_tokens)
     engine.batching.check_integrity()
+    assert engine.arena.weight_bytes == 0

@@ -1,19 +1,16 @@
-"""The one place that touches private names of transformers' continuous batching.
+"""Transformers' continuous batching, driven step by step.
 
-tests/unit/test_private_names.py fails, naming the culprit, when an upgrade moves one of them. What this module adds
-to a `ContinuousBatchingManager`: callbacks before a step is scheduled, when it is planned and when it is over,
-per-request sampling, the per-request attention, outputs handed to a callback, a KV cache that lives in the device's
-memory and grows and shrinks there, and preempted requests' KV in host memory.
+What is added to a `ContinuousBatchingManager`: callbacks before a step is scheduled, when it is planned and when it is
+over, per-request sampling, the per-request attention, outputs handed to a callback, a KV cache that lives in the
+device's memory and grows and shrinks there (`pages`), and preempted requests' keys in host memory (`swap`).
 """
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,29 +19,22 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.cache import (
-    ATTN_TYPE_TO_ALLOCATOR,
-    PagedAttentionCache,
-    group_layers_by_attn_type,
-)
-from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
-from transformers.generation.continuous_batching.cache_allocators.cache_pool import RegularTrees
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
-from transformers.generation.continuous_batching.utils import find_num_key_value_heads
 
 from selectn_core.attention import ATTENTION_NAME, make_segments
 from selectn_core.config import BatchConfig
 from selectn_core.device import Device
-from selectn_core.kv_geometry import BlockGeometry, KvGeometry
+from selectn_core.kv_geometry import KvGeometry
 from selectn_core.sampling import SamplingParams, perturb_for_argmax
 from selectn_core.steps import StepShape
-
-__all__ = ["Callbacks", "ContinuousBatching", "GenerationOutput", "KvPages", "kv_geometry"]
+from selectn_core.transformers_cb.pages import KvPages, bytes_of_a_page_in_every_layer, kv_geometry
+from selectn_core.transformers_cb.swap import KvSwap, SwapIsCheaper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +43,30 @@ class Callbacks:
 
     `before_schedule` comes when no step is under way, so that KV pages may move; it returns whether new requests may
     begin. `on_step_planned` comes when the next step is known and its inputs are not yet laid out: pages may still
-    move.
+    move. `swap_is_cheaper` decides, for a preempted request's tokens and bytes of KV, whether they go to host memory.
     """
 
     before_schedule: Callable[[], bool]
     on_step_planned: Callable[[StepShape], None]
     on_step_done: Callable[[StepShape, float], None]
     on_output: Callable[[GenerationOutput], None]
+    swap_is_cheaper: SwapIsCheaper
 
 
 class ContinuousBatching:
     """Transformers' continuous batching over one model and one device's memory."""
 
     def __init__(
-        self, model: PreTrainedModel, config: BatchConfig, device: Device, callbacks: Callbacks, *, num_sectors: int
+        self,
+        model: PreTrainedModel,
+        config: BatchConfig,
+        device: Device,
+        callbacks: Callbacks,
+        *,
+        num_sectors: int,
+        num_host_sectors: int = 0,
     ) -> None:
-        """Builds a KV cache of at most `num_sectors` sectors in `device`'s memory.
+        """Builds a KV cache of `num_sectors` sectors in `device`'s memory, and `num_host_sectors` for swapping.
 
         Raises DeviceMemoryExceeded if it does not fit.
         """
@@ -83,6 +81,15 @@ class ContinuousBatching:
         self._segments_hook = model.register_forward_pre_hook(_add_segments, with_kwargs=True)
         self._build_processor()
         self.pages = KvPages(self._processor.cache, device, num_sectors)
+        self.swap = KvSwap(
+            self._processor.cache,
+            self._processor.scheduler,
+            self._manager.distributed_helper,
+            device,
+            num_host_sectors,
+            callbacks.swap_is_cheaper,
+        )
+        self._processor.offloading_manager = self.swap
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -142,6 +149,8 @@ class ContinuousBatching:
         scheduler = self._processor.scheduler
         assert not scheduler.active_requests, "requests are still active"
         assert not scheduler.waiting_requests, "requests are still waiting"
+        self.swap.check_integrity()
+        assert self.swap.used_bytes == 0, "swapped KV has leaked"
         self.pages.evict_cached()
         assert self.pages.num_free == self.pages.num_sectors, "KV blocks have leaked"
 
@@ -266,6 +275,7 @@ class _SamplingProcessors(ContinuousBatchingLogitsProcessorList):
 def _new_manager(
     model: PreTrainedModel, config: BatchConfig, geometry: KvGeometry, num_sectors: int
 ) -> ContinuousBatchingManager:
+    block_bytes = bytes_of_a_page_in_every_layer(model, config.page_size)
     # The manager accepts sdpa, eager and flash only; the attention is switched after it has looked.
     model.set_attn_implementation("sdpa")
     return model.init_continuous_batching(
@@ -273,7 +283,9 @@ def _new_manager(
         continuous_batching_config=ContinuousBatchingConfig(
             page_size=config.page_size,
             # In blocks of every layer's tokens, which is not what a block is where attention types differ.
-            num_blocks=max(1, num_sectors * geometry.sector_bytes // _bytes_of_a_page_in_every_layer(model, config)),
+            num_blocks=max(
+                1, num_sectors * geometry.sector_bytes // bytes_of_a_page_in_every_layer(model, config.page_size)
+            ),
             max_batch_tokens=config.max_batch_tokens,
             max_requests_per_batch=config.max_requests,
             max_blocks_per_request=0,
@@ -304,214 +316,3 @@ def _add_segments(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     num_layers = len(cache.layer_to_allocator)
     kwargs["segments"] = [by_type[cache.layer_to_allocator[i].layer_type] for i in range(num_layers)]
     return args, kwargs
-
-
-# -- the KV cache in an arena ---------------------------------------------------------------------------------------
-
-
-def kv_geometry(model: PreTrainedModel, page_size: int) -> KvGeometry:
-    """The sectors and blocks that a `PagedAttentionCache` of this model will have."""
-    allocators = _allocators(model, page_size)
-    sector_bytes = math.lcm(*(allocator.bytes_per_block for allocator in allocators), 128)
-    return KvGeometry(
-        sector_bytes=sector_bytes,
-        types=tuple(
-            BlockGeometry(
-                page_size=allocator.tokens_per_page,
-                blocks_per_sector=sector_bytes // allocator.bytes_per_block,
-                sliding_window=getattr(allocator, "sliding_window", None),
-            )
-            for allocator in allocators
-        ),
-    )
-
-
-def _allocators(model: PreTrainedModel, page_size: int) -> list[CacheAllocator]:
-    config = model.config.get_text_config()
-    return [
-        ATTN_TYPE_TO_ALLOCATOR[attention_type](
-            index=index,
-            config=config,
-            num_key_value_heads=find_num_key_value_heads(config),
-            cache_dtype=model.dtype,
-            page_size=page_size,
-            layer_indices=layers,
-            allow_block_sharing=False,
-        )
-        for index, (attention_type, layers) in enumerate(group_layers_by_attn_type(config).items())
-    ]
-
-
-def _bytes_of_a_page_in_every_layer(model: PreTrainedModel, config: BatchConfig) -> int:
-    return sum(allocator.bytes_per_block for allocator in _allocators(model, config.page_size))
-
-
-class KvPages:
-    """The cache's sectors in a device's memory, of which any range can be taken away and given back.
-
-    `memory` is uint8 [(num_reserved + capacity) * sector_bytes]. Sectors are numbered from 0 here; transformers
-    counts the reserved ones too, which padding reads from and writes to.
-    """
-
-    num_reserved = 2
-
-    def __init__(self, cache: PagedAttentionCache, device: Device, num_sectors: int) -> None:
-        """Puts the cache, of `num_sectors`, into memory of `device`; what transformers allocated is given back first.
-
-        Raises DeviceMemoryExceeded.
-        """
-        self._cache, self._pool = cache, cache.pool
-        self._allocators: list[CacheAllocator] = list(cache.cache_allocators.values())
-        self.sector_bytes = cache.bytes_per_sector
-        self._all = range(self.num_reserved, self.num_reserved + num_sectors)
-        self._mine = set(self._all)
-        cache.num_sectors = num_sectors
-        self.memory = self._move(device)
-        # Transformers' own would hand out every sector again, those that hold weights too.
-        self._pool.reset = self._reset_pool
-        self._pool.reset()
-
-    @property
-    def num_sectors(self) -> int:
-        """Sectors that the cache has now."""
-        return len(self._mine)
-
-    @property
-    def num_free(self) -> int:
-        """Sectors of which no block is in use or kept for its prefix."""
-        self._pool.try_to_free_sectors()
-        return self._pool.num_free_sectors
-
-    @property
-    def num_in_use(self) -> int:
-        """Sectors with blocks of running requests."""
-        return sum(len(self._sectors_of(a, self._live_blocks(a))) for a in self._allocators)
-
-    @property
-    def num_cached(self) -> int:
-        """Sectors with blocks that are kept for their prefix alone."""
-        return sum(
-            len(self._sectors_of(a, a.ledger.cached_blocks) - self._sectors_of(a, self._live_blocks(a)))
-            for a in self._allocators
-        )
-
-    def evict_cached(self) -> None:
-        """Forgets the keys of finished requests, kept for their prefix."""
-        self._cache.evict_cached_blocks()
-
-    def take(self, sectors: range) -> bool:
-        """Gives up `sectors`, copying the blocks that live there elsewhere; cached prefixes go first if need be.
-
-        Returns False, with every request as it was, where the rest of the cache cannot hold them.
-        """
-        wanted = {sector + self.num_reserved for sector in sectors}
-        assert wanted <= self._mine, "sectors that the cache does not have"
-        if not self._move_out_of(wanted):
-            self.evict_cached()
-            if not self._move_out_of(wanted):
-                return False
-        self._mine -= wanted
-        self._cache.num_sectors = len(self._mine)
-        return True
-
-    def give(self, sectors: range) -> None:
-        """Adds `sectors` to the cache."""
-        new = {sector + self.num_reserved for sector in sectors}
-        assert not new & self._mine, "sectors that the cache has already"
-        self._mine |= new
-        self._cache.num_sectors = len(self._mine)
-        # Ascending, and taken from the end: pages fill the arena from the top, away from the weights.
-        self._pool.free_sectors = sorted([*self._pool.free_sectors, *new])
-
-    def check_integrity(self, others: set[int]) -> None:
-        """Raises AssertionError unless every sector is one of `others`, free, or some attention type's.
-
-        A block of the latter is exactly one of free, cached, or in the tables of as many requests as its count says.
-        """
-        free, others = set(self._pool.free_sectors), {sector + self.num_reserved for sector in others}
-        assert len(free) == len(self._pool.free_sectors), "a sector is free twice"
-        states = [free, others]
-        for allocator in self._allocators:
-            owners = Counter(block for table in allocator.block_table.values() for block in table)
-            cached, ledger = set(allocator.ledger.cached_blocks), allocator.ledger
-            unused = [leaf for leaves in self._free_blocks(allocator).trees.values() for leaf in leaves]
-            assert len(unused) == len(set(unused)) == len(self._free_blocks(allocator)), "a block is free twice"
-            assert not owners.keys() & cached, "a block in use is kept as if it were not"
-            assert not (owners.keys() | cached) & set(unused), "a block in use is free"
-            shared = {block: count for block, count in owners.items() if count > 1}
-            assert shared == ledger.shared_ref_counts, "shared blocks are miscounted"
-            assert ledger.block_to_hash == {block: key for key, block in ledger.hash_to_block.items()}
-            assert cached <= ledger.block_to_hash.keys() <= owners.keys() | cached, "a hash of a block that is gone"
-            blocks = owners.keys() | cached | set(unused)
-            sectors = self._sectors_of(allocator, blocks)
-            assert len(blocks) == len(sectors) * allocator.blocks_per_sector, "blocks have been lost"
-            states.append(sectors)
-        assert sum(map(len, states)) == len(set().union(*states)), "a sector in two states"
-        assert set().union(*states) == set(self._all), "sectors without a state"
-        assert set().union(*states) - others == self._mine, "the cache uses sectors that are not its own"
-
-    def _move_out_of(self, wanted: set[int]) -> bool:
-        self._pool.try_to_free_sectors()
-        outside = sorted(set(self._pool.free_sectors) - wanted)
-        moves, num_missing = [], []
-        for allocator in self._allocators:
-            held = self._live_blocks(allocator) | allocator.ledger.cached_blocks.keys()
-            blocks = sorted(block for block in held if block // allocator.blocks_per_sector in wanted)
-            trees = self._free_blocks(allocator).trees
-            spare = sum(len(leaves) for sector, leaves in trees.items() if sector not in wanted)
-            moves.append((allocator, blocks))
-            num_missing.append(max(0, -(-(len(blocks) - spare) // allocator.blocks_per_sector)))
-        if sum(num_missing) > len(outside):
-            return False
-        self._pool.free_sectors = outside
-        for (allocator, blocks), missing in zip(moves, num_missing, strict=True):
-            self._move_blocks(allocator, blocks, missing, wanted)
-        return True
-
-    def _move_blocks(self, allocator: CacheAllocator, blocks: list[int], num_new: int, wanted: set[int]) -> None:
-        """Copies `blocks` out of the `wanted` sectors, and to there `num_new` more sectors for them."""
-        free = self._free_blocks(allocator)
-        for sector in wanted & free.trees.keys():
-            free._length -= len(free.trees.pop(sector))
-        for _ in range(num_new):
-            self._pool.allocate_sector(allocator.index)
-        if not blocks:
-            return
-        targets = self._pool.get_free_blocks(allocator.index, len(blocks))
-        allocator.copy_blocks(blocks, targets)
-        moved, ledger = dict(zip(blocks, targets, strict=True)), allocator.ledger
-        for table in allocator.block_table.values():
-            table[:] = [moved.get(block, block) for block in table]
-        for counts in (ledger.shared_ref_counts, ledger.block_to_hash, ledger.cached_blocks):
-            renamed = {moved.get(block, block): value for block, value in counts.items()}
-            counts.clear()
-            counts.update(renamed)
-        for key, block in ledger.hash_to_block.items():
-            ledger.hash_to_block[key] = moved.get(block, block)
-
-    def _live_blocks(self, allocator: CacheAllocator) -> set[int]:
-        return {block for table in allocator.block_table.values() for block in table}
-
-    def _sectors_of(self, allocator: CacheAllocator, blocks: Iterable[int]) -> set[int]:
-        return {block // allocator.blocks_per_sector for block in blocks}
-
-    def _free_blocks(self, allocator: CacheAllocator) -> RegularTrees:
-        return self._pool._free_blocks[allocator.index]
-
-    def _reset_pool(self) -> None:
-        type(self._pool).reset(self._pool)
-        self._pool.free_sectors = sorted(self._mine)
-
-    def _move(self, device: Device) -> torch.Tensor:
-        cache = self._cache
-        num_bytes = (self.num_reserved + cache.num_sectors) * cache.bytes_per_sector
-        cache.cache_tensor = None
-        for allocator in self._allocators:
-            allocator.cache_tensor = allocator._copy_view = None
-            allocator._kv_token_views, allocator._kv_page_views = {}, {}
-        cache.cache_tensor = device.allocate(num_bytes, "the KV cache").zero_()
-        for allocator in self._allocators:
-            allocator.register_cache_tensor(
-                cache.bytes_per_sector, cache.num_sectors * cache.bytes_per_sector, cache.cache_tensor, cache.pool
-            )
-        return cache.cache_tensor

@@ -1,0 +1,11 @@
+"""The one place that touches private names of transformers' continuous batching.
+
+tests/unit/test_private_names.py fails, naming the culprit, when an upgrade moves one of them.
+"""
+
+from __future__ import annotations
+
+from selectn_core.transformers_cb.batching import Callbacks, ContinuousBatching, GenerationOutput
+from selectn_core.transformers_cb.pages import KvPages, kv_geometry
+
+__all__ = ["Callbacks", "ContinuousBatching", "GenerationOutput", "KvPages", "kv_geometry"]
