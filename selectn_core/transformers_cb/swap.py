@@ -106,8 +106,10 @@ class KvSwap(OffloadingManager):
     def _keep(self, state: RequestState, tables: dict[str, list[int]]) -> bool:
         counts = {name: len(blocks) for name, blocks in tables.items() if blocks}
         num_bytes = sum(count * self._allocator(name).bytes_per_block for name, count in counts.items())
-        if not counts or not self._is_cheaper(state.position_offset, num_bytes):
+        if self._cpu_pool is None or not counts or not self._is_cheaper(state.position_offset, num_bytes):
             return False
+        # Transformers does so after it has counted on the blocks that this takes away.
+        self._cpu_pool.try_to_free_sectors()
         host_blocks = self._reserve_cpu_blocks(counts)
         if host_blocks is None:
             return False
