@@ -283,9 +283,7 @@ def _new_manager(
         continuous_batching_config=ContinuousBatchingConfig(
             page_size=config.page_size,
             # In blocks of every layer's tokens, which is not what a block is where attention types differ.
-            num_blocks=max(
-                1, num_sectors * geometry.sector_bytes // bytes_of_a_page_in_every_layer(model, config.page_size)
-            ),
+            num_blocks=max(1, num_sectors * geometry.sector_bytes // block_bytes),
             max_batch_tokens=config.max_batch_tokens,
             max_requests_per_batch=config.max_requests,
             max_blocks_per_request=0,
