@@ -31,6 +31,7 @@ from selectn_core.planner import fewest_offloaded, plan_bytes, slot_bytes, unmea
 from selectn_core.requests import RequestHandle, TokenEvent
 from selectn_core.resident import ResidentWeights, resident_tensors
 from selectn_core.sampling import SamplingParams
+from selectn_core.self_test import check_model
 from selectn_core.steps import StepLog, StepShape
 from selectn_core.transformers_cb import ContinuousBatching, GenerationOutput
 from selectn_core.units import find_units
@@ -86,8 +87,17 @@ class Engine:
             self.executor = executor_class(self.model, self.store, self.device, self._first_plan())
             self.executor.attach()
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
+            self._self_test()
         except BaseException:
             self.device.close()
+            raise
+
+    def _self_test(self) -> None:
+        try:
+            check_model(self)
+        except BaseException:
+            self.batching.close()
+            self.executor.detach()
             raise
 
     @classmethod

@@ -62,7 +62,7 @@ class ContinuousBatching:
         self._step: tuple[StepShape, float] | None = None
         self._manager = _new_manager(model, config)
         self._manager.output_router = _CallbackRouter(on_output)
-        self._manager.logit_processor = _SamplingProcessors()
+        self._processors = self._manager.logit_processor = _SamplingProcessors()
         model.set_attn_implementation(ATTENTION_NAME)
         self._segments_hook = model.register_forward_pre_hook(_add_segments, with_kwargs=True)
         self._build_processor()
@@ -88,6 +88,29 @@ class ContinuousBatching:
             sampling=(params, seed),
         )
         return accepted is not None
+
+    def generate_now(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[torch.Tensor]:
+        """Greedy generation on the calling thread, before `start`, unseen by the callbacks.
+
+        Returns the logits of the tokens, [num_tokens, vocab_size] for each prompt; no KV is kept.
+        """
+        logits: list[list[torch.Tensor]] = [[] for _ in prompts]
+        params, callbacks = SamplingParams(max_tokens=num_tokens), (self._on_step_planned, self._on_step_done)
+        self._on_step_planned, self._on_step_done = (lambda shape: None), (lambda shape, duration_s: None)
+        self._processors.observe = lambda seed, row: logits[seed].append(row)
+        try:
+            for i, prompt in enumerate(prompts):
+                self._manager.add_request(
+                    list(prompt), request_id=f"now-{i}", max_new_tokens=num_tokens, sampling=(params, i)
+                )
+            while self._processor.prepare_next_batch():
+                self._manager._generation_step()
+                self._processor.update_batch()
+        finally:
+            self._processors.observe = None
+            self._on_step_planned, self._on_step_done = callbacks
+        self.check_integrity()  # which forgets cached prefixes
+        return [torch.stack(rows) for rows in logits]
 
     def cancel(self, request_id: str) -> None:
         """Drops a request before the next step; no output follows."""
@@ -224,6 +247,7 @@ class _SamplingProcessors(ContinuousBatchingLogitsProcessorList):
     def __init__(self) -> None:
         super().__init__(LogitsProcessorList())
         self.do_processing = True
+        self.observe: Callable[[int, torch.Tensor], None] | None = None  # seed, logits [vocab_size]
         self._rows: list[tuple[SamplingParams, int, int]] = []
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
@@ -248,6 +272,9 @@ class _SamplingProcessors(ContinuousBatchingLogitsProcessorList):
         if not self._rows:  # a chunk of prefill alone: nobody gets a token in this step
             return scores
         params, seeds, positions = zip(*self._rows, strict=True)
+        if self.observe is not None:
+            for seed, row in zip(seeds, scores, strict=False):  # those that get a token come first
+                self.observe(seed, row)
         return perturb_for_argmax(scores, params, seeds, positions)
 
 

@@ -36,7 +36,9 @@ SIGNATURES = [
         ("self", "requests_in_batch", "arg_storage"),
     ),
     (ContinuousBatchingLogitsProcessorList.__call__, ("self", "input_ids", "scores", "logits_processor_args")),
+    (ContinuousBatchProcessor.prepare_next_batch, ("self",)),
     (ContinuousBatchProcessor.update_batch, ("self",)),
+    (ContinuousBatchingManager._generation_step, ("self",)),
     (ContinuousBatchingManager.cancel_request, ("self", "request_id")),
     (PagedAttentionCache.update, ("self", "key_states", "value_states", "layer_idx", "kwargs")),
     (PagedAttentionCache.evict_cached_blocks, ("self",)),
@@ -70,9 +72,9 @@ def test_objects_have_what_is_used(engine) -> None:
     request = RequestState(request_id="r", initial_tokens=[1])
     used = {
         manager: "output_router logit_processor batch_processor background_thread_status continuous_batching_config "
-        "_generation_thread is_running start stop warmup add_request",
+        "_generation_step _generation_thread is_running start stop warmup add_request",
         manager.background_thread_status: "fatal_error",
-        processor: "cache scheduler update_batch",
+        processor: "cache scheduler prepare_next_batch update_batch",
         processor.scheduler: "active_requests waiting_requests schedule_batch",
         cache: "cache_tensor cache_allocators layer_to_allocator num_sectors bytes_per_sector pool update",
         cache.pool: "num_free_sectors try_to_free_sectors",
