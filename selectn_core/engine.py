@@ -31,7 +31,7 @@ from selectn_core.planner import fewest_offloaded, plan_bytes, slot_bytes, unmea
 from selectn_core.requests import RequestHandle, TokenEvent
 from selectn_core.resident import ResidentWeights, resident_tensors
 from selectn_core.sampling import SamplingParams
-from selectn_core.self_test import check_model
+from selectn_core.self_test import check_model, refusing
 from selectn_core.steps import StepLog, StepShape
 from selectn_core.transformers_cb import ContinuousBatching, GenerationOutput
 from selectn_core.units import find_units
@@ -72,18 +72,21 @@ class Engine:
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
         self._supervisor: threading.Thread | None = None
         self._limit_compute_threads()
-        self.device: Device = open_device(config.device, default_capacity_bytes=self._everything_bytes())
+        with refusing(self.model, "its layers cannot be sized"):
+            everything_bytes = self._everything_bytes()
+        self.device: Device = open_device(config.device, default_capacity_bytes=everything_bytes)
         try:
             self.store = HostStore(self.units, self.device)
             self.resident = ResidentWeights(self.model, self.units, self.device)
-            self.batching = ContinuousBatching(
-                self.model,
-                config.batch,
-                self.device,
-                on_step_planned=self._on_step_planned,
-                on_step_done=self._on_step_done,
-                on_output=self._on_output,
-            )
+            with refusing(self.model, "continuous batching does not take it"):
+                self.batching = ContinuousBatching(
+                    self.model,
+                    config.batch,
+                    self.device,
+                    on_step_planned=self._on_step_planned,
+                    on_step_done=self._on_step_done,
+                    on_output=self._on_output,
+                )
             self.executor = executor_class(self.model, self.store, self.device, self._first_plan())
             self.executor.attach()
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
@@ -181,7 +184,7 @@ class Engine:
         """Tokens that end a generation, from the model's generation configuration."""
         eos = self.model.generation_config.eos_token_id
         if eos is None:
-            eos = self.model.config.get_text_config().eos_token_id
+            eos = getattr(self.model.config.get_text_config(), "eos_token_id", None)
         if eos is None:
             return ()
         return tuple(eos) if isinstance(eos, list | tuple) else (eos,)

@@ -46,7 +46,7 @@ LATENT_ATTENTION = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-WRONG = {"diffllama": TINY}
+WRONG = {"diffllama": TINY, "bert": TINY}
 FAILING = {
     "deepseek_v2": LATENT_ATTENTION,
     "deepseek_v3": LATENT_ATTENTION,
@@ -166,6 +166,12 @@ def test_a_model_that_would_fail_every_request_is_refused(model_type: str) -> No
     with pytest.raises(UnsupportedModel, match=f"^{model_type}: continuous batching cannot run it: ") as refused:
         engine_on(build(model_type, **FAILING[model_type]))
     assert isinstance(refused.value.__cause__, Exception)
+
+
+def test_a_model_without_one_head_size_is_refused() -> None:
+    model = build("gemma4_text", **TINY, head_dim=8, global_head_dim=16, vocab_size_per_layer_input=VOCAB_SIZE)
+    with pytest.raises(UnsupportedModel, match="^gemma4_text: its layers cannot be sized: .*head_dim"):
+        engine_on(model)
 
 
 def test_weights_too_large_for_the_dtype_are_refused_with_a_hint() -> None:
