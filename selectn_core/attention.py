@@ -81,7 +81,7 @@ def varlen_attention(
     Returns [1, num_tokens, num_heads, head_dim]. Raises RuntimeError outside continuous batching.
     """
     if cache is None or segments is None:
-        raise RuntimeError(f"{ATTENTION_NAME} works on the paged cache of continuous batching only")
+        raise RuntimeError(f"{ATTENTION_NAME} needs the paged cache of continuous batching, passed on by every layer")
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     mine = segments[cast(int, module.layer_idx)]
     if len(mine) == 1:

@@ -34,6 +34,7 @@ from selectn_core.planner import fewest_offloaded, most_bytes, plan_bytes, unmea
 from selectn_core.requests import RequestHandle, TokenEvent
 from selectn_core.resident import ResidentWeights, resident_tensors
 from selectn_core.sampling import SamplingParams
+from selectn_core.self_test import check_model, refusing
 from selectn_core.steps import StepLog, StepShape
 from selectn_core.transformers_cb import Callbacks, ContinuousBatching, GenerationOutput, KvPages, kv_geometry
 from selectn_core.units import find_units
@@ -74,38 +75,52 @@ class Engine:
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
         self._supervisor: threading.Thread | None = None
         self._limit_compute_threads()
-        geometry = kv_geometry(self.model, config.batch.page_size)
+        with refusing(self.model, "its keys and values cannot be sized"):
+            geometry = kv_geometry(self.model, config.batch.page_size)
         self.device: Device = open_device(config.device, default_capacity_bytes=self._everything_bytes(geometry))
         try:
             self.store = HostStore(self.units, self.device)
             self.resident = ResidentWeights(self.model, self.units, self.device)
-            self.batching = ContinuousBatching(
-                self.model,
-                config.batch,
-                self.device,
-                Callbacks(
-                    before_schedule=self._before_schedule,
-                    on_step_planned=self._on_step_planned,
-                    on_step_done=self._on_step_done,
-                    on_output=self._on_output,
-                    swap_is_cheaper=self._swap_is_cheaper,
-                ),
-                num_sectors=self._num_sectors(geometry),
-                num_host_sectors=self._num_host_sectors(geometry),
-            )
+            with refusing(self.model, "continuous batching does not take it"):
+                self.batching = self._make_batching(geometry)
             self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
             self._target = self._first_plan()
             self.executor = executor_class(self.model, self.store, self.device, self._target, self.arena)
             self.executor.attach()
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
+            self._self_test()
         except BaseException:
             self.device.close()
+            raise
+
+    def _self_test(self) -> None:
+        try:
+            check_model(self)
+        except BaseException:
+            self.batching.close()
+            self.executor.detach()
             raise
 
     @classmethod
     def load(cls, config: EngineConfig, *, executor_class: type[Executor] = OverlappedExecutor) -> Engine:
         """Loads the configured model and builds an engine on it."""
         return cls(load_model(config.model), config, executor_class=executor_class)
+
+    def _make_batching(self, geometry: KvGeometry) -> ContinuousBatching:
+        return ContinuousBatching(
+            self.model,
+            self.config.batch,
+            self.device,
+            Callbacks(
+                before_schedule=self._before_schedule,
+                on_step_planned=self._on_step_planned,
+                on_step_done=self._on_step_done,
+                on_output=self._on_output,
+                swap_is_cheaper=self._swap_is_cheaper,
+            ),
+            num_sectors=self._num_sectors(geometry),
+            num_host_sectors=self._num_host_sectors(geometry),
+        )
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -195,7 +210,7 @@ class Engine:
         """Tokens that end a generation, from the model's generation configuration."""
         eos = self.model.generation_config.eos_token_id
         if eos is None:
-            eos = self.model.config.get_text_config().eos_token_id
+            eos = getattr(self.model.config.get_text_config(), "eos_token_id", None)
         if eos is None:
             return ()
         return tuple(eos) if isinstance(eos, list | tuple) else (eos,)

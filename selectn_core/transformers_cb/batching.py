@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -76,7 +76,7 @@ class ContinuousBatching:
         self.geometry = kv_geometry(model, config.page_size)
         self._manager = _new_manager(model, config, self.geometry, num_sectors)
         self._manager.output_router = _CallbackRouter(callbacks.on_output)
-        self._manager.logit_processor = _SamplingProcessors()
+        self._processors = self._manager.logit_processor = _SamplingProcessors()
         model.set_attn_implementation(ATTENTION_NAME)
         self._segments_hook = model.register_forward_pre_hook(_add_segments, with_kwargs=True)
         self._build_processor()
@@ -111,6 +111,34 @@ class ContinuousBatching:
             sampling=(params, seed),
         )
         return accepted is not None
+
+    def generate_now(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[torch.Tensor]:
+        """Greedy generation on the calling thread, before `start`, unseen by the callbacks.
+
+        Returns the logits of the tokens, [num_tokens, vocab_size] for each prompt; no KV is kept.
+        """
+        logits: list[list[torch.Tensor]] = [[] for _ in prompts]
+        params, callbacks = SamplingParams(max_tokens=num_tokens), self._callbacks
+        self._callbacks = replace(
+            callbacks,
+            before_schedule=lambda: True,
+            on_step_planned=lambda shape: None,
+            on_step_done=lambda shape, duration_s: None,
+        )
+        self._processors.observe = lambda seed, row: logits[seed].append(row)
+        try:
+            for i, prompt in enumerate(prompts):
+                self._manager.add_request(
+                    list(prompt), request_id=f"now-{i}", max_new_tokens=num_tokens, sampling=(params, i)
+                )
+            while self._processor.prepare_next_batch():
+                self._manager._generation_step()
+                self._processor.update_batch()
+        finally:
+            self._processors.observe = None
+            self._callbacks = callbacks
+        self.check_integrity()  # which forgets cached prefixes
+        return [torch.stack(rows) for rows in logits]
 
     def cancel(self, request_id: str) -> None:
         """Drops a request before the next step; no output follows."""
@@ -245,6 +273,7 @@ class _SamplingProcessors(ContinuousBatchingLogitsProcessorList):
     def __init__(self) -> None:
         super().__init__(LogitsProcessorList())
         self.do_processing = True
+        self.observe: Callable[[int, torch.Tensor], None] | None = None  # seed, logits [vocab_size]
         self._rows: list[tuple[SamplingParams, int, int]] = []
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
@@ -269,6 +298,9 @@ class _SamplingProcessors(ContinuousBatchingLogitsProcessorList):
         if not self._rows:  # a chunk of prefill alone: nobody gets a token in this step
             return scores
         params, seeds, positions = zip(*self._rows, strict=True)
+        if self.observe is not None:
+            for seed, row in zip(seeds, scores, strict=False):  # those that get a token come first
+                self.observe(seed, row)
         return perturb_for_argmax(scores, params, seeds, positions)
 
 

@@ -16,7 +16,7 @@ MAY_IMPORT = {
 }
 # Which file may touch a library's private parts, and what they are called.
 PRIVATE_PLACES = {
-    "transformers.generation.continuous_batching": "selectn_core/transformers_cb.py",
+    "transformers.generation.continuous_batching": "selectn_core/transformers_cb/",
     "ray._private": "deployments/ray_private.py",
     "ray.serve._private": "deployments/ray_private.py",
 }
@@ -51,11 +51,12 @@ def test_the_core_imports_no_ray() -> None:
 
 
 @pytest.mark.parametrize(("prefix", "place"), PRIVATE_PLACES.items())
-def test_private_names_are_touched_in_one_file(prefix: str, place: str) -> None:
+def test_private_names_are_touched_in_one_place(prefix: str, place: str) -> None:
     touching = {
         str(path.relative_to(ROOT))
         for package in MAY_IMPORT
         for path in files_of(package)
         if any(name.startswith(prefix) for name in imported_modules(path))
     }
-    assert touching == {place}
+    assert touching
+    assert all(path.startswith(place) for path in touching)

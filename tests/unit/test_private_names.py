@@ -1,4 +1,4 @@
-"""Every private name of transformers that selectn_core/transformers_cb.py stands on is where it was.
+"""Every private name of transformers that selectn_core/transformers_cb/ stands on is where it was.
 
 When an upgrade breaks one of these, read the new source, fix that file, and move the pin in pyproject.toml.
 """
@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import CacheAllocator, CachePool
+from transformers.generation.continuous_batching.cache_allocators.cache_pool import RegularTrees
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor, OutputRouter
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
@@ -22,7 +25,7 @@ from selectn_core.config import DeviceConfig, EngineConfig
 from selectn_core.engine import Engine
 from tests.tiny_models import tiny_model
 
-PLACE = "selectn_core/transformers_cb.py"
+PLACE = "selectn_core/transformers_cb/"
 
 SIGNATURES = [
     (FIFOScheduler.__init__, ("self", "cache", "safety_margin", "max_requests_per_batch")),
@@ -36,10 +39,34 @@ SIGNATURES = [
         ("self", "requests_in_batch", "arg_storage"),
     ),
     (ContinuousBatchingLogitsProcessorList.__call__, ("self", "input_ids", "scores", "logits_processor_args")),
+    (ContinuousBatchProcessor.prepare_next_batch, ("self",)),
     (ContinuousBatchProcessor.update_batch, ("self",)),
+    (ContinuousBatchingManager._generation_step, ("self",)),
     (ContinuousBatchingManager.cancel_request, ("self", "request_id")),
     (PagedAttentionCache.update, ("self", "key_states", "value_states", "layer_idx", "kwargs")),
     (PagedAttentionCache.evict_cached_blocks, ("self",)),
+    (CacheAllocator.copy_blocks, ("self", "source_block_ids", "dest_block_ids")),
+    (CacheAllocator.register_cache_tensor, ("self", "bytes_per_sector", "non_trash_bytes", "cache_tensor", "pool")),
+    (CachePool.__init__, ("self", "num_sectors", "num_allocators", "num_reserved_sectors")),
+    (CachePool.reset, ("self",)),
+    (CachePool.allocate_sector, ("self", "index")),
+    (CachePool.get_free_blocks, ("self", "index", "num_blocks")),
+    (
+        OffloadingManager.__init__,
+        (
+            "self",
+            "cache",
+            "scheduler",
+            "cpu_offload_space_gib",
+            "safety_threshold",
+            "compute_stream",
+            "distributed_helper",
+        ),
+    ),
+    (OffloadingManager.restore_scheduled_requests, ("self", "requests_in_batch")),
+    (OffloadingManager._offload_to_cpu, ("self", "victims", "victim_block_tables")),
+    (OffloadingManager._reserve_cpu_blocks, ("self", "block_counts")),
+    (OffloadingManager.free_request_cpu_cache, ("self", "state")),
 ]
 
 
@@ -70,23 +97,35 @@ def test_objects_have_what_is_used(engine) -> None:
     request = RequestState(request_id="r", initial_tokens=[1])
     used = {
         manager: "output_router logit_processor batch_processor background_thread_status continuous_batching_config "
-        "_generation_thread is_running start stop warmup add_request",
+        "_generation_step _generation_thread is_running start stop warmup add_request",
         manager.background_thread_status: "fatal_error",
-        processor: "cache scheduler update_batch",
-        processor.scheduler: "active_requests waiting_requests schedule_batch",
-        cache: "cache_tensor cache_allocators layer_to_allocator num_sectors bytes_per_sector pool update",
-        cache.pool: "num_free_sectors try_to_free_sectors",
+        processor: "cache scheduler prepare_next_batch update_batch",
+        processor.scheduler: "active_requests waiting_requests schedule_batch block_new_requests",
+        cache: "cache_tensor cache_allocators layer_to_allocator num_sectors bytes_per_sector pool update "
+        "use_prefix_sharing",
+        cache.pool: "num_free_sectors try_to_free_sectors free_sectors _free_blocks",
         allocator: "cache_tensor _copy_view _kv_token_views _kv_page_views register_cache_tensor bytes_per_block "
-        "tokens_per_page layer_type sliding_window",
-        FutureRequestState(request, True, {}, 1): "state query_length has_new_token",
+        "tokens_per_page layer_type sliding_window blocks_per_sector block_table index ledger",
+        allocator.ledger: "shared_ref_counts hash_to_block block_to_hash cached_blocks",
+        RegularTrees(2): "trees _length",
+        FutureRequestState(request, True, {}, 1): "state query_length has_new_token complete_blocks",
     }
     for owner, names in used.items():
         missing = [name for name in names.split() if not hasattr(owner, name)]
         assert not missing, f"{type(owner).__name__} no longer has {missing}: see {PLACE}"
-    for name in ["initial_tokens", "generated_tokens", "position_offset", "logit_processor_kwargs"]:
+    for name in ["initial_tokens", "generated_tokens", "position_offset", "logit_processor_kwargs", "is_cpu_offloaded"]:
         assert hasattr(request, name), f"RequestState no longer has {name}: see {PLACE}"
     for name in ["request_id", "generated_tokens", "error", "is_finished"]:
         assert hasattr(GenerationOutput(request_id="r"), name), f"GenerationOutput no longer has {name}: see {PLACE}"
+
+
+def test_the_processor_asks_its_offloading_manager() -> None:
+    """It is replaced: preemption and restoring must go through it."""
+    source = inspect.getsource(ContinuousBatchProcessor.prepare_next_batch)
+    for call in ("self.offloading_manager.offload_requests()", "self.offloading_manager.restore_scheduled_requests("):
+        assert call in source, f"{call} is gone: see {PLACE}"
+    for name in ("_cpu_pool", "_cpu_views", "_request_id_to_cpu_blocks"):
+        assert name in inspect.getsource(OffloadingManager), f"{name} is gone: see {PLACE}"
 
 
 def test_the_scheduler_registry_is_a_dict_and_is_left_as_it_was(engine) -> None:
