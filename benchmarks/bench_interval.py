@@ -102,7 +102,7 @@ def _max_tokens(effort: Effort) -> int:
 def _start_decoding(engine: Engine, batch_size: int) -> StepReader:
     vocab_size = engine.model.config.get_text_config().vocab_size
     max_tokens = engine.max_model_len // batch_size if batch_size == 1 else engine.max_model_len
-    max_tokens = min(max_tokens, engine.batching.kv_capacity_tokens // batch_size) - PROMPT_TOKENS - 32
+    max_tokens = min(max_tokens, engine.kv_capacity_tokens // batch_size) - PROMPT_TOKENS - 32
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     prompts = random_prompts(batch_size, PROMPT_TOKENS, vocab_size)
     reader = StepReader(engine, [engine.submit(prompt, params) for prompt in prompts])
@@ -128,7 +128,7 @@ def _measure_intervals(
     progress = tqdm(effort.ks(len(engine.units)), desc=f"batch {batch_size}, {link.bytes_per_s / 1e9:.1f} GB/s")
     for num_offloaded in progress:
         plan = best_slots(num_offloaded, MAX_SLOTS, before, link)
-        engine.executor.request_plan(plan)
+        engine.set_plan(plan)
         step_s = reader.median_s(NUM_MEASURED, after=NUM_SETTLE)
         after = _unloaded_costs(engine, timer, reader)
         samples.append(_sample(batch_size, plan, _mean_costs(before, after), link, step_s))

@@ -306,18 +306,24 @@ class Engine:
         """
         slots = num_slots if num_slots is not None else self._target.num_slots
         require(1 <= slots <= MAX_SLOTS, "num_slots", slots, f"1 to {MAX_SLOTS}")
-        self._target = self._checked_plan("num_offloaded", num_offloaded, slots)
+        self._target = self._plan_of("num_offloaded", num_offloaded, slots)
 
-    def _checked_plan(self, name: str, num_offloaded: int, num_slots: int) -> OffloadPlan:
+    def set_plan(self, plan: OffloadPlan) -> None:
+        """As `set_num_offloaded`, with the units chosen by the caller."""
+        self._target = self._checked("the plan", plan)
+
+    def _plan_of(self, name: str, num_offloaded: int, num_slots: int) -> OffloadPlan:
         """The plan, or ConfigError where the model has fewer layers or the device less memory."""
         require(0 <= num_offloaded <= len(self.units), name, num_offloaded, f"0 to {len(self.units)}, the layers")
-        plan = unmeasured_plan(self.units, num_offloaded, num_slots)
+        return self._checked(f"{name}={num_offloaded}", unmeasured_plan(self.units, num_offloaded, num_slots))
+
+    def _checked(self, what: str, plan: OffloadPlan) -> OffloadPlan:
         wanted, budget = self._plan_bytes(plan), self.arena.reachable_bytes(0)
         if wanted > budget:
-            least = fewest_offloaded(self.units, num_slots, budget, round_up=self.arena.round_up)
+            least = fewest_offloaded(self.units, plan.num_slots, budget, round_up=self.arena.round_up)
             hint = f"at least {least.num_offloaded} must be offloaded" if least else "no number of layers would fit"
             raise ConfigError(
-                f"{name}={num_offloaded} is not possible: weights and {plan.slots_used} slots would take {wanted:,} "
+                f"{what} is not possible: weights and {plan.slots_used} slots would take {wanted:,} "
                 f"bytes of device memory and {budget:,} are there; {hint}"
             )
         return plan
@@ -332,7 +338,7 @@ class Engine:
     def _first_plan(self) -> OffloadPlan:
         wanted, batch = self.config.offload, self.config.batch
         if wanted.num_offloaded != "auto":
-            return self._checked_plan("offload.num_offloaded", wanted.num_offloaded, wanted.num_slots)
+            return self._plan_of("offload.num_offloaded", wanted.num_offloaded, wanted.num_slots)
         plan = fewest_offloaded(
             self.units, wanted.num_slots, self.arena.reachable_bytes(0), round_up=self.arena.round_up
         )
