@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from selectn_core.errors import (
     EngineUnavailable,
     RequestError,
 )
-from selectn_core.executor import Executor, OverlappedExecutor
+from selectn_core.executor import Executor, OverlappedExecutor, SynchronousExecutor
 from selectn_core.host_store import HostStore
 from selectn_core.kv_geometry import KvGeometry
 from selectn_core.latency import Link, recompute_s, swap_s
@@ -38,6 +39,7 @@ from selectn_core.self_test import check_model, refusing
 from selectn_core.steps import StepLog, StepShape
 from selectn_core.transformers_cb import Callbacks, ContinuousBatching, GenerationOutput, KvPages, kv_geometry
 from selectn_core.units import find_units
+from selectn_core.workspace import Workspace, measure_workspace
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class Engine:
             self.store = HostStore(self.units, self.device)
             self.resident = ResidentWeights(self.model, self.units, self.device)
             with refusing(self.model, "continuous batching does not take it"):
+                self.workspace = self._measured_workspace(geometry)
                 self.batching = self._make_batching(geometry)
             self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
             self._target = self._first_plan()
@@ -469,15 +472,34 @@ class Engine:
         longest = geometry.sectors_for_request(self._model_limit or geometry.tokens_in(self._num_sectors(geometry)))
         return min(allowed, self.config.batch.max_requests * longest)
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Device bytes that are left to activations."""
+        return self.workspace.bytes_for(self.arena.num_sectors)
+
+    def _measured_workspace(self, geometry: KvGeometry) -> Workspace:
+        """What activations need, where the device's size is given: an emulated one may be as large as it takes."""
+        is_emulated = self.device.kind == "emulated"
+        if is_emulated and self.config.device.memory_gib is None:
+            return Workspace()
+        limit = self._model_limit or geometry.tokens_in(self.device.free_bytes // geometry.sector_bytes)
+        with self._computing_on_device() if not is_emulated else nullcontext():
+            return measure_workspace(self.model, self.units, self.config.batch, self.device, geometry, limit)
+
+    def _computing_on_device(self) -> Executor:
+        everything = unmeasured_plan(self.units, len(self.units), 1)
+        return SynchronousExecutor(self.model, self.store, self.device, everything)
+
     def _num_sectors(self, geometry: KvGeometry) -> int:
-        """Sectors of the arena: all that is left of the device."""
+        """Sectors of the arena: all that resident weights and activations leave of the device."""
         kv_tokens, device = self.config.batch.kv_tokens, self.device
-        num_sectors = device.free_bytes // geometry.sector_bytes - KvPages.num_reserved
+        num_sectors = self.workspace.most_sectors(device.free_bytes, geometry.sector_bytes) - KvPages.num_reserved
         least = geometry.sectors_for(kv_tokens)
         if num_sectors < least:
             raise DeviceMemoryExceeded(
                 f"the KV cache wants {least * geometry.sector_bytes:,} bytes of device memory for batch.kv_tokens="
-                f"{kv_tokens}; {device.free_bytes:,} of {device.capacity_bytes:,} are free: raise device.memory_gib "
-                "or lower batch.kv_tokens"
+                f"{kv_tokens}; {device.free_bytes:,} of {device.capacity_bytes:,} are free, "
+                f"{self.workspace.bytes_for(least):,} of them for activations: raise device.memory_gib, or lower "
+                "batch.kv_tokens, batch.max_batch_tokens or batch.max_requests"
             )
         return num_sectors

@@ -110,6 +110,10 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def peak_bytes(self, run: Callable[[], None]) -> int:
+        """Calls `run` and returns the most bytes that it had at once beyond what `allocate` gave out."""
+
+    @abstractmethod
     def link_usage(self) -> LinkUsage:
         """What the host link has carried for this device so far."""
 

@@ -36,10 +36,10 @@ class CudaDevice(Device):
     provenance = "measured"
 
     def __init__(self, capacity_bytes: int | None = None, *, index: int = 0) -> None:
-        """`capacity_bytes` None takes nine tenths of what is free now, the rest being activations."""
+        """`capacity_bytes` None takes what is free now."""
         self.torch_device = torch.device("cuda", index)
         free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
-        self.capacity_bytes = capacity_bytes if capacity_bytes is not None else int(free_bytes * 0.9)
+        self.capacity_bytes = capacity_bytes if capacity_bytes is not None else free_bytes
         if self.capacity_bytes > free_bytes:
             raise DeviceMemoryExceeded(
                 f"device.memory_gib asks for {self.capacity_bytes:,} bytes; {free_bytes:,} are free"
@@ -108,6 +108,16 @@ class CudaDevice(Device):
     def timestamp(self) -> Callable[[], float]:
         mark = CudaEvent(torch.cuda.current_stream(self.torch_device), timed=True)
         return lambda: self._origin.event.elapsed_time(mark.event) / 1e3
+
+    def peak_bytes(self, run: Callable[[], None]) -> int:
+        self.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        before = torch.cuda.memory_reserved(self.torch_device)
+        run()
+        self.synchronize()
+        # Reserved, not allocated: what the allocator holds in pieces is gone all the same.
+        return torch.cuda.max_memory_reserved(self.torch_device) - before
 
     def link_usage(self) -> LinkUsage:
         self._account_finished_copies()

@@ -18,6 +18,7 @@ import torch
 
 from selectn_core.device.base import ALIGNMENT_BYTES, Device, Event, LinkUsage, align_up
 from selectn_core.device.bus import Bus
+from selectn_core.device.cpu_peak import CpuPeak
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
 from selectn_core.first_fit import FirstFit
 
@@ -105,6 +106,11 @@ class EmulatedDevice(Device):
     def timestamp(self) -> Callable[[], float]:
         now_s = time.perf_counter()
         return lambda: now_s
+
+    def peak_bytes(self, run: Callable[[], None]) -> int:
+        with CpuPeak() as peak:
+            run()
+        return peak.peak_bytes
 
     def link_usage(self) -> LinkUsage:
         return self._link.usage()

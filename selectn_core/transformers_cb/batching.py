@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
-from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from selectn_core.attention import ATTENTION_NAME, make_segments
@@ -139,6 +139,30 @@ class ContinuousBatching:
             self._callbacks = callbacks
         self.check_integrity()  # which forgets cached prefixes
         return [torch.stack(rows) for rows in logits]
+
+    def run_step(self, requests: Sequence[tuple[int, int]]) -> None:
+        """One step of requests with that many tokens, each after that many keys that were never computed.
+
+        On the calling thread, before `start`. For what a step costs: its results mean nothing, and go nowhere.
+        """
+        for i, (num_tokens, num_past) in enumerate(requests):
+            state = RequestState(
+                request_id=f"step-{i}",
+                initial_tokens=[0] * (num_past + num_tokens),
+                max_new_tokens=1,
+                eos_token_id=-1,
+                logit_processor_kwargs={"sampling": (SamplingParams(), 0)},
+            )
+            state.position_offset, state.remaining_prefill_tokens = num_past, [0] * num_tokens
+            self._processor.scheduler.add_waiting_request(state)
+        assert self._processor.prepare_next_batch()
+        self._manager._generation_step()
+        self._processor.update_batch()
+        self.drop_requests()
+
+    def drop_requests(self) -> None:
+        """Ends every request, as an error would."""
+        self._processor.fail_all_requests(RuntimeError("dropped"))
 
     def cancel(self, request_id: str) -> None:
         """Drops a request before the next step; no output follows."""

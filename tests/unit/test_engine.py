@@ -372,17 +372,19 @@ def test_the_interval_changes_with_the_next_step() -> None:
     assert [change[1] for change in snapshot["interval_history"]] == [2, 4]
 
 
-def bytes_beside_layers(**settings: Any) -> int:
-    """Device bytes of everything but layers and slots: what stays, and the least KV cache."""
-    engine = tiny_engine(0, **settings)
+def memory_gib_for(layer_bytes: int) -> float:
+    """A device with room for `layer_bytes` of homes and slots beside what stays and the least KV cache."""
+    engine = tiny_engine(0, memory_gib=1 / 1024)
     engine.close()
-    return engine.device.allocated_bytes - engine.arena.reachable_bytes(0)
+    beside = engine.device.allocated_bytes - engine.arena.reachable_bytes(0)
+    sectors = (beside + layer_bytes) // engine.arena.sector_bytes
+    return (beside + layer_bytes + engine.workspace.bytes_for(sectors)) / GIB
 
 
 @pytest.mark.parametrize("num_homes", [2, 3, 4, 5])
 def test_auto_offloads_the_fewest_layers_that_fit(num_homes: int) -> None:
     layer = tiny_engine_layer_bytes()
-    memory_gib = (bytes_beside_layers() + num_homes * layer + layer // 2) / GIB
+    memory_gib = memory_gib_for(num_homes * layer + layer // 2)
     engine = tiny_engine("auto", 1, memory_gib=memory_gib)
     plan = engine.executor.plan
     assert plan.num_offloaded == (0 if num_homes == NUM_LAYERS else NUM_LAYERS - num_homes + 1)
@@ -402,13 +404,13 @@ def tiny_engine_layer_bytes() -> int:
 
 
 def test_a_device_on_which_nothing_fits_names_what_to_change() -> None:
-    memory_gib = (bytes_beside_layers() + 1000) / GIB
+    memory_gib = memory_gib_for(5000)
     with pytest.raises(DeviceMemoryExceeded, match=r"device\.memory_gib.*batch\.kv_tokens.*offload\.num_slots"):
         tiny_engine("auto", 1, memory_gib=memory_gib)
 
 
 def test_a_number_of_layers_that_does_not_fit_is_not_made_to_fit() -> None:
-    memory_gib = (bytes_beside_layers() + 3 * tiny_engine_layer_bytes()) / GIB
+    memory_gib = memory_gib_for(3 * tiny_engine_layer_bytes())
     with pytest.raises((ConfigError, DeviceMemoryExceeded), match=r"num_offloaded=1|1 of 5"):
         tiny_engine(1, 1, memory_gib=memory_gib)
 

@@ -1,0 +1,125 @@
+"""What a step needs of the device beside weights and KV cache: measured, at the largest step there may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import nn
+
+from selectn_core.config import BatchConfig
+from selectn_core.device import Device
+from selectn_core.kv_geometry import KvGeometry
+from selectn_core.transformers_cb import Callbacks, ContinuousBatching
+from selectn_core.units import Unit
+
+# Of the free sectors, what the cache of the measurement has: the rest is room for what is to be measured.
+_SHARE = 0.7
+
+Request = tuple[int, int]  # tokens in the step, tokens before them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """Bytes of activations: of a step that reads no keys but its own, and of attention by the keys that it reads."""
+
+    step_bytes: int = 0
+    attention_bytes: int = 0
+    bytes_per_sector: float = 0.0
+
+    def bytes_for(self, num_sectors: int) -> int:
+        """With a KV cache of `num_sectors`."""
+        return max(self.step_bytes, self.attention_bytes + math.ceil(self.bytes_per_sector * num_sectors))
+
+    def most_sectors(self, free_bytes: int, sector_bytes: int) -> int:
+        """The largest KV cache that leaves room for a step which reads all of it."""
+        after_step = (free_bytes - self.step_bytes) // sector_bytes
+        after_attention = (free_bytes - self.attention_bytes) / (sector_bytes + self.bytes_per_sector)
+        return max(0, min(after_step, math.floor(after_attention)))
+
+
+def measure_workspace(
+    model: nn.Module, units: Sequence[Unit], config: BatchConfig, device: Device, geometry: KvGeometry, limit: int
+) -> Workspace:
+    """Runs a step of `max_batch_tokens`, and the first layers of two that read as many keys as fit half, and all.
+
+    The layers are alike; attention takes most where one request has the longest past, of `limit` tokens at most. The
+    model must be able to run. What is computed means nothing. Raises DeviceMemoryExceeded.
+    """
+    config = replace(config, prefix_sharing=False)
+    num_sectors = int(_SHARE * device.free_bytes / geometry.sector_bytes) - 2
+    batching = ContinuousBatching(model, config, device, _IGNORE, num_sectors=max(1, num_sectors))
+    last = units[_num_kinds(geometry, units) - 1].module
+    try:
+        step_bytes = device.peak_bytes(lambda: batching.run_step(_requests(config, geometry, num_sectors, limit, 0)))
+        with _stopping_after(last):
+            attention_bytes = [
+                device.peak_bytes(partial(_run, batching, _requests(config, geometry, sectors, limit, limit)))
+                for sectors in (num_sectors // 2, num_sectors)
+            ]
+    finally:
+        batching.close()
+        device.free(batching.pages.memory)
+    slope = max(0, attention_bytes[1] - attention_bytes[0]) / max(1, num_sectors - num_sectors // 2)
+    return Workspace(
+        step_bytes=step_bytes,
+        attention_bytes=max(0, attention_bytes[1] - math.floor(slope * num_sectors)),
+        bytes_per_sector=slope,
+    )
+
+
+def _requests(config: BatchConfig, geometry: KvGeometry, num_sectors: int, limit: int, past: int) -> list[Request]:
+    """As many tokens as a step may have: one request with most of them, and as long a past as fits; others decode."""
+    requests: list[Request] = []
+    tokens, sectors = config.max_batch_tokens, num_sectors
+    for others in reversed(range(config.max_requests)):
+        share = sectors - others * geometry.sectors_for_request(1) if not requests else sectors // (others + 1)
+        longest = min(limit, geometry.longest_request_in(share))
+        length = min(tokens - others, longest)
+        if length < 1:
+            break
+        requests.append((length, min(past, longest - length)))
+        sectors -= geometry.sectors_for_request(sum(requests[-1]))
+        tokens -= length
+    return requests
+
+
+def _num_kinds(geometry: KvGeometry, units: Sequence[Unit]) -> int:
+    """Layers after which each kind has been seen: attention types alternate, and the largest may come late."""
+    largest = max(range(len(units)), key=lambda i: units[i].num_bytes)
+    return max(largest + 1, len(geometry.types))
+
+
+class _Enough(Exception):
+    """The layers that matter have run."""
+
+
+@contextmanager
+def _stopping_after(layer: nn.Module) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise _Enough
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _run(batching: ContinuousBatching, requests: Sequence[Request]) -> None:
+    try:
+        batching.run_step(requests)
+    except _Enough:
+        batching.drop_requests()
+
+
+_IGNORE = Callbacks(
+    before_schedule=lambda: True,
+    on_step_planned=lambda shape: None,
+    on_step_done=lambda shape, duration_s: None,
+    on_output=lambda output: None,
+    swap_is_cheaper=lambda num_tokens, num_bytes: False,
+)
