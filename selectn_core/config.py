@@ -9,6 +9,7 @@ from selectn_core.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_KINDS = ("auto", "cuda", "emulated")
+HOST_WEIGHTS = ("auto", "shared_memory", "file", "private")
 MAX_SLOTS = 8
 
 
@@ -115,6 +116,29 @@ class OffloadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostConfig:
+    """Where the host copy of the weights is, and whether the processes of a node share it.
+
+    `weights`: "shared_memory" and "file" are one read-only copy for all processes of the node, in memory or in
+    pages that the disk backs; "auto" is shared memory where it fits and a file elsewhere; "private" is a copy per
+    process. `directory` (None: /dev/shm) is where shared memory is mounted; with "file" it is where the file goes
+    (None: /var/tmp), which should be on a local disk.
+    """
+
+    weights: str = "auto"
+    directory: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.weights in HOST_WEIGHTS, "host.weights", self.weights, f"one of {', '.join(HOST_WEIGHTS)}")
+        require(
+            self.directory is None or self.directory.startswith("/"),
+            "host.directory",
+            self.directory,
+            "an absolute path",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SloConfig:
     """Latency objectives: time to first token and time per output token, in milliseconds."""
 
@@ -134,4 +158,5 @@ class EngineConfig:
     device: DeviceConfig = field(default_factory=DeviceConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
+    host: HostConfig = field(default_factory=HostConfig)
     slo: SloConfig = field(default_factory=SloConfig)

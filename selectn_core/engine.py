@@ -25,12 +25,13 @@ from selectn_core.errors import (
 )
 from selectn_core.executor import Executor, OverlappedExecutor
 from selectn_core.host_store import HostStore
-from selectn_core.loading import LoadedModel, load_model
+from selectn_core.loading import LoadedModel
 from selectn_core.placement import OffloadPlan
 from selectn_core.planner import fewest_offloaded, plan_bytes, slot_bytes, unmeasured_plan
 from selectn_core.requests import RequestHandle, TokenEvent
 from selectn_core.resident import ResidentWeights, resident_tensors
 from selectn_core.sampling import SamplingParams
+from selectn_core.shared_model import load_on_host
 from selectn_core.steps import StepLog, StepShape
 from selectn_core.transformers_cb import ContinuousBatching, GenerationOutput
 from selectn_core.units import find_units
@@ -73,7 +74,7 @@ class Engine:
         self._limit_compute_threads()
         self.device: Device = open_device(config.device, default_capacity_bytes=self._everything_bytes())
         try:
-            self.store = HostStore(self.units, self.device)
+            self.store = HostStore(self.units, self.device, loaded.store)
             self.resident = ResidentWeights(self.model, self.units, self.device)
             self.batching = ContinuousBatching(
                 self.model,
@@ -93,7 +94,13 @@ class Engine:
     @classmethod
     def load(cls, config: EngineConfig, *, executor_class: type[Executor] = OverlappedExecutor) -> Engine:
         """Loads the configured model and builds an engine on it."""
-        return cls(load_model(config.model), config, executor_class=executor_class)
+        loaded = load_on_host(config.model, config.host)
+        try:
+            return cls(loaded, config, executor_class=executor_class)
+        except BaseException:
+            if loaded.store is not None:
+                loaded.store.close()
+            raise
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -118,6 +125,7 @@ class Engine:
             self._supervisor.join()
         self._fail_all("the engine was closed")
         self.executor.detach()
+        self.store.close()
         self.device.close()
 
     def __enter__(self) -> Engine:
@@ -328,6 +336,7 @@ class Engine:
             "num_offloaded": plan.num_offloaded,
             "num_slots": plan.num_slots,
             "host_bytes": self.store.num_bytes,
+            "host_store": self.store.location,
             "offloaded_bytes": self._offloaded_bytes(plan),
             "device_bytes": self.device.allocated_bytes,
             "device_capacity_bytes": self.device.capacity_bytes,
