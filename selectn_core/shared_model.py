@@ -44,6 +44,7 @@ _REST = "rest"  # the section of what belongs to no unit: embeddings, norms, hea
 _CHECKPOINT_SUFFIXES = {".json", ".safetensors", ".bin"}
 _CHUNK_BYTES = 8 << 20
 _MADV_DONTNEED = 4
+_LIBC = ctypes.CDLL(None)
 
 
 class _NotShareable(Exception):
@@ -64,7 +65,6 @@ def load_on_host(config: ModelConfig, host: HostConfig) -> LoadedModel:
         return load_model(config)
     resolved = resolve_source(config)
     name = resolved.served_name or resolved.source
-    tokenizer = load_tokenizer(resolved)
     places, fingerprint = _usable_places(host), fingerprint_of(resolved)
     try:
         store = find_or_build(
@@ -74,10 +74,10 @@ def load_on_host(config: ModelConfig, host: HostConfig) -> LoadedModel:
         if host.weights != "auto":
             raise UnsupportedModel(f"{name}: {error}: set host.weights to 'private'") from None
         logger.warning("%s: %s; its weights are private to this process", name, error)
-        return LoadedModel(model=error.model, tokenizer=tokenizer, name=name)
+        return LoadedModel(model=error.model, tokenizer=load_tokenizer(resolved), name=name)
     logger.info("the weights of %s are in %s (%s bytes)", name, store.path, f"{store.num_bytes:,}")
     try:
-        return LoadedModel(model=_bound_model(store), tokenizer=tokenizer, name=name, store=store)
+        return LoadedModel(model=_bound_model(store), tokenizer=load_tokenizer(resolved), name=name, store=store)
     except BaseException:
         store.close()
         raise
@@ -260,6 +260,8 @@ def _chunks(section: Section, tensors: Sequence[torch.Tensor], pages: _FilePages
             yield spec.offset + start, chunk
             pages.drop(chunk)
         tensor.data = torch.empty(0, dtype=tensor.dtype)
+        del data
+        _return_free_memory()
 
 
 class _FilePages:
@@ -272,8 +274,6 @@ class _FilePages:
             if inode != "0" and permissions.endswith("p"):
                 start, _, end = span.partition("-")
                 self._ranges.append((int(start, 16), int(end, 16)))
-        self._madvise = ctypes.CDLL(None, use_errno=True).madvise
-        self._madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
     def drop(self, data: torch.Tensor) -> None:
         """Unmaps the whole pages of `data`, if a file backs them; they would be read again if they were used."""
@@ -281,7 +281,13 @@ class _FilePages:
         end = (data.data_ptr() + data.nbytes) & -mmap.PAGESIZE
         # Anywhere else this would destroy the bytes, and perhaps somebody else's.
         if start < end and any(first <= start and end <= last for first, last in self._ranges):
-            self._madvise(start, end - start, _MADV_DONTNEED)
+            _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
+def _return_free_memory() -> None:
+    """Has malloc give back what tensors that transformers had to convert no longer use; it would keep most of it."""
+    if hasattr(_LIBC, "malloc_trim"):  # glibc's own
+        _LIBC.malloc_trim(0)
 
 
 # -- binding ------------------------------------------------------------------------------------------------------

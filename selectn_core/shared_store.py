@@ -78,15 +78,13 @@ class SharedStore:
         size = os.fstat(fd).st_size
         if size < _HEADER.size:
             raise DamagedStore(f"it has {size} bytes")
-        self.memory = _map_read_only(fd, size)  # uint8 [file bytes]
+        self.memory = map_read_only(fd, size)  # uint8 [file bytes]
         manifest = _read_manifest(self.memory)
         self.fingerprint: str = manifest["fingerprint"]
         self.model: dict[str, Any] = manifest["model"]
         self.sections = {each["name"]: _section(each) for each in manifest["sections"]}
         if path.name != _name(self.fingerprint):
             raise DamagedStore(f"it is the store of {self.fingerprint}")
-        # Users that were killed leave the file; a process that ends in order must not.
-        atexit.register(self.close)
 
     @property
     def num_bytes(self) -> int:
@@ -225,6 +223,7 @@ def _attach(path: Path, *, verify: bool = True) -> SharedStore | None:
             os.close(fd)
             return None
         fcntl.flock(fd, fcntl.LOCK_SH)
+        atexit.register(store.close)  # users that are killed leave the file; a process that ends in order must not
         return store
     except BaseException:
         os.close(fd)
@@ -352,7 +351,7 @@ def _section(values: dict[str, Any]) -> Section:
     return Section(**{**values, "tensors": tensors})
 
 
-def _map_read_only(fd: int, num_bytes: int) -> torch.Tensor:
+def map_read_only(fd: int, num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes]. The tensor keeps the mapping, which must not be closed by hand: torch would not notice."""
     mapping = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     with warnings.catch_warnings():

@@ -117,6 +117,7 @@ class EmulatedDevice(Device):
         if not self._closed:
             self._closed = True
             self._link.close()
+            self._registered.clear()
             self.bus.close()
 
 
