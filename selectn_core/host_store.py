@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from selectn_core.device import Device
+from selectn_core.errors import StoreRefused
 from selectn_core.shared_store import SharedStore
 from selectn_core.units import TENSOR_ALIGNMENT_BYTES, Unit
 
@@ -30,6 +31,7 @@ class HostStore:
             self._buffers = [self._adopt(unit, device) for unit in self.units]
             self._checksums = [_checksum(buffer) for buffer in self._buffers]
         else:
+            self._check_layout(shared)
             device.register_host(shared.memory)
             self._buffers = [shared.section(unit.name) for unit in self.units]
             self._checksums = [shared.sections[unit.name].crc32 for unit in self.units]
@@ -69,6 +71,17 @@ class HostStore:
                 end = spec.offset + spec.num_bytes
             assert end <= buffer.nbytes == unit.num_bytes, f"{unit.name} overruns its buffer"
             assert _checksum(buffer) == checksum, f"the host copy of {unit.name} has changed"
+
+    def _check_layout(self, shared: SharedStore) -> None:
+        """Raises StoreRefused unless the store has every unit's tensors where the units have them."""
+        for unit in self.units:
+            section = shared.sections.get(unit.name)
+            mine = [(spec.offset, spec.num_bytes) for spec in unit.tensors]
+            if section is None or mine != [(spec.offset, spec.num_bytes) for spec in section.tensors]:
+                raise StoreRefused(
+                    f"{shared.path} has {unit.name} laid out otherwise, by another version of this software: stop "
+                    "the processes that use it, or set host.weights to 'private' for this one"
+                )
 
     @staticmethod
     def _adopt(unit: Unit, device: Device) -> torch.Tensor:

@@ -47,8 +47,8 @@ _MADV_DONTNEED = 4
 _LIBC = ctypes.CDLL(None)
 
 
-class _NotShareable(Exception):
-    """This model can be loaded, but not be made again from its configuration alone."""
+class NotShareable(Exception):
+    """`model` has been loaded, but cannot be made again from its configuration alone."""
 
     def __init__(self, model: PreTrainedModel, reason: str) -> None:
         super().__init__(reason)
@@ -65,19 +65,25 @@ def load_on_host(config: ModelConfig, host: HostConfig) -> LoadedModel:
         return load_model(config)
     resolved = resolve_source(config)
     name = resolved.served_name or resolved.source
-    places, fingerprint = _usable_places(host), fingerprint_of(resolved)
     try:
-        store = find_or_build(
-            [place.directory for place in places], fingerprint, lambda: _build(resolved, fingerprint, places)
-        )
-    except _NotShareable as error:
+        model, store = open_shared(resolved, host)
+    except NotShareable as error:
         if host.weights != "auto":
             raise UnsupportedModel(f"{name}: {error}: set host.weights to 'private'") from None
         logger.warning("%s: %s; its weights are private to this process", name, error)
         return LoadedModel(model=error.model, tokenizer=load_tokenizer(resolved), name=name)
     logger.info("the weights of %s are in %s (%s bytes)", name, store.path, f"{store.num_bytes:,}")
+    return LoadedModel(model=model, tokenizer=load_tokenizer(resolved), name=name, store=store)
+
+
+def open_shared(resolved: ModelConfig, host: HostConfig) -> tuple[PreTrainedModel, SharedStore]:
+    """A model bound to this node's store of its weights, which is built if it is not there. Raises NotShareable."""
+    places, fingerprint = _usable_places(host), fingerprint_of(resolved)
+    store = find_or_build(
+        [place.directory for place in places], fingerprint, lambda: _build(resolved, fingerprint, places)
+    )
     try:
-        return LoadedModel(model=_bound_model(store), tokenizer=load_tokenizer(resolved), name=name, store=store)
+        return _bound_model(store), store
     except BaseException:
         store.close()
         raise
@@ -213,16 +219,16 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _check_rebuilds(model: PreTrainedModel, description: dict[str, Any]) -> None:
-    """Raises _NotShareable unless the description alone leads to a model with the same tensors."""
+    """Raises NotShareable unless the description alone leads to a model with the same tensors."""
     if not type(model).__module__.startswith("transformers.") or model.config.model_type not in CONFIG_MAPPING:
-        raise _NotShareable(model, "its code is not transformers' own, so its tensors cannot be told apart from others")
+        raise NotShareable(model, "its code is not transformers' own, so its tensors cannot be told apart from others")
     empty = _empty_model(description)
     if type(empty) is not type(model) or _shapes(empty) != _shapes(model):
-        raise _NotShareable(model, "its configuration alone leads to other tensors (it is quantised, perhaps)")
+        raise NotShareable(model, "its configuration alone leads to other tensors (it is quantised, perhaps)")
     for name, module in empty.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
-                raise _NotShareable(model, f"{name}.{attribute} is a tensor that is neither parameter nor buffer")
+                raise NotShareable(model, f"{name}.{attribute} is a tensor that is neither parameter nor buffer")
 
 
 def _layout(model: PreTrainedModel) -> tuple[list[Section], dict[str, list[torch.Tensor]]]:

@@ -16,7 +16,13 @@ from transformers import LlamaForCausalLM
 from selectn_core import shared_model
 from selectn_core.config import DeviceConfig, EngineConfig, HostConfig, ModelConfig
 from selectn_core.engine import Engine
-from selectn_core.errors import ConfigError, DeviceMemoryExceeded, HostMemoryExceeded, UnsupportedModel
+from selectn_core.errors import (
+    ConfigError,
+    DeviceMemoryExceeded,
+    HostMemoryExceeded,
+    StoreRefused,
+    UnsupportedModel,
+)
 from selectn_core.host_memory import HostMemory
 from selectn_core.loading import LoadedModel, load_model, resolve_source
 from selectn_core.shared_model import fingerprint_of, load_on_host
@@ -146,6 +152,15 @@ def test_an_engine_that_cannot_be_gives_its_store_up(checkpoint_of, host) -> Non
     )
     with pytest.raises(DeviceMemoryExceeded):
         Engine.load(config)
+
+
+def test_a_store_with_another_layout_is_refused(checkpoint_of, host, monkeypatch) -> None:
+    config = EngineConfig(model=ModelConfig(source=checkpoint_of()), host=host)
+    older = load_on_host(config.model, host)
+    monkeypatch.setattr("selectn_core.units.TENSOR_ALIGNMENT_BYTES", 512)
+    with pytest.raises(StoreRefused, match=r"layers\.0 laid out otherwise, by another version"):
+        Engine.load(config)
+    older.store.close()
 
 
 def test_a_private_copy_needs_no_store(checkpoint_of, host) -> None:
