@@ -75,7 +75,9 @@ class StoreUser:
     def __init__(self, directory: Path, fingerprint: str = "aa", *, pause_at_chunk: int | None = None) -> None:
         """With `pause_at_chunk`, a process that builds says "paused" there and goes on when told to."""
         self._pipe, theirs = _PROCESSES.Pipe()
-        self.process = _PROCESSES.Process(target=_run, args=(theirs, directory, fingerprint, pause_at_chunk))
+        self.process = _PROCESSES.Process(
+            target=_run, args=(theirs, directory, fingerprint, pause_at_chunk), daemon=True
+        )
         self.process.start()
         theirs.close()
 
