@@ -34,6 +34,7 @@ bench: $(READY)  ## Run every benchmark; results go to build/
 	mkdir -p build
 	$(BIN)/python -m benchmarks.bench_interval --json build/bench_interval.json
 	$(BIN)/python -m benchmarks.bench_engine --json build/bench_engine.json
+	$(BIN)/python -m benchmarks.bench_host_store --json build/bench_host_store.json
 
 gpu-check: $(READY)  ## On a machine with CUDA: device contract, token identity and bench_interval, one table
 	$(BIN)/python -m benchmarks.gpu_check

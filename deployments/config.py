@@ -15,7 +15,15 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
+from selectn_core.config import (
+    BatchConfig,
+    DeviceConfig,
+    EngineConfig,
+    HostConfig,
+    ModelConfig,
+    OffloadConfig,
+    SloConfig,
+)
 from selectn_core.errors import ConfigError
 
 IMPORT_PATH = "deployments.app:build_app"
@@ -63,6 +71,7 @@ class AppArgs(Strict):
     device: DeviceConfig = Field(default_factory=DeviceConfig)
     batch: BatchConfig = Field(default_factory=BatchConfig)
     offload: OffloadConfig = Field(default_factory=OffloadConfig)
+    host: HostConfig = Field(default_factory=HostConfig)
     slo: SloConfig = Field(default_factory=SloConfig)
     limits: RequestLimits = Field(default_factory=RequestLimits)
     num_replicas: int = Field(default=1, ge=1)
@@ -72,7 +81,14 @@ class AppArgs(Strict):
     @property
     def engine(self) -> EngineConfig:
         """The part of the configuration that makes an engine."""
-        return EngineConfig(model=self.model, device=self.device, batch=self.batch, offload=self.offload, slo=self.slo)
+        return EngineConfig(
+            model=self.model,
+            device=self.device,
+            batch=self.batch,
+            offload=self.offload,
+            host=self.host,
+            slo=self.slo,
+        )
 
     def resolved_max_ongoing_requests(self) -> int:
         """`max_ongoing_requests`, or what the engine holds plus room for control calls."""

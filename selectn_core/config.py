@@ -9,6 +9,7 @@ from selectn_core.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_KINDS = ("auto", "cuda", "emulated")
+HOST_WEIGHTS = ("auto", "shared_memory", "file", "private")
 MAX_SLOTS = 8
 
 
@@ -115,6 +116,34 @@ class OffloadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostConfig:
+    """Where the host copy of the weights is, whether the processes of a node share it, and how much KV may join it.
+
+    `weights`: "shared_memory" and "file" are one read-only copy for all processes of the node, in memory or in
+    pages that the disk backs; "auto" is shared memory where it fits and a file elsewhere; "private" is a copy per
+    process. `directory` (None: /dev/shm) is where shared memory is mounted; with "file" it is where the file goes
+    (None: /var/tmp), which should be on a local disk.
+
+    `kv_gib` is the most that KV of preempted requests may take in this process. A request whose KV finds no room, or
+    would be computed again sooner than it is copied out and back, is computed again.
+    """
+
+    weights: str = "auto"
+    directory: str | None = None
+    kv_gib: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.weights in HOST_WEIGHTS, "host.weights", self.weights, f"one of {', '.join(HOST_WEIGHTS)}")
+        require(
+            self.directory is None or self.directory.startswith("/"),
+            "host.directory",
+            self.directory,
+            "an absolute path",
+        )
+        require(self.kv_gib >= 0, "host.kv_gib", self.kv_gib, "0 (none is kept) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SloConfig:
     """Latency objectives: time to first token and time per output token, in milliseconds."""
 
@@ -124,20 +153,6 @@ class SloConfig:
     def __post_init__(self) -> None:
         require(self.ttft_ms > 0, "slo.ttft_ms", self.ttft_ms, "more than 0")
         require(self.tpot_ms > 0, "slo.tpot_ms", self.tpot_ms, "more than 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostConfig:
-    """Host memory.
-
-    `kv_gib` is the most that KV of preempted requests may take; a request whose KV finds no room there, or is computed
-    again sooner than copied out and back, is computed again.
-    """
-
-    kv_gib: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self.kv_gib >= 0, "host.kv_gib", self.kv_gib, "0 (nothing is kept) or more")
 
 
 @dataclass(frozen=True, kw_only=True)

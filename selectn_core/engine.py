@@ -29,13 +29,14 @@ from selectn_core.executor import Executor, OverlappedExecutor, SynchronousExecu
 from selectn_core.host_store import HostStore
 from selectn_core.kv_geometry import KvGeometry
 from selectn_core.latency import Link, recompute_s, swap_s
-from selectn_core.loading import LoadedModel, load_model
+from selectn_core.loading import LoadedModel
 from selectn_core.placement import OffloadPlan
 from selectn_core.planner import fewest_offloaded, most_bytes, plan_bytes, unmeasured_plan
 from selectn_core.requests import RequestHandle, TokenEvent
 from selectn_core.resident import ResidentWeights, resident_tensors
 from selectn_core.sampling import SamplingParams
 from selectn_core.self_test import check_model, refusing
+from selectn_core.shared_model import load_on_host
 from selectn_core.steps import StepLog, StepShape
 from selectn_core.transformers_cb import Callbacks, ContinuousBatching, GenerationOutput, KvPages, kv_geometry
 from selectn_core.units import find_units
@@ -81,7 +82,7 @@ class Engine:
             geometry = kv_geometry(self.model, config.batch.page_size)
         self.device: Device = open_device(config.device, default_capacity_bytes=self._everything_bytes(geometry))
         try:
-            self.store = HostStore(self.units, self.device)
+            self.store = HostStore(self.units, self.device, loaded.store)
             self.resident = ResidentWeights(self.model, self.units, self.device)
             with refusing(self.model, "continuous batching does not take it"):
                 self.workspace = self._measured_workspace(geometry)
@@ -107,7 +108,13 @@ class Engine:
     @classmethod
     def load(cls, config: EngineConfig, *, executor_class: type[Executor] = OverlappedExecutor) -> Engine:
         """Loads the configured model and builds an engine on it."""
-        return cls(load_model(config.model), config, executor_class=executor_class)
+        loaded = load_on_host(config.model, config.host)
+        try:
+            return cls(loaded, config, executor_class=executor_class)
+        except BaseException:
+            if loaded.store is not None:
+                loaded.store.close()
+            raise
 
     def _make_batching(self, geometry: KvGeometry) -> ContinuousBatching:
         return ContinuousBatching(
@@ -148,6 +155,7 @@ class Engine:
             self._supervisor.join()
         self._fail_all("the engine was closed")
         self.executor.detach()
+        self.store.close()
         self.device.close()
 
     def __enter__(self) -> Engine:
@@ -355,12 +363,15 @@ class Engine:
 
     def _before_schedule(self) -> bool:
         """Moves weights and KV pages to where the next step wants them; False where no new request may begin."""
+        self._follow_target()
+        # What is still to come back waits for KV to be released: no new request may take its place.
+        return self.executor.plan.num_offloaded <= self.executor.wanted.num_offloaded
+
+    def _follow_target(self) -> None:
         wanted = self._wanted_plan()
         if wanted != self.executor.wanted:
             self.executor.request_plan(wanted)
         self.executor.apply_plan()
-        # What is still to come back waits for KV to be released: no new request may take its place.
-        return self.executor.plan.num_offloaded <= wanted.num_offloaded
 
     def _wanted_plan(self) -> OffloadPlan:
         """The target, with more offloaded while the longest request in flight would not fit the KV cache otherwise."""
@@ -386,6 +397,7 @@ class Engine:
 
     def _on_step_planned(self, shape: StepShape) -> None:
         self.on_step_planned(shape)
+        self._follow_target()  # which may have just been changed, for this step
 
     def _on_step_done(self, shape: StepShape, duration_s: float) -> None:
         plan = self.executor.plan
@@ -426,6 +438,7 @@ class Engine:
             "num_offloaded_wanted": self.executor.wanted.num_offloaded,
             "num_slots": plan.num_slots,
             "host_bytes": self.store.num_bytes,
+            "host_store": self.store.location,
             "offloaded_bytes": self._offloaded_bytes(plan),
             "device_bytes": self.device.allocated_bytes,
             "device_capacity_bytes": self.device.capacity_bytes,

@@ -17,6 +17,14 @@ class DeviceMemoryExceeded(SelectNError, MemoryError):
     """An allocation does not fit the device's fixed memory; the message gives wanted, free and capacity bytes."""
 
 
+class HostMemoryExceeded(SelectNError, MemoryError):
+    """The weights do not fit where they were to go; the message says what limits it and what to set."""
+
+
+class StoreRefused(SelectNError):
+    """A file that should be a host store cannot be trusted or used; the message says which, why, and what to do."""
+
+
 class LinkError(SelectNError):
     """A host-to-device copy failed, and repeating it did not help."""
 

@@ -1,4 +1,7 @@
-"""The host copy of every unit's weights: one contiguous aligned buffer each, so a unit moves in one copy."""
+"""The host copy of every unit's weights: one contiguous aligned buffer each, so a unit moves in one copy.
+
+The buffers are this process's own, or sections of a shared store that all processes of the node map.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,42 @@ from collections.abc import Sequence
 import torch
 
 from selectn_core.device import Device
+from selectn_core.errors import StoreRefused
+from selectn_core.shared_store import SharedStore
 from selectn_core.units import TENSOR_ALIGNMENT_BYTES, Unit
 
 
 class HostStore:
     """Owns the units' weights in host memory; they are written once, here, and only read afterwards."""
 
-    def __init__(self, units: Sequence[Unit], device: Device) -> None:
+    def __init__(self, units: Sequence[Unit], device: Device, shared: SharedStore | None = None) -> None:
         """Moves the units' parameters into buffers that `device`'s link can read, one unit at a time.
 
         Afterwards the parameters are views of those buffers and their old memory is free, so the peak is one
-        unit above the model's size.
+        unit above the model's size. With `shared`, they are views of its sections already and nothing moves.
         """
         self.units = tuple(units)
-        self._buffers = [self._adopt(unit, device) for unit in self.units]
-        self._checksums = [_checksum(buffer) for buffer in self._buffers]
+        self._device, self._shared = device, shared
+        if shared is None:
+            self._buffers = [self._adopt(unit, device) for unit in self.units]
+            self._checksums = [_checksum(buffer) for buffer in self._buffers]
+        else:
+            self._check_layout(shared)
+            device.register_host(shared.memory)
+            self._buffers = [shared.section(unit.name) for unit in self.units]
+            self._checksums = [shared.sections[unit.name].crc32 for unit in self.units]
+
+    def close(self) -> None:
+        """Gives up a shared store: call it when the device copies no more. Buffers stay while tensors view them."""
+        if self._shared is not None:
+            self._device.unregister_host(self._shared.memory)
+            self._shared.close()
+            self._shared = None
+
+    @property
+    def location(self) -> str:
+        """The shared store's file, or "private"."""
+        return str(self._shared.path) if self._shared is not None else "private"
 
     @property
     def num_bytes(self) -> int:
@@ -47,6 +71,17 @@ class HostStore:
                 end = spec.offset + spec.num_bytes
             assert end <= buffer.nbytes == unit.num_bytes, f"{unit.name} overruns its buffer"
             assert _checksum(buffer) == checksum, f"the host copy of {unit.name} has changed"
+
+    def _check_layout(self, shared: SharedStore) -> None:
+        """Raises StoreRefused unless the store has every unit's tensors where the units have them."""
+        for unit in self.units:
+            section = shared.sections.get(unit.name)
+            mine = [(spec.offset, spec.num_bytes) for spec in unit.tensors]
+            if section is None or mine != [(spec.offset, spec.num_bytes) for spec in section.tensors]:
+                raise StoreRefused(
+                    f"{shared.path} has {unit.name} laid out otherwise, by another version of this software: stop "
+                    "the processes that use it, or set host.weights to 'private' for this one"
+                )
 
     @staticmethod
     def _adopt(unit: Unit, device: Device) -> torch.Tensor:

@@ -12,17 +12,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from selectn_core.config import ModelConfig
 from selectn_core.embedded import SERVED_NAME, embedded_model_directory
 from selectn_core.errors import ConfigError, UnsupportedModel
+from selectn_core.shared_store import SharedStore
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedModel:
-    """A model with its parameters in host memory, its tokenizer if it has one, and the name it is served under."""
+    """A model with its parameters in host memory, its tokenizer if it has one, and the name it is served under.
+
+    `store` is the shared store that its tensors are views of; without one they are this process's own.
+    """
 
     model: PreTrainedModel
     tokenizer: Any | None
     name: str
+    store: SharedStore | None = None
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
@@ -31,14 +36,9 @@ def load_model(config: ModelConfig) -> LoadedModel:
     Raises ConfigError if the source cannot be read, UnsupportedModel if transformers has no class for it.
     """
     resolved = resolve_source(config)
-    kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.revision is not None:
-        kwargs["revision"] = config.revision
-    if resolved.gguf_file is not None:
-        kwargs["gguf_file"] = resolved.gguf_file
     return LoadedModel(
-        model=_load_weights(resolved, kwargs),
-        tokenizer=_load_tokenizer(resolved, kwargs),
+        model=load_weights(resolved),
+        tokenizer=load_tokenizer(resolved),
         name=resolved.served_name or resolved.source,
     )
 
@@ -62,26 +62,37 @@ def resolve_source(config: ModelConfig) -> ModelConfig:
     return replace(config, served_name=config.served_name or config.source)
 
 
-def _load_weights(config: ModelConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
-    dtype = config.dtype
-    if config.gguf_file is not None:
-        kwargs = {**kwargs, "quantization_config": GgufConfig(dequantize=True)}
+def load_weights(resolved: ModelConfig) -> PreTrainedModel:
+    """The model of a resolved source, its parameters in memory of this process or mapped from the checkpoint."""
+    kwargs, dtype = _source_kwargs(resolved), resolved.dtype
+    if resolved.gguf_file is not None:
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
         dtype = "float32" if dtype == "auto" else dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.source, dtype=dtype, attn_implementation="sdpa", **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(resolved.source, dtype=dtype, attn_implementation="sdpa", **kwargs)
     except OSError as error:
-        raise ConfigError(f"model.source={config.source!r} cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"model.source={resolved.source!r} cannot be loaded: {_first_line(error)}") from error
     except ValueError as error:
-        raise UnsupportedModel(f"{config.source}: {_first_line(error)}") from error
+        raise UnsupportedModel(f"{resolved.source}: {_first_line(error)}") from error
     return model.eval().requires_grad_(False)
 
 
-def _load_tokenizer(config: ModelConfig, kwargs: dict[str, Any]) -> Any | None:
+def load_tokenizer(resolved: ModelConfig) -> Any | None:
+    """The tokenizer of a resolved source, or None, logging why."""
     try:
-        return AutoTokenizer.from_pretrained(config.source, **kwargs)
+        return AutoTokenizer.from_pretrained(resolved.source, **_source_kwargs(resolved))
     except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s has no tokenizer that loads: %s", config.source, _first_line(error))
+        logger.warning("%s has no tokenizer that loads: %s", resolved.source, _first_line(error))
         return None
+
+
+def _source_kwargs(resolved: ModelConfig) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {"trust_remote_code": resolved.trust_remote_code}
+    if resolved.revision is not None:
+        kwargs["revision"] = resolved.revision
+    if resolved.gguf_file is not None:
+        kwargs["gguf_file"] = resolved.gguf_file
+    return kwargs
 
 
 def _first_line(error: Exception) -> str:

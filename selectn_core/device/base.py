@@ -81,6 +81,17 @@ class Device(ABC):
         """A uint8 tensor [num_bytes] in host memory that the link can read at full speed."""
 
     @abstractmethod
+    def register_host(self, memory: torch.Tensor) -> None:
+        """Lets the link read `memory` (page-aligned, host, perhaps read-only), which somebody else has allocated.
+
+        Where that cannot be had at full speed a warning is logged that says so; copies still work.
+        """
+
+    @abstractmethod
+    def unregister_host(self, memory: torch.Tensor) -> None:
+        """Undoes `register_host`, when no copy from `memory` is under way; ValueError for anything else."""
+
+    @abstractmethod
     def copy_async(self, source: torch.Tensor, target: torch.Tensor, *, after: Event | None = None) -> Event:
         """Copies `source` to `target` (uint8, same size), one in host and one in device memory, once `after` happened.
 

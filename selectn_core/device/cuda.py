@@ -5,6 +5,8 @@ Nothing here blocks the host inside a step; waiting is a stream's work.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 
 import torch
@@ -12,7 +14,10 @@ import torch
 from selectn_core.device.base import ALIGNMENT_BYTES, Device, Event, LinkUsage, align_up
 from selectn_core.errors import DeviceMemoryExceeded
 
+logger = logging.getLogger(__name__)
+
 _MAX_TIMED_COPIES = 256
+_REGISTER_PORTABLE, _REGISTER_READ_ONLY = 1, 8  # cudaHostRegister's flags
 
 
 class CudaEvent(Event):
@@ -46,6 +51,8 @@ class CudaDevice(Device):
             )
         self._copy_stream = torch.cuda.Stream(self.torch_device)
         self._sizes: dict[int, int] = {}
+        # By address; with whether CUDA has locked its pages. The tensor stays: locked memory must not be unmapped.
+        self._registered: dict[int, tuple[torch.Tensor, bool]] = {}
         self._copied_bytes, self._num_copies, self._busy_s = 0, 0, 0.0
         self._timed: list[tuple[CudaEvent, CudaEvent]] = []
         self._origin = CudaEvent(torch.cuda.current_stream(self.torch_device), timed=True)
@@ -76,6 +83,33 @@ class CudaDevice(Device):
         raw = torch.empty(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, pin_memory=True)
         offset = -raw.data_ptr() % ALIGNMENT_BYTES
         return raw[offset : offset + num_bytes]
+
+    def register_host(self, memory: torch.Tensor) -> None:
+        # Without the read-only flag CUDA asks for write access, which a read-only mapping does not have.
+        flags = _REGISTER_PORTABLE | _REGISTER_READ_ONLY
+        status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, flags)
+        is_locked = int(status) == 0
+        self._registered[memory.data_ptr()] = (memory, is_locked)
+        if not is_locked:
+            with contextlib.suppress(RuntimeError):  # CUDA reports the error once more, to the next kernel
+                torch.zeros(1, device=self.torch_device)
+            logger.warning(
+                "CUDA cannot lock the pages of the shared host store (error %s; it takes a GPU and driver that can "
+                "register read-only memory, and a memlock limit above %s bytes): copies from it are slow and block. "
+                "Set host.weights to 'private' for pinned memory of this process's own",
+                status,
+                f"{memory.nbytes:,}",
+            )
+
+    def unregister_host(self, memory: torch.Tensor) -> None:
+        if memory.data_ptr() not in self._registered:
+            raise ValueError("not memory that was registered with this device")
+        self._unregister(memory.data_ptr())
+
+    def _unregister(self, address: int) -> None:
+        _, is_locked = self._registered.pop(address)
+        if is_locked:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
     def copy_async(self, source: torch.Tensor, target: torch.Tensor, *, after: Event | None = None) -> Event:
         if source.nbytes != target.nbytes:
@@ -125,6 +159,8 @@ class CudaDevice(Device):
 
     def close(self) -> None:
         self._copy_stream.synchronize()
+        for address in list(self._registered):
+            self._unregister(address)
         self._sizes.clear()
 
     def _account_finished_copies(self) -> None:

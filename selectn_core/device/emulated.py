@@ -61,6 +61,7 @@ class EmulatedDevice(Device):
         self._memory = _aligned_zeros(self.capacity_bytes)
         self._ranges = FirstFit(self.capacity_bytes)
         self._link = _PacedLink(self.bus)
+        self._registered: dict[int, torch.Tensor] = {}
         self._closed = False
 
     @property
@@ -84,6 +85,13 @@ class EmulatedDevice(Device):
 
     def allocate_host(self, num_bytes: int) -> torch.Tensor:
         return _aligned_zeros(num_bytes)
+
+    def register_host(self, memory: torch.Tensor) -> None:
+        self._registered[memory.data_ptr()] = memory
+
+    def unregister_host(self, memory: torch.Tensor) -> None:
+        if self._registered.pop(memory.data_ptr(), None) is None:
+            raise ValueError("not memory that was registered with this device")
 
     def copy_async(self, source: torch.Tensor, target: torch.Tensor, *, after: Event | None = None) -> Event:
         if source.nbytes != target.nbytes or not (source.is_contiguous() and target.is_contiguous()):
@@ -119,6 +127,7 @@ class EmulatedDevice(Device):
         if not self._closed:
             self._closed = True
             self._link.close()
+            self._registered.clear()
             self.bus.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from selectn_core.device.base import ALIGNMENT_BYTES, align_up
 from selectn_core.errors import DeviceMemoryExceeded
+from selectn_core.shared_store import map_read_only
 from tests.contract.conftest import CAPACITY_BYTES
 
 KIB = 1 << 10
@@ -139,6 +141,41 @@ def test_timestamps_advance_with_compute(device) -> None:
 
 def test_host_memory_is_aligned_like_device_memory(device) -> None:
     assert device.allocate_host(1000).data_ptr() % ALIGNMENT_BYTES == 0
+
+
+@pytest.fixture
+def shared_page(tmp_path):
+    """A page that a file backs, mapped read-only as a shared host store is."""
+    path = tmp_path / "page"
+    path.write_bytes(bytes(range(256)) * 16)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield map_read_only(fd, 4096)
+    finally:
+        os.close(fd)
+
+
+def test_registered_memory_can_be_copied_from(device, shared_page) -> None:
+    device.register_host(shared_page)
+    target = device.allocate(4096, "target")
+    device.copy_async(shared_page, target).synchronize()
+    assert torch.equal(target.cpu(), shared_page)
+    device.unregister_host(shared_page)
+
+
+def test_only_registered_memory_can_be_unregistered_and_only_once(device, shared_page) -> None:
+    device.register_host(shared_page)
+    device.unregister_host(shared_page)
+    for wrong in (shared_page, torch.empty(4096, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="not memory that was registered"):
+            device.unregister_host(wrong)
+
+
+def test_closing_unregisters_what_is_left(device, shared_page) -> None:
+    device.register_host(shared_page)
+    device.close()
+    with pytest.raises(ValueError, match="not memory that was registered"):
+        device.unregister_host(shared_page)
 
 
 def test_closing_twice_is_allowed(device) -> None:

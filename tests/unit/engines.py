@@ -35,9 +35,9 @@ class CheckedEngine(Engine):
         return may_begin
 
     def _on_step_planned(self, shape: StepShape) -> None:
-        super()._on_step_planned(shape)
         if self.before_step is not None:
             self.before_step(self)
+        super()._on_step_planned(shape)
 
     def _on_step_done(self, shape: StepShape, duration_s: float) -> None:
         super()._on_step_done(shape, duration_s)

@@ -6,7 +6,15 @@ import dataclasses
 
 import pytest
 
-from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
+from selectn_core.config import (
+    BatchConfig,
+    DeviceConfig,
+    EngineConfig,
+    HostConfig,
+    ModelConfig,
+    OffloadConfig,
+    SloConfig,
+)
 from selectn_core.device import open_device, resolve_kind
 from selectn_core.errors import ConfigError
 
@@ -26,6 +34,8 @@ from selectn_core.errors import ConfigError
         (OffloadConfig, "num_offloaded", -1, "'auto'"),
         (OffloadConfig, "num_offloaded", "all", "'auto'"),
         (OffloadConfig, "num_slots", 9, "1 to 8"),
+        (HostConfig, "weights", "pinned", "auto, shared_memory, file, private"),
+        (HostConfig, "directory", "stores", "an absolute path"),
         (SloConfig, "tpot_ms", 0.0, "more than 0"),
     ],
 )

@@ -38,9 +38,7 @@ def random_plans(seed: int) -> BeforeStep:
     def change(engine: Engine) -> None:
         if rng.random() < 0.6:
             offloaded = sorted(rng.sample(range(NUM_LAYERS), rng.randint(0, NUM_LAYERS)))
-            engine.executor.request_plan(
-                OffloadPlan(offloaded=tuple(offloaded), num_slots=rng.randint(1, 4), num_units=NUM_LAYERS)
-            )
+            engine.set_plan(OffloadPlan(offloaded=tuple(offloaded), num_slots=rng.randint(1, 4), num_units=NUM_LAYERS))
 
     return change
 
@@ -190,7 +188,7 @@ def test_engine_recovers_from_a_link_that_failed_for_good(
     with engine:
         assert [engine.submit(prompts[0], greedy()).result()] == expected
         device.failure_rate = 1.0
-        engine.executor.request_plan(
+        engine.set_plan(
             # All come home, to homes that must not be trusted now.
             OffloadPlan(offloaded=(), num_slots=1, num_units=NUM_LAYERS)
         )
@@ -214,7 +212,7 @@ def test_a_promotion_that_failed_is_not_forgotten(
     nothing = OffloadPlan(offloaded=(), num_slots=1, num_units=NUM_LAYERS)
     device.failure_rate = 1.0
     for plan in (nothing, everything, nothing):
-        engine.executor.request_plan(plan)
+        engine.set_plan(plan)
         engine.executor.begin_step()
     device.failure_rate = 0.0
     with engine:

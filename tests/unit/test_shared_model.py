@@ -1,0 +1,337 @@
+"""Models whose weights are in a shared store compute what models with weights of their own compute."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from selectn_core import shared_model
+from selectn_core.config import DeviceConfig, EngineConfig, HostConfig, ModelConfig
+from selectn_core.engine import Engine
+from selectn_core.errors import (
+    ConfigError,
+    DeviceMemoryExceeded,
+    HostMemoryExceeded,
+    StoreRefused,
+    UnsupportedModel,
+)
+from selectn_core.host_memory import HostMemory
+from selectn_core.loading import LoadedModel, load_model, resolve_source
+from selectn_core.shared_model import fingerprint_of, load_on_host
+from tests.tiny_models import FAMILIES, tiny_model
+from tests.unit.engines import CheckedEngine, engine_config, greedy, make_prompts
+from tests.unit.test_engine_identity import random_plans
+from tests.unit.test_loading import write_tiny_gguf
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory):
+    """The directory of a family's checkpoint, saved once."""
+
+    @cache
+    def saved(family: str = "llama", dtype: torch.dtype = torch.float32) -> str:
+        path = tmp_path_factory.mktemp("checkpoints") / family
+        tiny_model(family, dtype).model.save_pretrained(path)
+        return str(path)
+
+    return saved
+
+
+@pytest.fixture
+def host(tmp_path):
+    """Stores in a directory that must be empty again after the test."""
+    directory = tmp_path / "stores"
+    directory.mkdir()
+    yield HostConfig(weights="shared_memory", directory=str(directory))
+    assert not list(directory.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_in_shared_memory():
+    before = set(SHARED_MEMORY.glob("selectn-store-*"))
+    yield
+    assert set(SHARED_MEMORY.glob("selectn-store-*")) <= before
+
+
+def all_tensors(model) -> dict[str, torch.Tensor]:
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def same_tensors(one, other) -> bool:
+    a, b = all_tensors(one), all_tensors(other)
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and a[name].equal(b[name]) for name in a)
+
+
+def ties(model) -> set[frozenset[str]]:
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(each) for each in names.values() if len(each) > 1}
+
+
+def tokens_of(loaded: LoadedModel, num_offloaded: int = 3, before_step=None) -> list[list[int]]:
+    """Greedy tokens through the checked engine, which verifies the store after every step."""
+    engine = CheckedEngine(loaded, engine_config(num_offloaded))
+    engine.before_step = before_step
+    handles = [engine.submit(prompt, greedy()) for prompt in make_prompts()]
+    with engine:
+        return [handle.result() for handle in handles]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_ties_and_tokens_are_those_of_a_private_copy(checkpoint_of, host, family, dtype) -> None:
+    config = ModelConfig(source=checkpoint_of(family, dtype))
+    private = load_model(config)
+    builder, follower = load_on_host(config, host), load_on_host(config, host)
+    assert follower.store is not None
+    for shared in (builder, follower):
+        assert same_tensors(shared.model, private.model)
+        assert ties(shared.model) == ties(private.model)
+        assert type(shared.model) is type(private.model)
+        assert shared.model.generation_config.to_dict() == private.model.generation_config.to_dict()
+        assert not shared.model.training
+        assert not any(parameter.requires_grad for parameter in shared.model.parameters())
+    expected = tokens_of(private)
+    assert tokens_of(builder) == expected
+    assert tokens_of(follower, before_step=random_plans(seed=3)) == expected
+
+
+def test_a_family_of_these_ties_its_embeddings() -> None:
+    assert ties(tiny_model("gemma").model), "nothing here would notice that ties come undone"
+
+
+def test_the_second_does_not_read_the_checkpoint(checkpoint_of, host, monkeypatch) -> None:
+    config = ModelConfig(source=checkpoint_of())
+    first = load_on_host(config, host)
+    monkeypatch.setattr(shared_model, "load_weights", lambda _: pytest.fail("the checkpoint is read again"))
+    second = load_on_host(config, host)
+    assert same_tensors(first.model, second.model)
+    first.store.close()
+    second.store.close()
+
+
+def test_gguf_files_are_shared(tmp_path, host) -> None:
+    config = ModelConfig(source=str(write_tiny_gguf(tmp_path / "tiny.gguf")))
+    loaded = load_on_host(config, host)
+    assert same_tensors(loaded.model, load_model(config).model)
+    loaded.store.close()
+
+
+def test_sharded_checkpoints_and_other_dtypes_are_shared(tmp_path, host) -> None:
+    tiny_model("qwen2_moe").model.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    config = ModelConfig(source=str(tmp_path / "sharded"), dtype="bfloat16")
+    loaded = load_on_host(config, host)
+    assert loaded.model.dtype == torch.bfloat16
+    assert same_tensors(loaded.model, load_model(config).model)
+    loaded.store.close()
+
+
+def test_an_engine_gives_its_store_up(checkpoint_of, host) -> None:
+    config = EngineConfig(model=ModelConfig(source=checkpoint_of()), host=host)
+    with Engine.load(config) as engine:
+        assert engine.snapshot()["host_store"].startswith(host.directory)
+    assert engine.snapshot()["host_store"] == "private"
+    assert torch.isfinite(engine.model.get_input_embeddings().weight).all(), "what is left of the model still works"
+
+
+def test_an_engine_that_cannot_be_gives_its_store_up(checkpoint_of, host) -> None:
+    config = EngineConfig(
+        model=ModelConfig(source=checkpoint_of()), host=host, device=DeviceConfig(kind="emulated", memory_gib=1e-5)
+    )
+    with pytest.raises(DeviceMemoryExceeded):
+        Engine.load(config)
+
+
+def test_a_store_with_another_layout_is_refused(checkpoint_of, host, monkeypatch) -> None:
+    config = EngineConfig(model=ModelConfig(source=checkpoint_of()), host=host)
+    older = load_on_host(config.model, host)
+    monkeypatch.setattr("selectn_core.units.TENSOR_ALIGNMENT_BYTES", 512)
+    with pytest.raises(StoreRefused, match=r"layers\.0 laid out otherwise, by another version"):
+        Engine.load(config)
+    older.store.close()
+
+
+def test_a_private_copy_needs_no_store(checkpoint_of, host) -> None:
+    private = HostConfig(weights="private", directory=host.directory)
+    assert load_on_host(ModelConfig(source=checkpoint_of()), private).store is None
+
+
+# -- fingerprints -------------------------------------------------------------------------------------------------
+
+
+def test_the_same_checkpoint_has_the_same_fingerprint(checkpoint_of) -> None:
+    resolved = resolve_source(ModelConfig(source=checkpoint_of()))
+    named = resolve_source(ModelConfig(source=checkpoint_of() + "/../" + Path(checkpoint_of()).name, served_name="x"))
+    assert fingerprint_of(resolved) == fingerprint_of(named)
+
+
+def test_different_weights_have_different_fingerprints(tmp_path, checkpoint_of) -> None:
+    def fingerprint(source: str, **settings) -> str:
+        return fingerprint_of(resolve_source(ModelConfig(source=source, **settings)))
+
+    mine = tmp_path / "mine"
+    tiny_model().model.save_pretrained(mine)
+    seen = {fingerprint(str(mine)), fingerprint(str(mine), dtype="bfloat16"), fingerprint(checkpoint_of())}
+    (mine / "notes.txt").write_text("no part of the checkpoint")
+    assert fingerprint(str(mine)) in seen
+    weights = mine / "model.safetensors"
+    os.utime(weights, ns=(time.time_ns(), weights.stat().st_mtime_ns + 1))
+    seen.add(fingerprint(str(mine)))
+    (mine / "config.json").write_text((mine / "config.json").read_text() + " ")
+    seen.add(fingerprint(str(mine)))
+    assert len(seen) == 5
+
+
+def test_commits_of_a_hub_model_have_different_fingerprints(monkeypatch) -> None:
+    monkeypatch.setattr(shared_model, "cached_file", lambda *_, revision: f"/cache/snapshots/{revision}/config.json")
+    commits = [ModelConfig(source="some/model", revision=revision) for revision in ("aaa", "bbb")]
+    assert fingerprint_of(commits[0]) == fingerprint_of(commits[0]) != fingerprint_of(commits[1])
+
+
+def test_a_hub_model_that_is_not_there_says_so(monkeypatch) -> None:
+    def missing(*_, **__):
+        raise OSError("no such repository")
+
+    monkeypatch.setattr(shared_model, "cached_file", missing)
+    with pytest.raises(ConfigError, match="'some/model' cannot be loaded: no such repository"):
+        load_on_host(ModelConfig(source="some/model"), HostConfig())
+
+
+# -- where there is no room ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Where `auto` falls back to."""
+    directory = tmp_path / "files"
+    directory.mkdir()
+    monkeypatch.setattr(shared_model, "FILES", directory)
+    yield directory
+    assert not list(directory.iterdir())
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path):
+    directory = tmp_path / "shm"
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", directory]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield directory
+    assert not list(directory.iterdir())
+    subprocess.run(["umount", directory], check=True)
+
+
+def test_small_shared_memory_falls_back_to_a_file_and_says_what_to_set(
+    checkpoint_of, small_tmpfs, files, caplog
+) -> None:
+    config, host = ModelConfig(source=checkpoint_of()), HostConfig(directory=str(small_tmpfs))
+    with caplog.at_level(logging.WARNING):
+        loaded = load_on_host(config, host)
+    assert loaded.store.path.parent == files
+    assert "has 65,536 bytes free and the weights take" in caplog.text
+    assert "docker run --shm-size=2g" in caplog.text
+    assert "host.directory" in caplog.text
+    second = load_on_host(config, host)
+    assert second.store.path == loaded.store.path
+    assert tokens_of(second) == tokens_of(load_model(config))
+    loaded.store.close()
+
+
+def test_small_shared_memory_that_was_asked_for_is_an_error(checkpoint_of, small_tmpfs) -> None:
+    host = HostConfig(weights="shared_memory", directory=str(small_tmpfs))
+    with pytest.raises(HostMemoryExceeded, match="65,536 bytes free and the weights take .*--shm-size"):
+        load_on_host(ModelConfig(source=checkpoint_of()), host)
+
+
+def test_the_cgroups_limit_is_honoured(checkpoint_of, host, files, monkeypatch, caplog) -> None:
+    little = HostMemory(available_bytes=4096, limited_by="/sys/fs/cgroup/pod/memory.max")
+    monkeypatch.setattr(shared_model, "available_host_memory", lambda: little)
+    config = ModelConfig(source=checkpoint_of())
+    with pytest.raises(HostMemoryExceeded, match=r"4,096 are left by /sys/fs/cgroup/pod/memory.max: raise that limit"):
+        load_on_host(config, host)
+    loaded = load_on_host(config, HostConfig(directory=host.directory))
+    assert loaded.store.path.parent == files
+    assert "host.weights to 'file'" in caplog.text
+    loaded.store.close()
+
+
+def test_no_room_anywhere_names_every_place(checkpoint_of, host, files, monkeypatch) -> None:
+    monkeypatch.setattr(shared_model, "free_bytes", lambda _: 17)
+    with pytest.raises(HostMemoryExceeded, match=r"stores has 17 bytes free.*; .*files has 17 bytes free"):
+        load_on_host(ModelConfig(source=checkpoint_of()), HostConfig(directory=host.directory))
+
+
+def test_a_file_may_be_asked_for(checkpoint_of, host) -> None:
+    loaded = load_on_host(ModelConfig(source=checkpoint_of()), HostConfig(weights="file", directory=host.directory))
+    assert str(loaded.store.path.parent) == host.directory
+    loaded.store.close()
+
+
+def test_a_directory_that_is_not_there_says_so(checkpoint_of) -> None:
+    with pytest.raises(ConfigError, match=r"/nowhere is no directory .* set host\.directory"):
+        load_on_host(ModelConfig(source=checkpoint_of()), HostConfig(weights="file", directory="/nowhere"))
+
+
+def test_by_default_it_is_in_shared_memory(checkpoint_of) -> None:
+    loaded = load_on_host(ModelConfig(source=checkpoint_of()), HostConfig())
+    assert loaded.store.path.parent == SHARED_MEMORY
+    loaded.store.close()
+
+
+# -- models that cannot be shared ---------------------------------------------------------------------------------
+
+
+class ForeignModel(LlamaForCausalLM):
+    """A model whose code is not transformers' own."""
+
+
+def test_a_model_with_code_of_its_own_stays_private(checkpoint_of, host, monkeypatch, caplog) -> None:
+    foreign = ForeignModel.from_pretrained(checkpoint_of())
+    monkeypatch.setattr(shared_model, "load_weights", lambda _: foreign)
+    config = ModelConfig(source=checkpoint_of())
+    loaded = load_on_host(config, HostConfig(directory=host.directory))
+    assert loaded.model is foreign
+    assert loaded.store is None
+    assert "its weights are private to this process" in caplog.text
+    with pytest.raises(UnsupportedModel, match=r"not transformers' own.*: set host\.weights to 'private'"):
+        load_on_host(config, host)
+
+
+def test_a_model_with_a_tensor_that_is_neither_parameter_nor_buffer_stays_private(
+    checkpoint_of, host, monkeypatch
+) -> None:
+    describe = shared_model._empty_model
+
+    def with_a_plain_tensor(description):
+        model = describe(description)
+        model.model.norm.scale = torch.ones(3, device="meta")
+        return model
+
+    monkeypatch.setattr(shared_model, "_empty_model", with_a_plain_tensor)
+    with pytest.raises(UnsupportedModel, match=r"model\.norm\.scale is a tensor that is neither"):
+        load_on_host(ModelConfig(source=checkpoint_of()), host)
+
+
+def test_a_configuration_that_leads_to_other_tensors_stays_private(checkpoint_of, host, monkeypatch) -> None:
+    describe = shared_model._describe
+
+    def with_fewer_layers(model):
+        description = describe(model)
+        return {**description, "config": {**description["config"], "num_hidden_layers": 2}}
+
+    monkeypatch.setattr(shared_model, "_describe", with_fewer_layers)
+    with pytest.raises(UnsupportedModel, match="its configuration alone leads to other tensors"):
+        load_on_host(ModelConfig(source=checkpoint_of()), host)
