@@ -35,3 +35,27 @@ def plot_intervals(samples: list[dict[str, Any]], provenance: str, path: Path) -
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_capacity(rows: list[dict[str, Any]], objective_ms: float, path: Path) -> None:
+    """Tokens/s and mean batch by side, and the TPOT that 95 % of the requests had against the objective."""
+    names = [row["side"] for row in rows]
+    panels_of = (
+        ("tokens/s", [row["tokens_per_s"] for row in rows]),
+        ("mean batch", [row["mean_batch"] for row in rows]),
+        ("TPOT p95 (ms)", [row["tpot_p95_s"] * 1e3 for row in rows]),
+    )
+    colors = ["tab:green" if row["attained"] >= 0.95 else "tab:grey" for row in rows]
+    figure, panels = plt.subplots(1, len(panels_of), figsize=(12, 3.6), sharey=True)
+    for panel, (title, values) in zip(panels, panels_of, strict=True):
+        panel.barh(names, values, color=colors)
+        panel.set_title(title, fontsize=10)
+        panel.grid(alpha=0.3, axis="x")
+    panels[-1].axvline(objective_ms, color="tab:red", linestyle="--", label="objective")
+    panels[-1].legend(fontsize=8)
+    panels[0].invert_yaxis()
+    figure.suptitle("One device memory, the same requests (emulated); grey: misses the objective", fontsize=10)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

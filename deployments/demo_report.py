@@ -38,6 +38,7 @@ class Report:
     device_bytes: int
     device_capacity_bytes: int
     kv_bytes: int
+    memory: dict[str, dict[str, int]]
     link_busy_share: float
     link_gb_per_s: float
     step_over_bound: float
@@ -65,6 +66,7 @@ def build_report(
         **{key: after[key] for key in (*same_keys, "device", "provenance", "model", "interval_history")},
         device_capacity_bytes=after["device_capacity_bytes"],
         kv_bytes=after["kv_bytes"],
+        memory=after["memory"],
         step_over_bound=round(after["step_over_bound"], 4),
         answers=[_with_reference(answer, other) for answer, other in zip(answers, reference, strict=True)],
         tokens_equal_reference=all(
@@ -112,12 +114,17 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("host memory", f"{_mib(report.host_bytes)} of weights, {_mib(report.offloaded_bytes)} only there"),
         (
             "device memory",
-            f"{_mib(report.device_bytes)} of {_mib(report.device_capacity_bytes)} used, "
-            f"{_mib(report.kv_bytes)} of it KV cache",
+            f"{_mib(report.device_capacity_bytes)}: " + _owners(report.memory["device"]),
         ),
+        ("host memory by owner", _owners(report.memory["host"])),
         ("link", f"busy {report.link_busy_share:.0%} of the time, at {report.link_gb_per_s:.2f} GB/s"),
         ("step over its bound", f"{report.step_over_bound:.3f} (median)"),
     ]
+
+
+def _owners(account: dict[str, int]) -> str:
+    parts = [f"{name.removesuffix('_bytes').replace('_', ' ')} {_mib(held)}" for name, held in account.items() if held]
+    return ", ".join(parts)
 
 
 def _against(spread: dict[str, float], objective_ms: float, attained: bool) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from selectn_core.accounts import account
 from selectn_core.arena import Arena, weight_sectors
 from selectn_core.config import MAX_SLOTS, EngineConfig, require
 from selectn_core.device import Device, align_up, open_device, resolve_kind
@@ -440,6 +441,7 @@ class Engine:
             "host_bytes": self.store.num_bytes,
             "host_store": self.store.location,
             "offloaded_bytes": self._offloaded_bytes(plan),
+            "memory": account(self).to_json(),
             "device_bytes": self.device.allocated_bytes,
             "device_capacity_bytes": self.device.capacity_bytes,
             "kv_bytes": self.batching.pages.num_sectors * self.arena.sector_bytes,

@@ -24,27 +24,29 @@ Request = tuple[int, int]  # tokens in the step, tokens before them
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """Bytes of activations: of a step that reads no keys but its own, and of attention by the keys that it reads."""
+    """Bytes of activations: of a step that reads no keys but its own, and what other keys add to it.
+
+    That is `past_bytes`, however few they are, and `bytes_per_sector` of the KV cache that holds them.
+    """
 
     step_bytes: int = 0
-    attention_bytes: int = 0
+    past_bytes: int = 0
     bytes_per_sector: float = 0.0
 
     def bytes_for(self, num_sectors: int) -> int:
-        """With a KV cache of `num_sectors`."""
-        return max(self.step_bytes, self.attention_bytes + math.ceil(self.bytes_per_sector * num_sectors))
+        """With a KV cache of `num_sectors`, all of which one step may read."""
+        return self.step_bytes + self.past_bytes + math.ceil(self.bytes_per_sector * num_sectors)
 
     def most_sectors(self, free_bytes: int, sector_bytes: int) -> int:
-        """The largest KV cache that leaves room for a step which reads all of it."""
-        after_step = (free_bytes - self.step_bytes) // sector_bytes
-        after_attention = (free_bytes - self.attention_bytes) / (sector_bytes + self.bytes_per_sector)
-        return max(0, min(after_step, math.floor(after_attention)))
+        """The largest KV cache that leaves room for such a step."""
+        free_bytes -= self.step_bytes + self.past_bytes
+        return max(0, math.floor(free_bytes / (sector_bytes + self.bytes_per_sector)))
 
 
 def measure_workspace(
     model: nn.Module, units: Sequence[Unit], config: BatchConfig, device: Device, geometry: KvGeometry, limit: int
 ) -> Workspace:
-    """Runs a step of `max_batch_tokens`, and the first layers of two that read as many keys as fit half, and all.
+    """Runs a step of `max_batch_tokens`, and the first layers of it again without a past, with half, and all that fits.
 
     The layers are alike; attention takes most where one request has the longest past, of `limit` tokens at most. The
     model must be able to run. What is computed means nothing. Raises DeviceMemoryExceeded.
@@ -56,17 +58,17 @@ def measure_workspace(
     try:
         step_bytes = device.peak_bytes(lambda: batching.run_step(_requests(config, geometry, num_sectors, limit, 0)))
         with _stopping_after(last):
-            attention_bytes = [
-                device.peak_bytes(partial(_run, batching, _requests(config, geometry, sectors, limit, limit)))
-                for sectors in (num_sectors // 2, num_sectors)
-            ]
+            alone, half, full = (
+                device.peak_bytes(partial(_run, batching, _requests(config, geometry, sectors, limit, past)))
+                for sectors, past in ((num_sectors, 0), (num_sectors // 2, limit), (num_sectors, limit))
+            )
     finally:
         batching.close()
         device.free(batching.pages.memory)
-    slope = max(0, attention_bytes[1] - attention_bytes[0]) / max(1, num_sectors - num_sectors // 2)
+    slope = max(0, full - half) / max(1, num_sectors - num_sectors // 2)
     return Workspace(
         step_bytes=step_bytes,
-        attention_bytes=max(0, attention_bytes[1] - math.floor(slope * num_sectors)),
+        past_bytes=max(0, full - alone - math.floor(slope * num_sectors)),
         bytes_per_sector=slope,
     )
 

@@ -91,3 +91,85 @@ def test_any_sequence_of_plans_requests_and_cancellations(
             assert reason == "cancelled" or (reason, len(tokens)) == ("length", num_tokens)
     engine.batching.check_integrity()
     assert engine.arena.weight_bytes == 0
+
+
+def test_layers_go_to_host_and_back_under_load_without_a_failed_request() -> None:
+    engine = build(kv_tokens=80)
+    plans = iter([*range(NUM_LAYERS + 1), *reversed(range(NUM_LAYERS))])
+    reached = []
+
+    def next_plan(_: object) -> None:
+        reached.append(engine.executor.plan.num_offloaded)
+        if engine.steps.num_steps % 8 == 0:
+            engine.set_num_offloaded(next(plans, 0), 1)
+
+    engine.before_schedule = next_plan
+    requests = [(i % len(PROMPTS), engine.submit(PROMPTS[i % len(PROMPTS)], greedy(MOST_TOKENS))) for i in range(24)]
+    with engine:
+        for prompt, handle in requests:
+            assert handle.result() == reference("llama", prompt)
+    assert next(plans, None) is None, "there were too few steps for this test"
+    assert (min(reached), max(reached), reached[-1]) == (0, NUM_LAYERS, 0)
+
+
+def test_a_layer_comes_back_into_memory_that_running_requests_use() -> None:
+    """Their keys are copied elsewhere, and they go on as if nothing had happened."""
+    engine = build(num_offloaded=NUM_LAYERS)
+    pages, num_moved = engine.batching.pages, 0
+    move_blocks = pages._move_blocks
+
+    def counted(allocator: Any, blocks: list[int], *rest: Any) -> None:
+        nonlocal num_moved
+        num_moved += len(blocks)
+        move_blocks(allocator, blocks, *rest)
+
+    pages._move_blocks = counted
+    # Each step lends all layers' memory, fills it with keys, and takes a part of it back.
+    engine.before_step = lambda _: engine.set_num_offloaded(NUM_LAYERS - engine.steps.num_steps % 3, 1)
+    requests = [(i, engine.submit(prompt, greedy(MOST_TOKENS))) for i, prompt in enumerate(PROMPTS)]
+    with engine:
+        for prompt, handle in requests:
+            assert handle.result() == reference("llama", prompt)
+    assert num_moved > 0
+
+
+def test_a_request_too_long_for_the_plan_gets_the_memory_of_more_layers_while_it_runs() -> None:
+    engine = build(num_offloaded=0)
+    (prompt,) = make_prompts([30], seed=7)
+    assert engine.kv_capacity_tokens < 100 <= engine.max_model_len
+    with engine:
+        assert len(engine.submit(prompt, greedy(70)).result()) == 70
+        assert engine.executor.plan.num_offloaded > 0
+        engine.submit(prompt, greedy(2)).result()
+        assert engine.executor.plan.num_offloaded == 0
+
+
+def test_every_byte_has_one_owner() -> None:
+    engine = CheckedEngine(tiny_model(), engine_config(3, 2, memory_gib=4 / 1024, kv_tokens=48))
+    with engine:
+        engine.submit(PROMPTS[3], greedy()).result()
+        for num_offloaded in (0, NUM_LAYERS, 2):
+            engine.set_num_offloaded(num_offloaded)
+            engine.submit(PROMPTS[0], greedy(2)).result()
+            account = engine.snapshot()["memory"]
+            device = account["device"]
+            assert all(held >= 0 for held in device.values())
+            assert sum(device.values()) == engine.device.capacity_bytes
+            not_allocated = device["workspace_bytes"] + device["unused_bytes"]
+            assert engine.device.allocated_bytes == engine.device.capacity_bytes - not_allocated
+            assert device["homes_bytes"] == sum(
+                engine.arena.round_up(engine.units[i].num_bytes)
+                for i in range(NUM_LAYERS)
+                if i not in engine.executor.plan.offloaded
+            )
+            assert device["unused_bytes"] < 2 * engine.arena.sector_bytes + 1024
+            assert account["host"]["weights_bytes"] == sum(unit.num_bytes for unit in engine.units)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_of_a_full_step_fit_what_is_left_to_them(family: str) -> None:
+    engine = CheckedEngine(tiny_model(family), engine_config(2, 1, memory_gib=1 / 1024, kv_tokens=48))
+    limit = engine.config.batch.max_batch_tokens
+    peak = engine.device.peak_bytes(lambda: engine.batching.run_step([(limit - 7, 100), *[(1, 60)] * 7]))
+    engine.close()
+    assert 0 < peak <= engine.workspace_bytes
