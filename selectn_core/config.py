@@ -76,8 +76,9 @@ class DeviceConfig:
 class BatchConfig:
     """Continuous batching: tokens and requests in one step, and the KV cache they share.
 
-    `max_batch_tokens` bounds the tokens of one step (prefill is chunked to it); `kv_tokens` is what the KV
-    cache always holds, in pages of `page_size`, whatever is offloaded: it has all memory that weights leave; at most `max_waiting` requests queue.
+    `max_batch_tokens` bounds the tokens of one step (prefill is chunked to it). The KV cache, in pages of `page_size`,
+    has all the device memory that weights leave; `kv_tokens` is what it always holds, however few are offloaded. At
+    most `max_waiting` requests queue.
     """
 
     max_batch_tokens: int = 256
