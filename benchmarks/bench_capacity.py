@@ -66,8 +66,8 @@ class Load:
     num_rounds: int
 
 
-QUICK = Load(num_requests=WANTED, new_tokens=40, num_rounds=1)
-FULL = Load(num_requests=2 * WANTED, new_tokens=40, num_rounds=2)
+QUICK = Load(num_requests=WANTED, new_tokens=16, num_rounds=1)
+FULL = Load(num_requests=WANTED, new_tokens=40, num_rounds=3)
 
 
 @dataclass(frozen=True, kw_only=True)
