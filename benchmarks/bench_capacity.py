@@ -2,7 +2,7 @@
 
 The device holds the resident model and a quarter of the KV cache that the load wants. All requests are offered at
 once, `WANTED` of them may run together. Every side serves the same requests on the same device with the same link;
-the sides take turns. The objective is 1.75 times the TPOT of the resident model with the batch that fits; a side meets
+the sides take turns. The objective is 2.25 times the TPOT of the resident model with the batch that fits; a side meets
 it if 95 % of its requests do.
 
 - k = 0: everything resident, three ways: preempted requests' KV swapped to host memory, or computed again, or no more
@@ -50,10 +50,10 @@ SHARE = 4
 PROMPT_TOKENS = 24
 PAGE_SIZE = 16
 LINK_GB_PER_S = 1.0
-OBJECTIVE = 1.75
+OBJECTIVE = 2.25
 INTERVALS = (1, 2, 3, 4, 6)
 # Prefill joins some steps: the step that is planned for is a step of decoding.
-HEADROOM = 0.92
+HEADROOM = 0.85
 RESIDENT = ("k = 0, swapping", "k = 0, recomputing", "k = 0, no more than fit")
 
 
@@ -261,7 +261,7 @@ def _checks(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -
     )
     ours = by_name["k_max"]
     paper = [row for row in rows if row["side"].startswith("paper") and row["attained"] >= 0.95]
-    most_paper = max((row["offloaded_bytes"] for row in paper), default=1)
+    most_paper = max((row["offloaded_bytes"] for row in paper), default=ours["offloaded_bytes"])
     tokens = [sample.pop("tokens") for sample in samples]
     expected = tokens[0]
     equal = mean(mine == theirs for each in tokens for mine, theirs in zip(each, expected, strict=True))
