@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from statistics import median
 
 from selectn_core.device import LinkUsage
-from selectn_core.latency import Link, predict_step_s, simulate_steps_s
+from selectn_core.latency import Link, StepCosts, simulate_steps_s
 from selectn_core.placement import OffloadPlan, nearest_plan
 from selectn_core.policies import Policy, Situation
+from selectn_core.remembered import Remembered
 from selectn_core.step_times import StepTimes, scaled, while_copying
 from selectn_core.steps import StepRecord, StepShape
 
@@ -98,6 +99,7 @@ class Controller:
         self._may_raise = 0
         self._urgent_wait = False
         self._last_usage: LinkUsage | None = None
+        self._remembered = Remembered()
 
     # -- before scheduling --------------------------------------------------------------------------------------
 
@@ -155,13 +157,10 @@ class Controller:
         return min(self._decode_limit_s, waiting_s)
 
     def _choose(self, shape: StepShape, current: OffloadPlan, limit_s: float) -> OffloadPlan:
-        link, factor = self.link.link, self._scales[shape.is_decode_only].high
-        costs = self.times.expected(shape)
-        costs = scaled(while_copying(costs, _bytes_of(costs, current), link, self._slowdown), factor)
         return self.policy.choose(
             Situation(
-                costs=costs,
-                link=link,
+                costs=self._costs(shape, current, careful=True),
+                link=self.link.link,
                 limit_s=limit_s,
                 current=current,
                 min_offloaded=self.min_offloaded,
@@ -212,14 +211,19 @@ class Controller:
 
     def _predict(self, shape: StepShape, plan: OffloadPlan) -> float:
         """Seconds of a step of this shape once `plan` has held for a while, on the careful side."""
-        costs = scaled(self.times.expected(shape), self._scales[shape.is_decode_only].high)
-        return predict_step_s(costs, plan.offloaded, plan.num_slots, self.link.link)
+        return self._remembered.predict_step_s(self._costs(shape, plan, careful=True), plan, self.link.link)
+
+    def _costs(self, shape: StepShape, plan: OffloadPlan, *, careful: bool) -> StepCosts:
+        scale = self._scales[shape.is_decode_only]
+        costs = self.times.expected(shape)
+        costs = while_copying(costs, _copied_bytes(costs, plan), self.link.link, self._slowdown)
+        return scaled(costs, scale.high if careful else scale.middle)
 
     def _predict_first(self, shape: StepShape, current: OffloadPlan, plan: OffloadPlan) -> float:
         """Seconds that the next step should take, the copies of a change of plan included."""
-        costs = scaled(self.times.expected(shape), self._scales[shape.is_decode_only].middle)
+        costs = self._costs(shape, plan, careful=False)
         if plan == current:
-            return predict_step_s(costs, plan.offloaded, plan.num_slots, self.link.link)
+            return self._remembered.predict_step_s(costs, plan, self.link.link)
         promoted = sorted(set(current.offloaded) - set(plan.offloaded))
         kept = [unit for unit in plan.offloaded if unit in set(current.offloaded[: current.num_slots])]
         return simulate_steps_s(
@@ -313,6 +317,5 @@ def _chunks(most: int) -> list[int]:
     return sizes
 
 
-def _bytes_of(costs: object, plan: OffloadPlan) -> int:
-    unit_bytes: tuple[int, ...] = costs.unit_bytes  # type: ignore[attr-defined]
-    return sum(unit_bytes[unit] for unit in plan.offloaded) if plan.num_offloaded > plan.num_slots else 0
+def _copied_bytes(costs: StepCosts, plan: OffloadPlan) -> int:
+    return sum(costs.unit_bytes[unit] for unit in plan.offloaded) if plan.num_offloaded > plan.num_slots else 0

@@ -33,7 +33,7 @@ def fingerprint_of(engine: Engine) -> Fingerprint:
         model_type=config.model_type,
         dtype=str(engine.model.dtype).removeprefix("torch."),
         attention=ATTENTION_NAME,
-        unit=engine.config.offload.unit,
+        unit=getattr(engine.config.offload, "unit", "layer"),
         device=engine.device.kind,
         device_name=_cpu_name() if is_emulated else torch.cuda.get_device_name(engine.device.torch_device),
         compute_threads=torch.get_num_threads() if is_emulated else 0,
@@ -41,7 +41,7 @@ def fingerprint_of(engine: Engine) -> Fingerprint:
         max_batch_tokens=batch.max_batch_tokens,
         max_requests=batch.max_requests,
         page_size=batch.page_size,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         transformers=version("transformers"),
     )
 

@@ -5,8 +5,8 @@ A policy sees what a step costs now, the link it may use and the time the step m
 
 | name | whose way | plan |
 |---|---|---|
-| `select-n` | ours, the default | any k and S, at every iteration, for the most device memory freed within the limit |
-| `paper` | Select-N, arXiv 2502.08182 | the smallest integer interval N within the limit, one slot, at every iteration |
+| `select-n` | ours, the default | any k and S, every iteration: the most device memory freed within the limit |
+| `paper` | Select-N, arXiv 2502.08182 | the smallest integer interval N within the limit, one slot, every iteration |
 | `static` | FlexGen, arXiv 2303.06865, as that paper adapted it | fixed: the most that meets the objective at worst |
 | `group` | vLLM's prefetch offloader | fixed: of every N layers the last, N by hand |
 | `all` | DeepSpeed ZeRO-Inference, arXiv 2207.00032 | fixed: every layer, one ahead |
@@ -15,19 +15,16 @@ A policy sees what a step costs now, the link it may use and the time the step m
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from selectn_core.config import MAX_SLOTS
 from selectn_core.latency import Link, StepCosts, predict_step_s
 from selectn_core.placement import OffloadPlan, best_placement, place_integer_interval
+from selectn_core.remembered import Remembered, alike
 
-POLICIES = ("select-n", "paper", "static", "group", "all", "none")
-_BUCKET = 1.02
-_MAX_REMEMBERED = 20_000
+MOST_SLOTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,66 +85,45 @@ class SelectN(Policy):
 
 
 class Frontier:
-    """What every candidate plan's step takes, remembered.
+    """Every candidate plan and what its step takes, from the most device memory freed down."""
 
-    The recurrence only knows ratios: with all times divided by the first unit's, costs and links that are alike to
-    within 2 % share an answer. What is remembered is bounded, the oldest going first.
-    """
-
-    def __init__(self, num_units: int, among: Sequence[int] | None = None, max_slots: int = MAX_SLOTS) -> None:
+    def __init__(self, num_units: int, among: Sequence[int] | None = None, max_slots: int = MOST_SLOTS) -> None:
         """`among`: only these units may be offloaded (None: all)."""
         self.num_units, self.among = num_units, tuple(range(num_units)) if among is None else tuple(among)
         most = len(self.among)
-        # (k, S, N): N is None for even placement. From the most units freed down; of equal ones the most on the host.
+        # (k, S, N): N is None for even placement. Of equally many freed the most on the host come first.
         pairs = [(k, s, None) for k in range(1, most + 1) for s in range(1, max_slots + 1) if s < k or s == 1]
         self.integer_intervals: list[_Candidate] = [(most // n, 1, n) for n in range(1, most + 1)]
-        nothing: _Candidate = (0, 1, None)
         self.every_plan: list[_Candidate] = sorted(
             [*pairs, *self.integer_intervals], key=lambda c: (c[0] - c[1], c[0], c[2] is None), reverse=True
         )
+        nothing: _Candidate = (0, 1, None)
         self.every_plan.append(nothing)
         self.integer_intervals.append(nothing)
-        self._known: OrderedDict[tuple[object, ...], tuple[float, OffloadPlan]] = OrderedDict()
+        self._remembered = Remembered()
 
     def largest(self, situation: Situation, candidates: Sequence[_Candidate]) -> OffloadPlan:
-        """The first of `candidates` within the limit and the range; the fastest in the range if none is."""
-        low, high = situation.min_offloaded, situation.max_offloaded
-        high = self.num_units if high is None else high
+        """The first of `candidates` within the limit and the range; the one with the fewest in the range if none is."""
+        low = situation.min_offloaded
+        high = self.num_units if situation.max_offloaded is None else situation.max_offloaded
         costs, link, limit_s = situation.costs, situation.link, situation.limit_s
-        unit = costs.compute_s[0]
-        key = self._key(costs, link)
+        key, unit_s = alike(costs, link), costs.compute_s[0]
         least_copy_s = link.seconds(min(costs.unit_bytes))
         allowed = [c for c in candidates if low <= c[0] <= high]
-        for candidate in allowed:
+        for candidate in allowed if costs.unloaded_s <= limit_s else ():
             k, slots, _ = candidate
-            if costs.unloaded_s > limit_s:
-                break
             if k > slots and k * least_copy_s > limit_s:
                 continue  # T_bound rules it out
-            ratio, plan = self._step(candidate, costs, link, key)
-            if ratio * unit <= limit_s:
+            ratio, plan = self._remembered.get((candidate, key), partial(self._step, candidate, costs, link))
+            if ratio * unit_s <= limit_s:
                 return plan
-        fallback = min(allowed, key=lambda c: (c[0], c[1]), default=(min(low, len(self.among)), 1, None))
-        return self._step(fallback, costs, link, key)[1]
+        fewest = min(allowed, key=lambda c: (c[0], c[1]), default=(min(low, len(self.among)), 1, None))
+        return self._step(fewest, costs, link)[1]
 
-    def _key(self, costs: StepCosts, link: Link) -> tuple[object, ...]:
-        unit = costs.compute_s[0]
-        kinds = dict.fromkeys(zip(costs.compute_s, costs.unit_bytes, strict=True))
-        ratios = [costs.rest_s / unit, *(t / unit for t, _ in kinds), *(link.seconds(size) / unit for _, size in kinds)]
-        return tuple(_bucket(ratio) for ratio in ratios)
-
-    def _step(
-        self, candidate: _Candidate, costs: StepCosts, link: Link, key: tuple[object, ...]
-    ) -> tuple[float, OffloadPlan]:
-        """Step time in first units' times, and the plan."""
-        known = self._known.get((candidate, key))
-        if known is None:
-            plan = self._plan(candidate, costs, link)
-            step_s = predict_step_s(costs, plan.offloaded, plan.num_slots, link)
-            known = self._known[candidate, key] = (step_s / costs.compute_s[0], plan)
-            if len(self._known) > _MAX_REMEMBERED:
-                self._known.popitem(last=False)
-        return known
+    def _step(self, candidate: _Candidate, costs: StepCosts, link: Link) -> tuple[float, OffloadPlan]:
+        """The step's time in first units' times, and the plan."""
+        plan = self._plan(candidate, costs, link)
+        return predict_step_s(costs, plan.offloaded, plan.num_slots, link) / costs.compute_s[0], plan
 
     def _plan(self, candidate: _Candidate, costs: StepCosts, link: Link) -> OffloadPlan:
         k, slots, interval = candidate
@@ -186,7 +162,3 @@ def worst_case_share(
             break
         best = plan
     return best
-
-
-def _bucket(ratio: float) -> int:
-    return round(math.log(max(ratio, 1e-9)) / math.log(_BUCKET))

@@ -357,7 +357,9 @@ def fine_grid(extent: Extent) -> list[Requests]:
     middle = [batch + batch // 2 for batch in batches if batch >= 2 and batch + batch // 2 <= extent.max_requests]
     chunks = _geometric(extent.max_tokens, 2)
     lengths = (128, 512, 1024, 2048)
-    decodes = [_decode(b, length) for length in lengths for b in sorted({*batches, *middle}) if length < extent.max_length]
+    decodes = [
+        _decode(b, length) for length in lengths for b in sorted({*batches, *middle}) if length < extent.max_length
+    ]
     prefills = [_prefill(n, past) for past in (0, 256, 1024) for n in chunks]
     mixed = [
         (*_prefill(tokens, past), *_decode(batch, length))
