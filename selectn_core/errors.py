@@ -31,6 +31,14 @@ class StoreRefused(SelectNError):
     """A file that should be a host store cannot be trusted or used; the message says which, why, and what to do."""
 
 
+class RecordRefused(SelectNError):
+    """A performance record cannot be read, or is of something else than what runs; the message says what differs."""
+
+
+class NotMeasured(SelectNError):
+    """A step of this size was never measured, so nothing is promised of it."""
+
+
 class LinkError(SelectNError):
     """A host-to-device copy failed, and repeating it did not help."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from statistics import median
 
 from selectn_core.placement import OffloadPlan
@@ -16,17 +17,47 @@ class StepShape:
     """What a step computes: its time depends on nothing else.
 
     `num_tokens` are the query tokens of all requests, `num_decodes` the requests that decode (one token each),
-    `kv_tokens` the keys that all requests attend to, their new tokens included.
+    `kv_tokens` the keys that all requests attend to, their new tokens included, of which `decode_kv_tokens` are of the
+    decoding ones. `prefill_pairs` counts query-key pairs of the others: for each its tokens times its keys.
     """
 
     num_tokens: int
     num_requests: int
     num_decodes: int
     kv_tokens: int
+    decode_kv_tokens: int
+    prefill_pairs: int
+
+    @classmethod
+    def of(cls, prefills: Sequence[tuple[int, int]] = (), decodes: Sequence[int] = ()) -> StepShape:
+        """Of chunks of prefill, each (tokens, keys before them), and of decoding requests, each with its keys."""
+        decode_kv_tokens = sum(decodes)
+        return cls(
+            num_tokens=sum(tokens for tokens, _ in prefills) + len(decodes),
+            num_requests=len(prefills) + len(decodes),
+            num_decodes=len(decodes),
+            kv_tokens=sum(tokens + past for tokens, past in prefills) + decode_kv_tokens,
+            decode_kv_tokens=decode_kv_tokens,
+            prefill_pairs=sum(tokens * (tokens + past) for tokens, past in prefills),
+        )
+
+    @classmethod
+    def decode(cls, batch: int, length: int) -> StepShape:
+        """`batch` requests that decode, each with `length` keys, the new one included."""
+        return cls.of(decodes=[length] * batch)
+
+    @classmethod
+    def prefill(cls, tokens: int, cached: int = 0) -> StepShape:
+        """One chunk of `tokens` after `cached` keys."""
+        return cls.of(prefills=[(tokens, cached)])
 
     @property
     def is_decode_only(self) -> bool:
         return self.num_decodes == self.num_requests
+
+    def covers(self, other: StepShape) -> bool:
+        """Whether this step is at least as large in every respect."""
+        return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

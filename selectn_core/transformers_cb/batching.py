@@ -268,12 +268,14 @@ class _ObservedScheduler(FIFOScheduler):
 
 
 def _shape(batch: Sequence[FutureRequestState]) -> StepShape:
-    return StepShape(
-        num_tokens=sum(request.query_length for request in batch),
-        num_requests=len(batch),
-        num_decodes=sum(request.query_length == 1 and request.state.position_offset > 0 for request in batch),
-        kv_tokens=sum(request.state.position_offset + request.query_length for request in batch),
-    )
+    prefills, decodes = [], []
+    for request in batch:
+        tokens, past = request.query_length, request.state.position_offset
+        if tokens == 1 and past > 0:
+            decodes.append(past + 1)
+        else:
+            prefills.append((tokens, past))
+    return StepShape.of(prefills, decodes)
 
 
 class _CallbackRouter(OutputRouter):

@@ -1,0 +1,146 @@
+"""How long a step of any shape computes, from the steps that were measured: as expected, and as can be promised."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from selectn_core.errors import NotMeasured
+from selectn_core.latency import Link, StepCosts
+from selectn_core.steps import StepShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredStep:
+    """One shape, measured `num_samples` times with nothing waiting for copies; seconds.
+
+    `kind_s[i]` is the median of one unit of kind i, `rest_s` of the time outside the units. `low_s` and `high_s` are
+    the shortest and the longest whole step: the spread.
+    """
+
+    shape: StepShape
+    kind_s: tuple[float, ...]
+    rest_s: float
+    low_s: float
+    high_s: float
+    num_samples: int
+
+
+class StepTimes:
+    """Answers for every shape from a few measured ones.
+
+    `expected` fits them: a unit's time is a piecewise linear function of the step's tokens (through every number of
+    tokens that was measured) plus non-negative multiples of its requests, the keys of its decoding requests, and the
+    keys and query-key pairs of its prefills. `conservative` fits nothing: it is what some step that is at least as
+    large in every respect has taken at worst.
+    """
+
+    def __init__(self, steps: Sequence[MeasuredStep], unit_kinds: Sequence[int], unit_bytes: Sequence[int]) -> None:
+        """`unit_kinds[l]` is the kind of unit l, an index into every step's `kind_s`."""
+        if not steps:
+            raise NotMeasured("the performance record holds no steps: run `selectn profile`")
+        self.steps = tuple(steps)
+        self._unit_kinds, self._unit_bytes = tuple(unit_kinds), tuple(unit_bytes)
+        self._num_of_kind = [self._unit_kinds.count(kind) for kind in range(len(steps[0].kind_s))]
+        self._knots = sorted({step.shape.num_tokens for step in steps})
+        self._coefficients = self._fit()  # [num_features, num_kinds + 1]
+        self._promised_s = [self._worst_covered_s(step.shape) for step in self.steps]
+
+    def expected(self, shape: StepShape) -> StepCosts:
+        """What a step of this shape probably costs; beyond the grid, the fit goes on as a straight line."""
+        times = self._features(shape) @ self._coefficients
+        return self._costs(times[:-1].tolist(), float(times[-1]))
+
+    def expected_s(self, shape: StepShape) -> float:
+        """Seconds of the whole step with every unit resident, as `expected`, without the parts."""
+        times = self._features(shape) @ self._coefficients
+        return float(times[-1]) + sum(n * float(t) for n, t in zip(self._num_of_kind, times[:-1], strict=True))
+
+    def conservative(self, shape: StepShape) -> StepCosts:
+        """The costs of the cheapest measured step that covers `shape`, at the worst of all that it covers itself.
+
+        Raises NotMeasured where no measured step is that large.
+        """
+        covering = [i for i, step in enumerate(self.steps) if step.shape.covers(shape)]
+        if not covering:
+            raise NotMeasured(f"no step as large as {shape} was measured: run `selectn profile` with larger limits")
+        best = min(covering, key=lambda i: self._promised_s[i])
+        step = self.steps[best]
+        scale = self._promised_s[best] / self._median_s(step)
+        return self._costs([t * scale for t in step.kind_s], step.rest_s * scale)
+
+    def median_error(self) -> float:
+        """Of the steps that were measured, the median error of `expected` relative to the measured time."""
+        return float(np.median([self.error(step) for step in self.steps]))
+
+    def error(self, step: MeasuredStep) -> float:
+        """How far `expected` is from a measured step, relative to it."""
+        return abs(self.expected_s(step.shape) / self._median_s(step) - 1)
+
+    def _costs(self, kind_s: Sequence[float], rest_s: float) -> StepCosts:
+        return StepCosts(
+            compute_s=tuple(kind_s[kind] for kind in self._unit_kinds), unit_bytes=self._unit_bytes, rest_s=rest_s
+        )
+
+    def _median_s(self, step: MeasuredStep) -> float:
+        return step.rest_s + sum(n * t for n, t in zip(self._num_of_kind, step.kind_s, strict=True))
+
+    def _worst_covered_s(self, shape: StepShape) -> float:
+        return max(step.high_s for step in self.steps if shape.covers(step.shape))
+
+    def _fit(self) -> np.ndarray:
+        features = np.array([self._features(step.shape) for step in self.steps])
+        targets = np.array([[*step.kind_s, step.rest_s] for step in self.steps])
+        columns = []
+        for target in targets.T:
+            # Relative errors count, not absolute ones: the short steps are the many.
+            weights = 1 / np.maximum(target, max(1e-9, target.max() * 1e-3))
+            columns.append(nnls(features * weights[:, None], target * weights)[0])
+        return np.array(columns).T
+
+    def _features(self, shape: StepShape) -> np.ndarray:  # [num_features]
+        row = np.zeros(len(self._knots) + 4)
+        self._add_hats(row, shape.num_tokens)
+        row[-4:] = (
+            shape.num_requests,
+            shape.decode_kv_tokens / 1e3,
+            (shape.kv_tokens - shape.decode_kv_tokens) / 1e3,
+            shape.prefill_pairs / 1e6,
+        )
+        return row
+
+    def _add_hats(self, row: np.ndarray, num_tokens: int) -> None:
+        """The weights of the two knots between which `num_tokens` lies; beyond the last one, in proportion to it."""
+        knots = self._knots
+        right = bisect_right(knots, num_tokens)
+        if right == len(knots):
+            row[right - 1] = num_tokens / knots[-1]
+        elif right == 0:
+            row[0] = 1.0
+        else:
+            share = (num_tokens - knots[right - 1]) / (knots[right] - knots[right - 1])
+            row[right - 1], row[right] = 1 - share, share
+
+
+def while_copying(costs: StepCosts, offloaded_bytes: int, link: Link, slowdown: float) -> StepCosts:
+    """The costs while the link copies that much in every step: a busy link slows compute by `slowdown`.
+
+    Device memory (on the emulated device the CPU's) serves both. `slowdown` is relative, at a link that is always busy.
+    """
+    if slowdown == 0 or offloaded_bytes == 0:
+        return costs
+    duty = min(1.0, offloaded_bytes / link.bytes_per_s / costs.unloaded_s)
+    return scaled(costs, 1 + slowdown * duty)
+
+
+def scaled(costs: StepCosts, factor: float) -> StepCosts:
+    """Every time multiplied by `factor`."""
+    return StepCosts(
+        compute_s=tuple(t * factor for t in costs.compute_s),
+        unit_bytes=costs.unit_bytes,
+        rest_s=costs.rest_s * factor,
+    )
