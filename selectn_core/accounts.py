@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from selectn_core.device import align_up
+from selectn_core.planner import slot_bytes
 
 if TYPE_CHECKING:
     from selectn_core.engine import Engine
@@ -52,7 +53,7 @@ def account(engine: Engine) -> MemoryAccount:
     """What `engine` holds now."""
     arena, executor, pages = engine.arena, engine.executor, engine.batching.pages
     plan = executor.plan
-    slots_bytes = plan.slots_used * arena.round_up(max(unit.num_bytes for unit in engine.units))
+    slots_bytes = plan.slots_used * arena.round_up(slot_bytes(engine.units, plan))
     owned = {
         "resident_bytes": align_up(engine.resident.num_bytes),
         "homes_bytes": arena.weight_bytes - slots_bytes,

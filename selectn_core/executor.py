@@ -77,7 +77,7 @@ class Executor(ABC):
         self._lock = threading.Lock()
         self._homes: dict[int, torch.Tensor] = {}
         self._home_copied: dict[int, Event] = {}
-        self._slots: list[torch.Tensor] = []
+        self._slots: list[torch.Tensor] = []  # uint8 [slot_bytes of the plan] each
         self._slot_views: dict[tuple[int, int], list[torch.Tensor]] = {}  # (unit, slot)
         self._handles: list[RemovableHandle] = []
         self._unit_handles: dict[int, tuple[RemovableHandle, RemovableHandle]] = {}
@@ -194,7 +194,8 @@ class Executor(ABC):
         """Raises AssertionError unless every unit has a home or is offloaded, and all is as the plan says."""
         away = set(self.plan.offloaded)
         assert set(self._homes) == set(range(len(self.units))) - away, "homes and plan disagree"
-        assert len(self._slots) == self.plan.slots_used, "slots and plan disagree"
+        slot_sizes = [slot.nbytes for slot in self._slots]
+        assert slot_sizes == [slot_bytes(self.units, self.plan)] * self.plan.slots_used, "slots and plan disagree"
         spans = sorted((b.data_ptr(), b.data_ptr() + b.nbytes) for b in [*self._homes.values(), *self._slots])
         assert all(a[1] <= b[0] for a, b in pairwise(spans)), "device buffers overlap"
 
@@ -220,7 +221,7 @@ class Executor(ABC):
         except DeviceMemoryExceeded as error:
             logger.info("device memory is in pieces, placing everything again: %s", error)
             self._vacate(self._homes)
-            self._resize_slots(0)
+            self._resize_slots(0, 0)
             promoted = self._place(plan)
         self.plan = plan
         self.stats.num_plan_changes += 1
@@ -231,7 +232,7 @@ class Executor(ABC):
         """Gives every resident unit a home and no other; returns the units whose homes are new, still empty."""
         resident = set(range(len(self.units))) - set(plan.offloaded)
         self._vacate(self._homes.keys() - resident)
-        self._resize_slots(plan.slots_used)
+        self._resize_slots(plan.slots_used, slot_bytes(self.units, plan))
         promoted = sorted(resident - self._homes.keys())
         for index in promoted:
             unit = self.units[index]
@@ -263,15 +264,16 @@ class Executor(ABC):
             self._wait(event, unit, self._homes[unit.index])
             del self._home_copied[unit.index]  # only now: after an error the home must not pass for filled
 
-    def _resize_slots(self, num_slots: int) -> None:
-        if len(self._slots) == num_slots:
+    def _resize_slots(self, num_slots: int, num_bytes: int) -> None:
+        kept = [slot for slot in self._slots if slot.nbytes == num_bytes][:num_slots]  # all or none are of that size
+        if len(kept) == len(self._slots) == num_slots:
             return
         self.device.synchronize()  # a copy may be on its way into a slot that goes
         self._forget_slots()
-        while len(self._slots) > num_slots:
+        while len(self._slots) > len(kept):
             self.memory.free(self._slots.pop())
         while len(self._slots) < num_slots:
-            self._slots.append(self.memory.allocate(slot_bytes(self.units), f"slot {len(self._slots)}"))
+            self._slots.append(self.memory.allocate(num_bytes, f"slot {len(self._slots)}"))
 
     def _forget_slots(self) -> None:
         """Drops every view of the slots, so that their memory can go."""

@@ -1,9 +1,12 @@
-"""Which units are offloaded: any k of L, spaced so that the copies have equal time, or the paper's integer interval."""
+"""Which units are offloaded: any k of L, spaced so that the copies have equal time, or the paper's integer interval.
+
+`among` restricts the choice to some units, of one kind for example; spacing is even over the whole step all the same.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from selectn_core.latency import Link, StepCosts, predict_step_s
@@ -43,24 +46,29 @@ class OffloadPlan:
         return min(self.num_slots, len(self.offloaded))
 
 
-def place_evenly(num_offloaded: int, costs: StepCosts) -> tuple[int, ...]:
+def place_evenly(num_offloaded: int, costs: StepCosts, *, among: Sequence[int] | None = None) -> tuple[int, ...]:
     """The k units whose starts are nearest to k instants evenly spaced over a whole step, the rest included.
 
     Spacing in time rather than by index leaves each copy the same room, also across R at the step's end and
-    where units differ. O(L).
+    where units differ. O(L). Raises ValueError where there are fewer than k units to choose from.
     """
+    allowed = _choice(num_offloaded, len(costs.compute_s), among)
     starts_s, clock_s = [], 0.0
     for compute_s in costs.compute_s:
         starts_s.append(clock_s)
         clock_s += compute_s
     period_s = clock_s + costs.rest_s
     wanted_s = [(i + 1) * period_s / num_offloaded for i in range(num_offloaded)]
-    return _nearest_distinct(wanted_s, starts_s)
+    return tuple(allowed[i] for i in _nearest_distinct(wanted_s, [starts_s[unit] for unit in allowed]))
 
 
-def place_by_index(num_offloaded: int, num_units: int) -> tuple[int, ...]:
-    """k of L units evenly spaced by index, the last unit always among them."""
-    return tuple((i + 1) * num_units // num_offloaded - 1 for i in range(num_offloaded))
+def place_by_index(num_offloaded: int, num_units: int, *, among: Sequence[int] | None = None) -> tuple[int, ...]:
+    """k of the units evenly spaced by their place among those allowed, the last of which is always chosen.
+
+    Raises ValueError where there are fewer than k to choose from.
+    """
+    allowed = _choice(num_offloaded, num_units, among)
+    return tuple(allowed[(i + 1) * len(allowed) // num_offloaded - 1] for i in range(num_offloaded))
 
 
 def place_integer_interval(interval: int, num_units: int) -> tuple[int, ...]:
@@ -70,25 +78,28 @@ def place_integer_interval(interval: int, num_units: int) -> tuple[int, ...]:
     return tuple(range(interval - 1, num_units, interval))
 
 
-def best_placement(num_offloaded: int, num_slots: int, costs: StepCosts, link: Link) -> OffloadPlan:
+def best_placement(
+    num_offloaded: int, num_slots: int, costs: StepCosts, link: Link, *, among: Sequence[int] | None = None
+) -> OffloadPlan:
     """The faster of even spacing in time and by index, by the recurrence; ties go to time."""
     num_units = len(costs.compute_s)
-    if not 0 <= num_offloaded <= num_units:
-        raise ValueError(f"num_offloaded={num_offloaded}: expected 0 to {num_units}")
-    candidates: Iterable[tuple[int, ...]] = [()]
-    if num_offloaded:
-        candidates = [place_evenly(num_offloaded, costs), place_by_index(num_offloaded, num_units)]
+    candidates: Iterable[tuple[int, ...]] = [
+        place_evenly(num_offloaded, costs, among=among),
+        place_by_index(num_offloaded, num_units, among=among),
+    ]
     offloaded = min(candidates, key=lambda units: predict_step_s(costs, units, num_slots, link))
     return OffloadPlan(offloaded=offloaded, num_slots=num_slots, num_units=num_units)
 
 
-def best_slots(num_offloaded: int, max_slots: int, costs: StepCosts, link: Link) -> OffloadPlan:
+def best_slots(
+    num_offloaded: int, max_slots: int, costs: StepCosts, link: Link, *, among: Sequence[int] | None = None
+) -> OffloadPlan:
     """The placement and number of slots (1..max_slots) with the shortest predicted step; fewest slots on a tie.
 
     Slots that would make the offloaded units resident again (S >= k) are not considered, except S = 1.
     """
     most = max(1, min(max_slots, num_offloaded - 1))
-    plans = [best_placement(num_offloaded, slots, costs, link) for slots in range(1, most + 1)]
+    plans = [best_placement(num_offloaded, slots, costs, link, among=among) for slots in range(1, most + 1)]
     return min(
         plans,
         key=lambda plan: (
@@ -96,6 +107,16 @@ def best_slots(num_offloaded: int, max_slots: int, costs: StepCosts, link: Link)
             plan.num_slots,
         ),
     )
+
+
+def _choice(num_offloaded: int, num_units: int, among: Sequence[int] | None) -> list[int]:
+    """The units that may be offloaded, ascending."""
+    allowed = list(range(num_units)) if among is None else sorted(set(among))
+    if allowed and not (allowed[0] >= 0 and allowed[-1] < num_units):
+        raise ValueError(f"among={among}: expected units below {num_units}")
+    if not 0 <= num_offloaded <= len(allowed):
+        raise ValueError(f"num_offloaded={num_offloaded}: expected 0 to {len(allowed)}")
+    return allowed
 
 
 def _nearest_distinct(wanted_s: list[float], starts_s: list[float]) -> tuple[int, ...]:

@@ -46,15 +46,15 @@ class Workspace:
 def measure_workspace(
     model: nn.Module, units: Sequence[Unit], config: BatchConfig, device: Device, geometry: KvGeometry, limit: int
 ) -> Workspace:
-    """Runs a step of `max_batch_tokens`, and the first layers of it again without a past, with half, and all that fits.
+    """Runs a step of `max_batch_tokens`, and the first units of it again without a past, with half, and all that fits.
 
-    The layers are alike; attention takes most where one request has the longest past, of `limit` tokens at most. The
-    model must be able to run. What is computed means nothing. Raises DeviceMemoryExceeded.
+    Units of a kind are alike; attention takes most where one request has the longest past, of `limit` tokens at most.
+    The model must be able to run. What is computed means nothing. Raises DeviceMemoryExceeded.
     """
     config = replace(config, prefix_sharing=False)
     num_sectors = int(_SHARE * device.free_bytes / geometry.sector_bytes) - 2
     batching = ContinuousBatching(model, config, device, _IGNORE, num_sectors=max(1, num_sectors))
-    last = units[_num_kinds(geometry, units) - 1].module
+    last = _last_of_a_new_kind(units).module
     try:
         step_bytes = device.peak_bytes(lambda: batching.run_step(_requests(config, geometry, num_sectors, limit, 0)))
         with _stopping_after(last):
@@ -89,22 +89,24 @@ def _requests(config: BatchConfig, geometry: KvGeometry, num_sectors: int, limit
     return requests
 
 
-def _num_kinds(geometry: KvGeometry, units: Sequence[Unit]) -> int:
-    """Layers after which each kind has been seen: attention types alternate, and the largest may come late."""
-    largest = max(range(len(units)), key=lambda i: units[i].num_bytes)
-    return max(largest + 1, len(geometry.types))
+def _last_of_a_new_kind(units: Sequence[Unit]) -> Unit:
+    """The unit after which each kind has been seen."""
+    first: dict[str, Unit] = {}
+    for unit in units:
+        first.setdefault(unit.kind, unit)
+    return max(first.values(), key=lambda unit: unit.index)
 
 
 class _Enough(Exception):
-    """The layers that matter have run."""
+    """The units that matter have run."""
 
 
 @contextmanager
-def _stopping_after(layer: nn.Module) -> Iterator[None]:
+def _stopping_after(module: nn.Module) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _Enough
 
-    handle = layer.register_forward_hook(stop)
+    handle = module.register_forward_hook(stop)
     try:
         yield
     finally:

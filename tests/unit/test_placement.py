@@ -41,6 +41,60 @@ def test_k_units_are_distinct_ascending_and_in_range(costs, data) -> None:
         assert units[-1] < num_units
 
 
+@st.composite
+def choices(draw, num_units: int):
+    """Some of the units, in any order, and a number of them to offload."""
+    among = draw(st.lists(st.integers(0, num_units - 1), min_size=1, unique=True))
+    return among, draw(st.integers(0, len(among)))
+
+
+@given(step_costs(), st.data())
+def test_only_units_that_are_allowed_are_offloaded(costs, data) -> None:
+    num_units = len(costs.compute_s)
+    among, num_offloaded = data.draw(choices(num_units))
+    link = Link(bytes_per_s=2.0)
+    for units in (
+        place_evenly(num_offloaded, costs, among=among),
+        place_by_index(num_offloaded, num_units, among=among),
+        best_placement(num_offloaded, 1, costs, link, among=among).offloaded,
+        best_slots(num_offloaded, 3, costs, link, among=among).offloaded,
+    ):
+        assert len(units) == num_offloaded
+        assert set(units) <= set(among)
+        assert list(units) == sorted(set(units))
+
+
+@given(step_costs(), st.data())
+def test_all_units_allowed_is_no_restriction(costs, data) -> None:
+    num_units = len(costs.compute_s)
+    num_offloaded = data.draw(st.integers(0, num_units))
+    everything = range(num_units)
+    assert place_evenly(num_offloaded, costs, among=everything) == place_evenly(num_offloaded, costs)
+    assert place_by_index(num_offloaded, num_units, among=everything) == place_by_index(num_offloaded, num_units)
+
+
+@given(step_costs(), st.data())
+def test_spacing_is_even_over_the_whole_step_whatever_may_be_chosen(costs, data) -> None:
+    """Each instant has the allowed unit nearest to it, unless one unit is the nearest to two."""
+    among, num_offloaded = data.draw(choices(len(costs.compute_s)))
+    starts_s = {unit: sum(costs.compute_s[:unit]) for unit in among}
+    wanted_s = [(i + 1) * costs.unloaded_s / num_offloaded for i in range(num_offloaded)]
+    nearest = [min(sorted(among, reverse=True), key=lambda unit: abs(starts_s[unit] - at_s)) for at_s in wanted_s]
+    if len(set(nearest)) == num_offloaded:
+        assert place_evenly(num_offloaded, costs, among=among) == tuple(nearest)
+
+
+@given(st.integers(1, 24), st.integers(1, 12), st.data())
+def test_one_block_of_each_layer_is_placed_as_the_layers_are(num_layers, num_offloaded, data) -> None:
+    """A layer of two blocks, the first of which is free: then a block starts when its layer does."""
+    num_offloaded = min(num_offloaded, num_layers)
+    layers = StepCosts(compute_s=(2.0,) * num_layers, unit_bytes=(6,) * num_layers, rest_s=data.draw(st.floats(0, 9)))
+    blocks = StepCosts(compute_s=(0.0, 2.0) * num_layers, unit_bytes=(2, 4) * num_layers, rest_s=layers.rest_s)
+    seconds = range(1, 2 * num_layers, 2)
+    placed = place_evenly(num_offloaded, blocks, among=seconds)
+    assert tuple(unit // 2 for unit in placed) == place_evenly(num_offloaded, layers)
+
+
 @given(st.integers(1, 48), st.data())
 def test_gaps_by_index_differ_by_one_at_most(num_units, data) -> None:
     num_offloaded = data.draw(st.integers(1, num_units))
@@ -95,3 +149,14 @@ def test_more_units_than_there_are_cannot_be_offloaded() -> None:
     costs = StepCosts(compute_s=(1.0,), unit_bytes=(1,))
     with pytest.raises(ValueError, match="num_offloaded=2: expected 0 to 1"):
         best_placement(2, 1, costs, Link(bytes_per_s=1.0))
+
+
+@pytest.mark.parametrize(
+    ("among", "message"), [((0, 2), "num_offloaded=3: expected 0 to 2"), ((0, 3), "among=.*: expected units below 3")]
+)
+def test_units_that_may_be_chosen_must_be_there(among, message) -> None:
+    costs = StepCosts(compute_s=(1.0,) * 3, unit_bytes=(1,) * 3)
+    with pytest.raises(ValueError, match=message):
+        place_evenly(3, costs, among=among)
+    with pytest.raises(ValueError, match=message):
+        best_slots(3, 1, costs, Link(bytes_per_s=1.0), among=among)
