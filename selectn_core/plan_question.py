@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from selectn_core.errors import Infeasible, NotMeasured
+from selectn_core.errors import Infeasible, NotMeasured, RecordRefused
 from selectn_core.latency import Link, StepCosts
 from selectn_core.memory_model import MemoryModel
 from selectn_core.plan_candidates import Objective, UnitSet
 from selectn_core.plan_search import PlanRange, least_limit_s, search
 from selectn_core.steps import StepShape
+
+if TYPE_CHECKING:
+    from selectn_core.record import PerformanceRecord
 
 TPOT, TTFT = "TPOT", "TTFT"
 _LARGEST = 1 << 24
@@ -93,6 +96,63 @@ def _objectives(workload: Workload, times: StepTimes) -> Iterator[Objective]:
     if workload.ttft_s is not None:
         steps = tuple(times.conservative(shape) for shape in workload.ttft_shapes())
         yield Objective(name=TTFT, limit_s=workload.ttft_s, steps=steps)
+
+
+def planner_of(
+    records: Sequence[PerformanceRecord],
+    *,
+    device_bytes: int | None = None,
+    host_bytes: int | None = None,
+    bytes_per_s: float | None = None,
+    max_slots: int = 4,
+) -> Planner:
+    """A planner for one model on one machine, from a record of it per granularity (`offload.unit`).
+
+    Memory that is None is as much as it takes; `bytes_per_s` None is the link as it was measured. Where there are
+    several kinds of unit (attention and MLP blocks), those of one kind alone are offered too. Raises RecordRefused
+    where the records are not of the same model and machine.
+    """
+    first, *others = records
+    for other in others:
+        if differences := replace(first.fingerprint, unit=other.fingerprint.unit).differences(other.fingerprint):
+            raise RecordRefused(
+                "the records are not of one model on one machine:\n  "
+                + "\n  ".join(line.replace("running is", "the other") for line in differences)
+            )
+    slowest = min((record.link.link for record in records), key=lambda link: link.bytes_per_s)
+    return Planner(
+        sources=tuple(_source(record, device_bytes, host_bytes, max_slots) for record in records),
+        link=slowest if bytes_per_s is None else replace(slowest, bytes_per_s=bytes_per_s),
+        slowdown=max(record.link.slowdown for record in records),
+    )
+
+
+def _source(record: PerformanceRecord, device_bytes: int | None, host_bytes: int | None, max_slots: int) -> UnitSource:
+    memory = record.memory
+    return UnitSource(
+        times=record.step_times(),
+        memory=MemoryModel(
+            resident_bytes=memory.resident_bytes,
+            kv=memory.geometry,
+            num_reserved_sectors=memory.num_reserved_sectors,
+            workspace=memory.workspace,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            host_store_bytes=sum(record.unit_bytes) + memory.resident_bytes,
+            max_slots=max_slots,
+        ),
+        sets=_sets([record.kinds[kind].name for kind in record.unit_kinds], record.fingerprint.unit),
+    )
+
+
+def _sets(kind_names: Sequence[str], granularity: str) -> dict[str, tuple[int, ...] | None]:
+    """All units, and those of each class of module where there are several: "LlamaMLP", of "LlamaMLP/sliding#2" too."""
+    classes = [name.split("/")[0].split("#")[0] for name in kind_names]
+    sets: dict[str, tuple[int, ...] | None] = {f"every {granularity}": None}
+    if len(set(classes)) > 1:
+        for wanted in dict.fromkeys(classes):
+            sets[f"every {wanted}"] = tuple(unit for unit, name in enumerate(classes) if name == wanted)
+    return sets
 
 
 @dataclass(frozen=True, kw_only=True)
