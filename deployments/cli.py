@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from deployments import demo_command, serve_command
+from deployments import demo_command, plan_command, serve_command
 from selectn_core.errors import SelectNError
 
 EXIT_OK, EXIT_ERROR = 0, 2
@@ -20,15 +20,20 @@ examples:
   selectn demo                             the whole system once, with a report
   selectn serve                            serve the embedded model on http://127.0.0.1:8000
   selectn serve --model ./llama --port 9000
+  selectn plan --record record.yaml --tpot-ms 60 --batch 8
   selectn serve --help                     every option of a command
 """
 
 # Each adds a sub-command, whose parser sets `run`: from the parsed arguments to the exit code.
-COMMANDS: tuple[Callable[[Any], None], ...] = (serve_command.register, demo_command.register)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    serve_command.register,
+    plan_command.register,
+    demo_command.register,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, or 2 for a wrong call or an expected failure."""
+    """Runs one command and returns its exit code: 0, the command's own, or 2 for a wrong call or expected failure."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"

@@ -1,5 +1,11 @@
 """The errors a caller is expected to handle, each saying what to change."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 
 class SelectNError(Exception):
     """Base class of every expected error of this project."""
@@ -55,3 +61,42 @@ class EngineOverloaded(SelectNError):
 
 class EngineUnavailable(SelectNError):
     """The engine is not running (not started, closed, or failed beyond repair)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One quantity: what it is now, and what alone would make a plan feasible (None: no amount of it would)."""
+
+    quantity: str
+    unit: str  # bytes, bytes/s, s, or x for a factor
+    now: float | None
+    needed: float | None
+
+    def __str__(self) -> str:
+        if self.needed is None:
+            return f"{self.quantity}: no amount of it would be enough"
+        if self.unit == "x":
+            return f"{self.quantity}: {self.needed:.2f} times as fast"
+        assert self.now is not None
+        return f"{self.quantity}: {_shown(self.needed, self.unit)} instead of {_shown(self.now, self.unit)}"
+
+
+class Infeasible(SelectNError):
+    """No plan meets the objectives and fits memory.
+
+    Attributes:
+        limiting: the quantity that stands in the way first: compute, device memory, host memory, or link bandwidth.
+        changes: for each quantity the smallest change that would be enough by itself.
+    """
+
+    def __init__(self, *, limiting: str, changes: Sequence[Change]) -> None:
+        self.limiting, self.changes = limiting, tuple(changes)
+        enough = [str(change) for change in changes if change.needed is not None]
+        remedy = "any one of these is enough:\n  " + "\n  ".join(enough) if enough else "no single change is enough"
+        super().__init__(f"no plan meets the objectives; the limit is {limiting}; {remedy}")
+
+
+def _shown(value: float, unit: str) -> str:
+    """For people, rounded up: what is named must be enough."""
+    scale, digits, name = {"bytes": (1 << 30, 4, "GiB"), "bytes/s": (1e9, 3, "GB/s"), "s": (1e-3, 2, "ms")}[unit]
+    return f"{math.ceil(value / scale * 10**digits) / 10**digits:.{digits}f} {name}"

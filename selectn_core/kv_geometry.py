@@ -22,6 +22,10 @@ class BlockGeometry:
     def sectors_for_request(self, num_tokens: int) -> int:
         return self.sectors_for(min(num_tokens, self.sliding_window or num_tokens))
 
+    def sectors_for_batch(self, num_requests: int, num_tokens: int) -> int:
+        pages = num_requests * _pages(min(num_tokens, self.sliding_window or num_tokens), self.page_size)
+        return -(-pages // self.blocks_per_sector)
+
 
 @dataclass(frozen=True, kw_only=True)
 class KvGeometry:
@@ -37,6 +41,10 @@ class KvGeometry:
     def sectors_for_request(self, num_tokens: int) -> int:
         """Sectors for one request of `num_tokens` that has the cache alone."""
         return sum(blocks.sectors_for_request(num_tokens) for blocks in self.types)
+
+    def sectors_for_batch(self, num_requests: int, num_tokens: int) -> int:
+        """Sectors for `num_requests` of `num_tokens` each: every request has pages of its own."""
+        return sum(blocks.sectors_for_batch(num_requests, num_tokens) for blocks in self.types)
 
     def tokens_in(self, num_sectors: int) -> int:
         """Tokens that fit `num_sectors`, whoever they belong to."""
