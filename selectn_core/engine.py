@@ -127,13 +127,7 @@ class Engine:
         A policy needs a performance record. The first start on a machine makes one, within a minute, and later starts
         find it in the cache (`performance_record`). `on_progress` is told how far that is.
         """
-        loaded = load_on_host(config.model, config.host)
-        try:
-            engine = cls(loaded, config, executor_class=executor_class)
-        except BaseException:
-            if loaded.store is not None:
-                loaded.store.close()
-            raise
+        engine = cls.unsteered(config, executor_class=executor_class)
         if config.offload.num_offloaded == "auto":
             try:
                 engine.steer(performance_record(engine, on_progress=on_progress))
@@ -141,6 +135,17 @@ class Engine:
                 engine.close()
                 raise
         return engine
+
+    @classmethod
+    def unsteered(cls, config: EngineConfig, *, executor_class: type[Executor] = OverlappedExecutor) -> Engine:
+        """As `load`, without a policy: the fewest units are offloaded, or the configured number."""
+        loaded = load_on_host(config.model, config.host)
+        try:
+            return cls(loaded, config, executor_class=executor_class)
+        except BaseException:
+            if loaded.store is not None:
+                loaded.store.close()
+            raise
 
     def steer(self, record: PerformanceRecord) -> None:
         """Lets the configured policy decide from now on. Raises RecordRefused for a record of something else."""

@@ -103,7 +103,11 @@ class _Session:
         self.earlier = earlier
         self.measured: dict[StepShape, MeasuredStep] = {step.shape: step for step in (earlier.steps if earlier else ())}
         self.num_sectors = engine.most_kv_sectors
-        self.extent = extent_of(engine.config.batch, min(max_length, engine.max_model_len))
+        self.extent = extent_of(
+            engine.config.batch,
+            min(max_length, engine.max_model_len),
+            engine.batching.geometry.tokens_in(self.num_sectors),
+        )
         self.slowdown = earlier.link.slowdown if earlier else 0.0
 
     def run(self) -> PerformanceRecord:
@@ -326,13 +330,13 @@ class _Sample:
     total_s: float
 
 
-def extent_of(batch: BatchConfig, max_length: int) -> Extent:
+def extent_of(batch: BatchConfig, max_length: int, kv_tokens: int) -> Extent:
     """The largest shapes that this batching can meet."""
     return Extent(
         max_tokens=batch.max_batch_tokens,
         max_requests=batch.max_requests,
         max_length=max_length,
-        kv_tokens=batch.kv_tokens,
+        kv_tokens=kv_tokens,
     )
 
 
@@ -382,8 +386,8 @@ def _geometric(most: int, factor: int) -> list[int]:
 
 
 def _longest(extent: Extent, batch: int) -> int:
-    """Keys of each request where `batch` of them share what the KV cache always holds, or twice that."""
-    return max(2, min(extent.max_length, 2 * extent.kv_tokens // batch))
+    """Keys of each request where `batch` of them share the KV cache, as large as it gets; less than half is kept free."""
+    return max(2, min(extent.max_length, extent.kv_tokens * 3 // 4 // batch))
 
 
 def _decode(batch: int, length: int) -> Requests:

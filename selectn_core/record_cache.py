@@ -12,6 +12,7 @@ from selectn_core.errors import RecordRefused
 from selectn_core.fingerprint import fingerprint_of
 from selectn_core.profiler import DEFAULT_BUDGET_S, DEFAULT_MAX_LENGTH, OnProgress, profile
 from selectn_core.record import Fingerprint, PerformanceRecord
+from selectn_core.record_table import derived_table
 
 if TYPE_CHECKING:
     from selectn_core.engine import Engine
@@ -24,9 +25,11 @@ def record_path(fingerprint: Fingerprint) -> Path:
     return cache_directory() / "records" / f"{fingerprint.model_type}-{fingerprint.key()}.yaml"
 
 
-def cached_record(fingerprint: Fingerprint) -> PerformanceRecord | None:
-    """The record in the cache; None, logging why, where there is none that can be read."""
-    path = record_path(fingerprint)
+def earlier_record(path: Path, fingerprint: Fingerprint, *, strict: bool = False) -> PerformanceRecord | None:
+    """The record at `path`; None where there is none, or, logging why, where it cannot be used.
+
+    `strict`: raises RecordRefused in the latter case.
+    """
     if not path.exists():
         return None
     try:
@@ -34,8 +37,23 @@ def cached_record(fingerprint: Fingerprint) -> PerformanceRecord | None:
         record.require(fingerprint, str(path))
         return record
     except RecordRefused as error:
+        if strict:
+            raise
         logger.warning("measuring again: %s", error)
         return None
+
+
+def measured_record(
+    engine: Engine,
+    *,
+    budget_s: float = DEFAULT_BUDGET_S,
+    max_length: int = DEFAULT_MAX_LENGTH,
+    earlier: PerformanceRecord | None = None,
+    on_progress: OnProgress = lambda share, what: None,
+) -> PerformanceRecord:
+    """Measures (`profiler.profile`) and derives the record's table."""
+    record = profile(engine, budget_s=budget_s, max_length=max_length, earlier=earlier, on_progress=on_progress)
+    return record.with_table(derived_table(record, engine.device.capacity_bytes))
 
 
 def performance_record(
@@ -55,11 +73,11 @@ def performance_record(
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        known = cached_record(fingerprint)
+        known = earlier_record(path, fingerprint)
         if known is not None:
             return known
         logger.info("no performance record of %s yet: measuring for about %.0f s", engine.model_name, budget_s)
-        record = profile(engine, budget_s=budget_s, max_length=max_length, on_progress=on_progress)
+        record = measured_record(engine, budget_s=budget_s, max_length=max_length, on_progress=on_progress)
         record.save(path)
     logger.info("performance record: %s", path)
     return record

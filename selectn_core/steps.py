@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -65,7 +66,8 @@ class StepRecord:
     """One step that ran.
 
     `duration_s` is from scheduling to the last token handed out; `stall_s` of it compute waited for copies. Where a
-    controller planned it, `predicted_s` is what it should have taken and `limit_s` what it was allowed.
+    controller planned it, `predicted_s` is what it should have taken and `limit_s` what it was allowed. `ended_s` is an
+    instant of `time.perf_counter`.
     """
 
     iteration: int
@@ -75,6 +77,7 @@ class StepRecord:
     duration_s: float
     stall_s: float
     offloaded_bytes: int
+    ended_s: float
     predicted_s: float | None = None
     limit_s: float | None = None
 
@@ -114,6 +117,7 @@ class StepLog:
             duration_s=duration_s,
             stall_s=stall_s,
             offloaded_bytes=offloaded_bytes,
+            ended_s=time.perf_counter(),
             predicted_s=predicted_s,
             limit_s=limit_s,
         )
