@@ -10,6 +10,7 @@ from selectn_core.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_KINDS = ("auto", "cuda", "emulated")
 HOST_WEIGHTS = ("auto", "shared_memory", "file", "private")
+OFFLOAD_UNITS = ("layer", "block")
 MAX_SLOTS = 8
 
 
@@ -104,15 +105,19 @@ class BatchConfig:
 class OffloadConfig:
     """How many of the model's units live only in host memory, and through how many slots they pass.
 
+    `unit` is what is offloaded: a decoder "layer", or a "block" of one (attention, MLP or experts apart). Numbers count
+    these: a model has at least twice as many blocks as layers, and a slot for a block takes less.
     "auto" offloads the fewest that make the model fit the device.
     """
 
+    unit: str = "layer"
     num_offloaded: int | Literal["auto"] = "auto"
     num_slots: int = 2
 
     def __post_init__(self) -> None:
         allowed = self.num_offloaded == "auto" or (isinstance(self.num_offloaded, int) and self.num_offloaded >= 0)
-        require(allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of layers, 0 or more")
+        require(allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of units, 0 or more")
+        require(self.unit in OFFLOAD_UNITS, "offload.unit", self.unit, f"one of {', '.join(OFFLOAD_UNITS)}")
         require(1 <= self.num_slots <= MAX_SLOTS, "offload.num_slots", self.num_slots, f"1 to {MAX_SLOTS}")
 
 
