@@ -73,7 +73,7 @@ def _config(args: argparse.Namespace) -> EngineConfig:
     model = replace(config.model, source=args.model) if args.model else config.model
     device = replace(config.device, kind=args.device) if args.device else config.device
     device = replace(device, link_gb_per_s=args.link_gb_per_s) if args.link_gb_per_s else device
-    offload = replace(config.offload, num_offloaded="auto", **({"unit": args.unit} if args.unit else {}))
+    offload = replace(config.offload, num_offloaded="auto", unit=args.unit or config.offload.unit)
     return replace(config, model=model, device=device, offload=offload)
 
 

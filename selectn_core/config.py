@@ -10,6 +10,7 @@ from selectn_core.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_KINDS = ("auto", "cuda", "emulated")
 HOST_WEIGHTS = ("auto", "shared_memory", "file", "private")
+OFFLOAD_UNITS = ("layer", "block")
 MAX_SLOTS = 8
 POLICIES = ("select-n", "paper", "static", "group", "all", "none")
 
@@ -108,9 +109,13 @@ class OffloadConfig:
     `policy` is asked where `num_offloaded` is "auto" (selectn_core/policies.py describes each); a number of units and
     `num_slots` is a plan by hand. `interval` is N of the policy "group". `num_sharing` is for the policy "static": how
     many replicas may use this replica's bus at once.
+
+    `unit` is what is offloaded: a decoder "layer", or a "block" of one (attention, MLP or experts apart). Numbers count
+    these: a model has at least twice as many blocks as layers, and a slot for a block takes less.
     """
 
     policy: str = "select-n"
+    unit: str = "layer"
     num_offloaded: int | Literal["auto"] = "auto"
     num_slots: int = 2
     interval: int | None = None
@@ -118,7 +123,8 @@ class OffloadConfig:
 
     def __post_init__(self) -> None:
         allowed = self.num_offloaded == "auto" or (isinstance(self.num_offloaded, int) and self.num_offloaded >= 0)
-        require(allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of layers, 0 or more")
+        require(allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of units, 0 or more")
+        require(self.unit in OFFLOAD_UNITS, "offload.unit", self.unit, f"one of {', '.join(OFFLOAD_UNITS)}")
         require(1 <= self.num_slots <= MAX_SLOTS, "offload.num_slots", self.num_slots, f"1 to {MAX_SLOTS}")
         require(self.policy in POLICIES, "offload.policy", self.policy, f"one of {', '.join(POLICIES)}")
         require(

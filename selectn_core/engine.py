@@ -76,7 +76,7 @@ class Engine:
         """
         self.config = config
         self.model, self.tokenizer, self.model_name = loaded.model, loaded.tokenizer, loaded.name
-        self.units = find_units(self.model)
+        self.units = find_units(self.model, config.offload.unit)
         self.steps = StepLog()
         # Called on the generation thread when a step is planned and has not begun: the iteration controller's place.
         self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
@@ -250,7 +250,7 @@ class Engine:
     def max_model_len(self) -> int:
         """Prompt and output tokens that one request may have: the model's limit, or what the KV cache can hold.
 
-        That is what it holds with every layer offloaded: they are, while a request needs it.
+        That is what it holds with every unit offloaded: they are, while a request needs it.
         """
         capacity = self.batching.geometry.longest_request_in(self.most_kv_sectors)
         return min(self._model_limit or capacity, capacity)
@@ -395,15 +395,16 @@ class Engine:
         return plan if plan is not None else unmeasured_plan(self.units, len(self.units), num_slots)
 
     def _plan_of(self, name: str, num_offloaded: int, num_slots: int) -> OffloadPlan:
-        """The plan, or ConfigError where the model has fewer layers or the device less memory."""
-        require(0 <= num_offloaded <= len(self.units), name, num_offloaded, f"0 to {len(self.units)}, the layers")
+        """The plan, or ConfigError where the model has fewer units or the device less memory."""
+        allowed = f"0 to {len(self.units)}, the {self.config.offload.unit}s"
+        require(0 <= num_offloaded <= len(self.units), name, num_offloaded, allowed)
         return self._checked(f"{name}={num_offloaded}", unmeasured_plan(self.units, num_offloaded, num_slots))
 
     def _checked(self, what: str, plan: OffloadPlan) -> OffloadPlan:
         wanted, budget = self._plan_bytes(plan), self.arena.reachable_bytes(0)
         if wanted > budget:
             least = fewest_offloaded(self.units, plan.num_slots, budget, round_up=self.arena.round_up)
-            hint = f"at least {least.num_offloaded} must be offloaded" if least else "no number of layers would fit"
+            hint = f"at least {least.num_offloaded} must be offloaded" if least else "no number of them would fit"
             raise ConfigError(
                 f"{what} is not possible: weights and {plan.slots_used} slots would take {wanted:,} "
                 f"bytes of device memory and {budget:,} are there; {hint}"
@@ -427,7 +428,7 @@ class Engine:
         if plan is None:
             raise DeviceMemoryExceeded(
                 f"the model does not fit {self.device.capacity_bytes:,} bytes of device memory even with every "
-                f"layer offloaded: raise device.memory_gib, or lower batch.kv_tokens ({batch.kv_tokens}) or "
+                f"{wanted.unit} offloaded: raise device.memory_gib, or lower batch.kv_tokens ({batch.kv_tokens}) or "
                 f"offload.num_slots ({wanted.num_slots})"
             )
         return plan
@@ -441,7 +442,7 @@ class Engine:
                 handles = dict(self._handles)
             may_begin = self.steering.admit(handles, self.batching.progress())
         # What is still to come back waits for KV to be released: no new request may take its place.
-        return may_begin and self.executor.plan.num_offloaded <= self.executor.wanted.num_offloaded
+        return may_begin and self.executor.plan == self.executor.wanted
 
     def _token_budget(self, most: int) -> int:
         return self.steering.token_budget(most) if self.steering is not None else most
@@ -520,7 +521,9 @@ class Engine:
             "model": self.model_name,
             "device": self.device.kind,
             "provenance": self.device.provenance,
-            "num_layers": len(self.units),
+            "num_layers": len({unit.layer for unit in self.units}),
+            "unit": self.config.offload.unit,
+            "num_units": len(self.units),
             "num_offloaded": plan.num_offloaded,
             "num_offloaded_wanted": self.executor.wanted.num_offloaded,
             "num_slots": plan.num_slots,

@@ -33,7 +33,7 @@ def fingerprint_of(engine: Engine) -> Fingerprint:
         model_type=config.model_type,
         dtype=str(engine.model.dtype).removeprefix("torch."),
         attention=ATTENTION_NAME,
-        unit=getattr(engine.config.offload, "unit", "layer"),
+        unit=engine.config.offload.unit,
         device=engine.device.kind,
         device_name=_cpu_name() if is_emulated else torch.cuda.get_device_name(engine.device.torch_device),
         compute_threads=torch.get_num_threads() if is_emulated else 0,
