@@ -81,7 +81,7 @@ class Load:
 
 
 # A shorter load wants less KV than k_max frees: `QUICK` shows that all works, not what it is worth.
-QUICK = Load(prompt_tokens=16, new_tokens=32, num_rounds=1, intervals=INTERVALS[2:3])
+QUICK = Load(prompt_tokens=16, new_tokens=24, num_rounds=1, intervals=INTERVALS[2:3])
 FULL = Load(prompt_tokens=32, new_tokens=64, num_rounds=3, intervals=INTERVALS)
 
 

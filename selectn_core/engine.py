@@ -90,6 +90,7 @@ class Engine:
                 self.batching = self._make_batching(geometry)
             self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
             self._target = self._first_plan()
+            self._urgent_target: OffloadPlan | None = None
             self.executor = executor_class(self.model, self.store, self.device, self._target, self.arena)
             self.executor.attach()
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
@@ -320,9 +321,15 @@ class Engine:
         require(1 <= slots <= MAX_SLOTS, "num_slots", slots, f"1 to {MAX_SLOTS}")
         self._target = self._plan_of("num_offloaded", num_offloaded, slots)
 
-    def set_plan(self, plan: OffloadPlan) -> None:
-        """As `set_num_offloaded`, with the units chosen by the caller."""
-        self._target = self._checked("the plan", plan)
+    def set_plan(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
+        """As `set_num_offloaded`, with the units chosen by the caller.
+
+        An `urgent` plan does not wait for running requests to release the memory that it needs: before the next step
+        is scheduled the newest are preempted until it fits or one is left. They go on later, their tokens the same.
+        """
+        checked = self._checked("the plan", plan)
+        self._urgent_target = checked if urgent else None  # first: it says nothing until it is the target
+        self._target = checked
 
     def _plan_of(self, name: str, num_offloaded: int, num_slots: int) -> OffloadPlan:
         """The plan, or ConfigError where the model has fewer layers or the device less memory."""
@@ -364,6 +371,8 @@ class Engine:
 
     def _before_schedule(self) -> bool:
         """Moves weights and KV pages to where the next step wants them; False where no new request may begin."""
+        if self._urgent_target is self._target:
+            self._preempt_for(self._wanted_plan())
         self._follow_target()
         # What is still to come back waits for KV to be released: no new request may take its place.
         return self.executor.plan.num_offloaded <= self.executor.wanted.num_offloaded
@@ -373,6 +382,10 @@ class Engine:
         if wanted != self.executor.wanted:
             self.executor.request_plan(wanted)
         self.executor.apply_plan()
+
+    def _preempt_for(self, plan: OffloadPlan) -> None:
+        while self.batching.pages.num_in_use > self._kv_sectors(plan) and self.batching.preempt_newest():
+            pass
 
     def _wanted_plan(self) -> OffloadPlan:
         """The target, with more offloaded while the longest request in flight would not fit the KV cache otherwise."""
