@@ -105,8 +105,12 @@ class OffloadChange(Strict):
 
 
 class ReplicaUserConfig(Strict):
-    """`user_config` of the replica deployment: what may change without a restart."""
+    """`user_config` of the replica deployment: what may change without a restart.
 
+    `slo` has the keys of the `slo` section. `offload` is a plan by hand; without it the policy decides.
+    """
+
+    slo: SloConfig | None = None
     offload: OffloadChange | None = None
 
 

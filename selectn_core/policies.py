@@ -29,12 +29,11 @@ MOST_SLOTS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """One step to be planned: its costs, the link, the seconds it may take, and the plan that holds now."""
+    """One step to be planned: its costs, the link, the seconds it may take, and how many units may be offloaded."""
 
     costs: StepCosts
     link: Link
     limit_s: float
-    current: OffloadPlan
     min_offloaded: int = 0
     max_offloaded: int | None = None
 
