@@ -76,6 +76,12 @@ class Load:
     waiting: Sequence[Waiting]
     mean_kv_tokens: int  # keys of a decoding request, on average
 
+    @property
+    def tightest_tpot_s(self) -> float:
+        """The smallest TPOT objective; infinite without requests."""
+        objectives_s = [each.tpot_s for each in self.decoding] + [each.tpot_s for each in self.waiting]
+        return min(objectives_s, default=math.inf)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
@@ -137,7 +143,7 @@ class Controller:
         batch = len(load.decoding)
         decode = StepShape.decode(max(1, batch), load.mean_kv_tokens)
         unloaded_s = self._unloaded_s(decode)
-        self._tpot_s = min((each.tpot_s for each in (*load.decoding, *load.waiting)), default=math.inf)
+        self._tpot_s = load.tightest_tpot_s
         limits_s = [_limit_s(each, load.now_s, unloaded_s) for each in load.decoding]
         self._limit_s = min([PLANNED_SHARE * self._tpot_s, *limits_s])
         self._prefill_s_per_token = _prefill_pace(load)
@@ -151,13 +157,13 @@ class Controller:
         return Admission(prefill_tokens=tokens, may_begin=may_begin)
 
     def _chunk(self, load: Load) -> int:
-        """Tokens of prefill for the next step: what its compute has room for, and more where TTFT wants it."""
+        """Tokens of prefill for the next step: what its compute has room for, more where TTFT wants it, some if any."""
         batch = len(load.decoding)
         room = min(self._max_tokens - batch, sum(each.prefill_tokens for each in load.waiting if each.fits))
         if not batch or room <= 0:
             return max(0, room)
         decodes = [load.mean_kv_tokens] * batch
-        needed = self._limit_s / self._prefill_s_per_token
+        needed = max(_SMALLEST_CHUNK, self._limit_s / self._prefill_s_per_token)
         for tokens in _chunks(room):
             unloaded_s = self._unloaded_s(StepShape.of(prefills=[(tokens, 0)], decodes=decodes))
             if unloaded_s <= (self._limit_s if tokens <= needed else _CHUNK_SHARE * self._limit_s):
@@ -172,7 +178,7 @@ class Controller:
         """
         shape = StepShape.decode(len(load.decoding) + 1, load.mean_kv_tokens)
         costs = scaled(self.times.expected(shape), self._scales[True].high)
-        limit_s = PLANNED_SHARE * min((each.tpot_s for each in (*load.decoding, *load.waiting)), default=math.inf)
+        limit_s = PLANNED_SHARE * load.tightest_tpot_s
         return self.policy.choose(
             Situation(
                 costs=costs,

@@ -92,7 +92,8 @@ class Machine:
             Decoding(num_tokens=self.num_tokens, first_token_s=0.0, num_left=1000, tpot_s=self.tpot_s)
             for _ in range(self.shape.num_decodes)
         ]
-        return Load(now_s=self.now_s, decoding=decoding, waiting=self.waiting, mean_kv_tokens=LENGTH)
+        length = self.shape.decode_kv_tokens // self.shape.num_decodes
+        return Load(now_s=self.now_s, decoding=decoding, waiting=self.waiting, mean_kv_tokens=length)
 
     def forget(self) -> None:
         """New requests: none is ahead or behind."""

@@ -131,8 +131,9 @@ def test_a_prompt_in_a_hurry_brings_weights_home() -> None:
     for machine, deadline_s in ((calm, 1e6), (hurried, 0.12)):
         machine.waiting = [waiting(MAX_TOKENS, deadline_s)]
         load = Load(now_s=0.0, decoding=(), waiting=machine.waiting, mean_kv_tokens=1)
-        machine.controller.admit(load, machine.plan)
-        machine.plan = machine.controller.decide(StepShape.prefill(MAX_TOKENS), machine.plan).plan
+        for _ in range(8):
+            machine.controller.admit(load, machine.plan)
+            machine.plan = machine.controller.decide(StepShape.prefill(MAX_TOKENS), machine.plan).plan
     assert hurried.plan.num_offloaded < calm.plan.num_offloaded
 
 
