@@ -322,6 +322,8 @@ class Engine:
 
     def set_plan(self, plan: OffloadPlan) -> None:
         """As `set_num_offloaded`, with the units chosen by the caller."""
+        allowed = f"{len(self.units)}, the model's {self.config.offload.unit}s"
+        require(plan.num_units == len(self.units), "plan.num_units", plan.num_units, allowed)
         self._target = self._checked("the plan", plan)
 
     def _plan_of(self, name: str, num_offloaded: int, num_slots: int) -> OffloadPlan:
