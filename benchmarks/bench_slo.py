@@ -166,7 +166,7 @@ def _freed_bytes(record: PerformanceRecord, costs: Any, link: Link, limit_s: flo
     policy = SelectN(Frontier(num_units))
     if costs.unloaded_s > limit_s:
         return None
-    plan = policy.choose(Situation(costs=costs, link=link, limit_s=limit_s, current=None))  # type: ignore[arg-type]
+    plan = policy.choose(Situation(costs=costs, link=link, limit_s=limit_s))
     return (plan.num_offloaded - plan.slots_used) * record.unit_bytes[0]
 
 

@@ -401,6 +401,8 @@ class Engine:
         An `urgent` plan does not wait for running requests to release the memory that it needs: before the next step
         is scheduled the newest are preempted until it fits or one is left. They go on later, their tokens the same.
         """
+        allowed = f"{len(self.units)}, the model's {self.config.offload.unit}s"
+        require(plan.num_units == len(self.units), "plan.num_units", plan.num_units, allowed)
         self._aim_at(self._checked("the plan", plan), urgent=urgent)
         self.steering = None
 
