@@ -65,9 +65,7 @@ def free_bytes(directory: Path) -> int:
 def _machine(proc: Path) -> HostMemory:
     values = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     total_bytes, available_bytes = (int(values[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
-    return HostMemory(
-        available_bytes=available_bytes, limit_bytes=total_bytes, limited_by="the machine's free memory"
-    )
+    return HostMemory(available_bytes=available_bytes, limit_bytes=total_bytes, limited_by="the machine's free memory")
 
 
 def _parse_pressure(text: str, *, scope: str) -> MemoryPressure:

@@ -1,6 +1,6 @@
 """Devices behind one contract (`base`); `open_device` picks and imports the implementation.
 
-torch is imported with the first name that needs it: `device.bus` alone is for processes without it, such as node agents.
+torch is imported with the first name that needs it: a node agent wants `device.bus` alone, and has no use for torch.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ class FakeMachine:
     def __init__(self, root: Path, *, available_bytes: int) -> None:
         self.proc, self.mounts = root / "proc", root / "cgroup"
         (self.proc / "self").mkdir(parents=True)
-        (self.proc / "meminfo").write_text(f"MemTotal: {MACHINE_TOTAL_BYTES >> 10} kB\nMemAvailable: {available_bytes >> 10} kB\n")
+        (self.proc / "meminfo").write_text(
+            f"MemTotal: {MACHINE_TOTAL_BYTES >> 10} kB\nMemAvailable: {available_bytes >> 10} kB\n"
+        )
         (self.proc / "self" / "mountinfo").write_text("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n")
         (self.proc / "self" / "cgroup").write_text("")
 
