@@ -1,4 +1,4 @@
-"""A Ray actor per node that samples the node's hardware, keeps the latest report, sets metrics, and sends reports on."""
+"""A Ray actor per node: samples the node's hardware, keeps the latest report, sets metrics, and sends reports on."""
 
 from __future__ import annotations
 
@@ -69,18 +69,21 @@ class NodeAgent:
         sent: NodeReport | None = None
         failing = False
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._latest is not sent)
-                report = self._latest
-            assert report is not None
-            sent = report
+            sent = self._other_than(sent)
             try:
-                sink(report)
+                sink(sent)
                 failing = False
             except Exception as error:  # whoever takes reports may be gone for a while
                 if not failing:
                     logger.warning("reports are not taken: %s", error)
                 failing = True
+
+    def _other_than(self, known: NodeReport | None) -> NodeReport:
+        """The latest report, as soon as it is not `known` any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._latest is not known)
+            assert self._latest is not None
+            return self._latest
 
 
 class ActorSink:

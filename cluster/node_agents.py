@@ -1,4 +1,4 @@
-"""Keeps node agents in step with the nodes: which to start and stop is decided in one pure step, and then done in Ray."""
+"""Keeps node agents in step with the nodes: what to start and stop is one pure decision, carried out in Ray."""
 
 from __future__ import annotations
 
