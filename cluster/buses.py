@@ -112,12 +112,12 @@ def find_buses(
 
 def emulated_buses(
     configured: Sequence[BusConfig],
+    names: Sequence[str] = (),
     *,
-    names: Callable[[], list[str]] = Bus.names,
     peek: Callable[[str], float | None] = Bus.peek,
 ) -> tuple[BusReport, ...]:
-    """The configured buses that have no GPUs; without any, those that this user's emulated devices have made here."""
-    buses = [bus for bus in configured if not bus.gpus] or [BusConfig(name=name) for name in names()[:MAX_BUSES]]
+    """The configured buses that have no GPUs; without any, those of `names`, which emulated devices have made."""
+    buses = [bus for bus in configured if not bus.gpus] or [BusConfig(name=name) for name in names[:MAX_BUSES]]
     return tuple(
         BusReport(
             name=bus.name,

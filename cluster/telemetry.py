@@ -23,6 +23,7 @@ from cluster.node_messages import (
     Unavailable,
 )
 from selectn_core.config import require
+from selectn_core.device.bus import Bus
 from selectn_core.host_memory import available_host_memory, free_bytes, memory_pressure
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,9 @@ class Telemetry:
     def _find_buses(self, nvml_state: Reading[NvmlInfo], gpus: Sequence[GpuReport]) -> tuple[BusReport, ...]:
         levels, efficiency = dict(self._levels), self._config.pcie_efficiency
         found = find_buses(gpus, levels, self._buses, efficiency=efficiency)
-        return found if isinstance(nvml_state, NvmlInfo) else (*found, *emulated_buses(self._buses))
+        # With GPUs, whatever emulated devices were tried out here are of interest only if they are configured.
+        made_here = [] if isinstance(nvml_state, NvmlInfo) else Bus.names()
+        return (*found, *emulated_buses(self._buses, made_here))
 
 
 class _Gpu:

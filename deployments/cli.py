@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from deployments import demo_command, serve_command
+from deployments import demo_command, node_report_command, serve_command
 from selectn_core.errors import SelectNError
 
 EXIT_OK, EXIT_ERROR = 0, 2
@@ -20,11 +20,16 @@ examples:
   selectn demo                             the whole system once, with a report
   selectn serve                            serve the embedded model on http://127.0.0.1:8000
   selectn serve --model ./llama --port 9000
+  selectn node-report                      this machine's GPUs, host buses and host memory
   selectn serve --help                     every option of a command
 """
 
 # Each adds a sub-command, whose parser sets `run`: from the parsed arguments to the exit code.
-COMMANDS: tuple[Callable[[Any], None], ...] = (serve_command.register, demo_command.register)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    serve_command.register,
+    demo_command.register,
+    node_report_command.register,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -111,7 +111,8 @@ class Bus:
     def names() -> list[str]:
         """The named buses that this user has on this machine, whether anybody has them open or not."""
         prefix = _prefix()
-        return sorted(path.name.removeprefix(prefix) for path in _SHARED_MEMORY.glob(f"{prefix}*"))
+        found = (path.name.removeprefix(prefix) for path in _SHARED_MEMORY.glob(f"{prefix}*"))
+        return sorted(name for name in found if _NAME.fullmatch(name))
 
     @contextlib.contextmanager
     def _locked_file(self) -> Iterator[None]:

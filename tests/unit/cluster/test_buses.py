@@ -166,22 +166,22 @@ class TestConfigured:
 
 class TestEmulated:
     def test_the_users_buses_and_what_they_carry_now(self):
-        (bus,) = emulated_buses((), names=lambda: ["b"], peek=lambda name: 2e9)
+        (bus,) = emulated_buses((), ["b"], peek=lambda name: 2e9)
         assert (bus.name, bus.bytes_per_s, bus.found_by, bus.rate_from) == ("b", 2e9, "emulated", "emulated")
 
     def test_configured_ones_come_instead(self):
         configured = (BusConfig(name="x", gb_per_s=1.5), BusConfig(name="y"), BusConfig(name="gpus", gpus=(0,)))
-        x, y = emulated_buses(configured, names=lambda: ["z"], peek=lambda name: None)
+        x, y = emulated_buses(configured, ["z"], peek=lambda name: None)
         assert (x.bytes_per_s, x.rate_from, x.found_by) == (1.5e9, "configuration", "configuration")
         assert isinstance(y.bytes_per_s, Unavailable)
 
     def test_no_more_than_so_many(self):
         names = [f"b{index}" for index in range(2 * MAX_BUSES)]
-        assert len(emulated_buses((), names=lambda: names, peek=lambda name: 1.0)) == MAX_BUSES
+        assert len(emulated_buses((), names, peek=lambda name: 1.0)) == MAX_BUSES
 
     def test_one_that_cannot_be_read_is_a_state(self):
         def peek(name: str) -> float:
             raise PermissionError("not yours")
 
-        (bus,) = emulated_buses((), names=lambda: ["b"], peek=peek)
+        (bus,) = emulated_buses((), ["b"], peek=peek)
         assert bus.bytes_per_s == Unavailable(cause="failed", detail="not yours")

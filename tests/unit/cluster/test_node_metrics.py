@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import get_args
 
 from cluster.node_messages import (
     BusReport,
+    Cause,
     DeviceMemory,
     HostReport,
     NodeTelemetry,
@@ -16,6 +19,7 @@ from cluster.node_messages import (
 )
 from cluster.node_metrics import GAUGES, BoundedLabels, measurements
 from selectn_core.host_memory import HostMemory, MemoryPressure
+from tests.standins.nvml import ROOT
 from tests.unit.cluster.test_buses import LOST, UNSUPPORTED, gpu
 
 GPU = gpu(
@@ -85,3 +89,13 @@ def test_what_has_no_value_is_left_out_and_a_gpu_in_trouble_is_down():
 def test_labels_do_not_grow_without_bound():
     labels = BoundedLabels(2)
     assert [labels.admit(name) for name in ("a", "b", "c", "a", "d", "b")] == [True, True, False, True, False, True]
+
+
+def test_the_docs_name_every_gauge_and_no_other():
+    page = (ROOT / "docs" / "telemetry.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(selectn_\w+)`", page.split("## Metrics")[1])) == set(GAUGES)
+
+
+def test_the_docs_name_every_cause():
+    page = (ROOT / "docs" / "telemetry.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page.split("## States")[1], flags=re.MULTILINE)) >= set(get_args(Cause))

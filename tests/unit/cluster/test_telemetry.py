@@ -136,6 +136,10 @@ class TestBuses:
         }
         assert found["gpus"] == ["GPU-stand-in-0", "GPU-stand-in-1"]
 
+    def test_an_emulated_one_may_be_configured_beside_gpus(self, machine):
+        with Sampler(machine.environment, deadline_s=DEADLINE_S, buses=[{"name": "e", "gb_per_s": 1}]) as sampler:
+            assert [bus["name"] for bus in sampler.sample()["buses"]][-1] == "e"
+
     def test_it_outlives_a_gpu_and_is_not_found_again(self, machine, sampler):
         shared = f"level 0 1 {SWITCH}"
         machine.describe(shared)
