@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -38,6 +38,9 @@ from tests.integration.processes import listening_addresses
 
 T = TypeVar("T")
 
+# A tenth of Ray's own times: how soon a node that is gone counts as dead, and how often metrics are exported.
+IMPATIENT = {"health_check_period_ms": 300, "health_check_initial_delay_ms": 500, "metrics_report_interval_ms": 1000}
+
 RECEIVER = "receiver"
 NODE = {"node_ip_address": LOOPBACK, "num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 << 20}
 
@@ -61,9 +64,15 @@ class Receiver:
 
     def __init__(self) -> None:
         self._latest: dict[str, NodeReport] = {}
+        self._taken: dict[str, list[int]] = defaultdict(list)
 
     def take(self, report: NodeReport) -> None:
         self._latest[report.node_id] = report
+        self._taken[report.node_id].append(report.sequence)
+
+    def taken(self) -> dict[str, list[int]]:
+        """The sequence numbers of each node's reports, in the order in which they came."""
+        return dict(self._taken)
 
     def latest(self) -> dict[str, NodeReport]:
         return self._latest
@@ -81,7 +90,7 @@ def start_cluster() -> None:
     State.directory = Path(tempfile.mkdtemp(prefix="sn"))
     os.environ["RAY_TMPDIR"] = str(State.directory)
     keep_ray_on_loopback()
-    head = {**NODE, "node_name": "head", "include_dashboard": False}
+    head = {**NODE, "node_name": "head", "include_dashboard": False, "_system_config": IMPATIENT}
     State.cluster = Cluster(initialize_head=True, head_node_args=head)
     State.nodes = {"head": State.cluster.head_node}
     ray.init(address=State.cluster.address, namespace="test", log_to_driver=False, logging_level="ERROR")
@@ -111,7 +120,7 @@ def remove_node(name: str) -> None:
 
 def start_agents(buses: tuple[BusConfig, ...]) -> None:
     State.receiver = Receiver.options(name=RECEIVER, namespace=NAMESPACE).remote()
-    sink = ActorSink(RECEIVER, namespace=NAMESPACE, method="take")
+    sink = ActorSink(RECEIVER, namespace=NAMESPACE, method="take", timeout_s=0.3)
     start_node_agents(TelemetryConfig(period_s=0.2, deadline_s=2, buses=buses), sink, period_s=0.2)
 
 
@@ -123,6 +132,10 @@ def replace_receiver() -> None:
 
 def received() -> dict[str, NodeReport]:
     return ray.get(State.receiver.latest.remote(), timeout=30)
+
+
+def taken() -> dict[str, list[int]]:
+    return ray.get(State.receiver.taken.remote(), timeout=30)
 
 
 def reports() -> dict[str, NodeReport]:
@@ -146,9 +159,12 @@ def process_of_manager() -> int:
     return _pid(MANAGER_NAME)
 
 
-def kill(pid: int) -> None:
-    """As the kernel does when memory runs out; Ray restarts the actor."""
-    os.kill(pid, signal.SIGKILL)
+def process_of_receiver() -> int:
+    return _pid(RECEIVER)
+
+
+def send_signal(pid: int, number: int) -> None:
+    os.kill(pid, number)
 
 
 def kill_agent_for_good(node_id: str) -> None:

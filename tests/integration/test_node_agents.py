@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -75,9 +76,29 @@ def test_reports_go_on_and_reach_the_sink_even_a_new_one(driver):
         assert report.sequence > first[node_id].sequence
 
 
+def test_a_sink_that_hangs_collects_no_reports_and_gets_the_newest_next(driver):
+    node_id = next(iter(reports_of_all(driver)))
+
+    def newest() -> int:
+        return driver.run(agent_cluster.reports)[node_id].sequence
+
+    pid = driver.run(agent_cluster.process_of_receiver)
+    driver.run(agent_cluster.send_signal, pid, signal.SIGSTOP)
+    hung_at = newest()
+    try:
+        wait_until(lambda: newest() >= hung_at + 20, TIMEOUT_S, "20 reports while nobody takes them")
+    finally:
+        driver.run(agent_cluster.send_signal, pid, signal.SIGCONT)
+    wait_until(
+        lambda: driver.run(agent_cluster.taken)[node_id][-1] >= hung_at + 20, TIMEOUT_S, "reports are taken again"
+    )
+    late = [each for each in driver.run(agent_cluster.taken)[node_id] if hung_at < each < hung_at + 20]
+    assert len(late) <= 1  # the one that was under way
+
+
 def test_an_agent_whose_process_is_killed_comes_back(driver):
     report = next(iter(reports_of_all(driver).values()))
-    driver.run(agent_cluster.kill, driver.run(agent_cluster.processes_of_agents)[report.node_id])
+    driver.run(agent_cluster.send_signal, driver.run(agent_cluster.processes_of_agents)[report.node_id], signal.SIGKILL)
     wait_for_another_agent(driver, report)
 
 
@@ -90,7 +111,7 @@ def test_an_agent_that_ray_will_not_restart_is_started_anew(driver):
 def test_a_node_joins_after_its_manager_died_and_leaves(driver):
     reports_of_all(driver)
     agents_before = driver.run(agent_cluster.processes_of_agents)
-    driver.run(agent_cluster.kill, driver.run(agent_cluster.process_of_manager))
+    driver.run(agent_cluster.send_signal, driver.run(agent_cluster.process_of_manager), signal.SIGKILL)
     node_id = driver.run(agent_cluster.add_node, "right")
     joined = reports_of_all(driver)[node_id]
     assert [bus.name for bus in joined.telemetry.buses] == ["bus-right"]
