@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from selectn_core.config import SloConfig
 from selectn_core.controller import PLANNED_SHARE, Admission, Controller, Decision, Decoding, Load, Waiting
 from selectn_core.objectives import Objectives, resolve_objectives
-from selectn_core.placement import OffloadPlan, best_placement
+from selectn_core.placement import OffloadPlan
+from selectn_core.plan_question import offloadable_sets
 from selectn_core.policies import (
     MOST_SLOTS,
     Fixed,
@@ -126,8 +127,8 @@ def make_policy(engine: Engine, times: StepTimes, record: PerformanceRecord, obj
     """The configured policy for this engine."""
     num_units, config = len(engine.units), engine.config.offload
     makers: dict[str, Callable[[], Policy]] = {
-        "select-n": lambda: SelectN(Frontier(num_units)),
-        "paper": lambda: Paper(Frontier(num_units)),
+        "select-n": lambda: SelectN(Frontier(record.unit_bytes, _sets(record))),
+        "paper": lambda: Paper(Frontier(record.unit_bytes)),
         "static": lambda: Fixed("static", _static_plan(engine, times, record, objectives)),
         "group": lambda: Fixed("group", last_of_every_group(config.interval or num_units, num_units)),
         "all": lambda: Fixed("all", every_unit_one_ahead(num_units)),
@@ -141,11 +142,15 @@ def _static_plan(engine: Engine, times: StepTimes, record: PerformanceRecord, ob
     costs = times.expected(StepShape.decode(batch.max_requests, max(1, batch.kv_tokens // batch.max_requests)))
     link = record.link.link
     limit_s = PLANNED_SHARE * objectives.tpot_s
-    plan = worst_case_share(
-        costs, link, num_sharing, limit_s, lambda k: best_placement(k, max(1, min(2, k)), costs, link)
-    )
+    plan = worst_case_share(costs, link, num_sharing, limit_s)
     least = engine.fewest_offloaded(plan.num_slots)
     return plan if plan.num_offloaded >= least.num_offloaded else least
+
+
+def _sets(record: PerformanceRecord) -> list[tuple[int, ...]]:
+    """The sets of units that a plan may be confined to, beside all of them."""
+    names = [record.kinds[kind].name for kind in record.unit_kinds]
+    return [among for among in offloadable_sets(names, record.fingerprint.unit).values() if among is not None]
 
 
 def load_of(handles: Mapping[str, RequestHandle], progress: Mapping[str, int], default: Objectives) -> Load:

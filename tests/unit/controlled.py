@@ -62,7 +62,9 @@ class Machine:
     def __init__(self, times: StepTimes, *, policy: Policy | None = None, tpot_s: float, link: Link = LINK) -> None:
         self.true, self.tpot_s = step_times(), tpot_s
         self.link = LINK
-        self.controller = Controller(times, link, policy or SelectN(Frontier(NUM_UNITS)), max_tokens=MAX_TOKENS)
+        self.controller = Controller(
+            times, link, policy or SelectN(Frontier([UNIT_BYTES] * NUM_UNITS)), max_tokens=MAX_TOKENS
+        )
         self.plan = OffloadPlan(offloaded=(), num_slots=1, num_units=NUM_UNITS)
         self.shape = StepShape.decode(BATCH, LENGTH)
         self.waiting: Sequence[Waiting] = ()

@@ -99,7 +99,9 @@ def test_the_plan_does_not_swing_when_nothing_changes() -> None:
 def test_ours_offloads_at_least_as_much_as_the_papers_integer_interval() -> None:
     for multiple in (1.2, 1.5, 2.0, 2.5, 3.0):
         ours = Machine(step_times(), tpot_s=multiple * UNLOADED_S).run(50)
-        paper = Machine(step_times(), policy=Paper(Frontier(NUM_UNITS)), tpot_s=multiple * UNLOADED_S).run(50)
+        paper = Machine(
+            step_times(), policy=Paper(Frontier([UNIT_BYTES] * NUM_UNITS)), tpot_s=multiple * UNLOADED_S
+        ).run(50)
         assert ours.plan.num_offloaded >= paper.plan.num_offloaded
         assert max(paper.durations_s[20:]) <= paper.tpot_s
 

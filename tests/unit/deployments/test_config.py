@@ -34,6 +34,11 @@ def test_the_defaults_are_the_engines_defaults():
         ({"num_replicas": 0}, "num_replicas: 0 is not allowed: expected greater than or equal to 1"),
         ({"offload": None}, "args.offload: None is not allowed: expected a dictionary"),
         ({"batch": {"page_size": 1}, "num_replicas": 0}, r"(?s)page_size.*num_replicas"),
+        (
+            {"telemetry": {"buses": [{"name": "a"}, {"name": "b", "gb_per_sec": 1}]}},
+            r"buses\.1\.gb_per_sec'; did you mean",
+        ),
+        ({"telemetry": {"buses": [{"name": "a b"}]}}, "buses.name='a b' is not allowed"),
         ([], "valid dictionary"),
     ],
 )
