@@ -9,11 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-<<<<<<< HEAD
-from deployments import demo_command, plan_command, profile_command, serve_command
-=======
-from deployments import demo_command, node_report_command, serve_command
->>>>>>> wt-telemetry
+from deployments import demo_command, node_report_command, plan_command, profile_command, serve_command
 from selectn_core.errors import SelectNError
 
 EXIT_OK, EXIT_ERROR = 0, 2
@@ -24,26 +20,19 @@ examples:
   selectn demo                             the whole system once, with a report
   selectn serve                            serve the embedded model on http://127.0.0.1:8000
   selectn serve --model ./llama --port 9000
-<<<<<<< HEAD
   selectn profile --out record.yaml        measure the model on this machine, for plans
   selectn plan --record record.yaml --tpot-ms 60 --batch 8
-=======
   selectn node-report                      this machine's GPUs, host buses and host memory
->>>>>>> wt-telemetry
   selectn serve --help                     every option of a command
 """
 
 # Each adds a sub-command, whose parser sets `run`: from the parsed arguments to the exit code.
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     serve_command.register,
-<<<<<<< HEAD
     profile_command.register,
     plan_command.register,
     demo_command.register,
-=======
-    demo_command.register,
     node_report_command.register,
->>>>>>> wt-telemetry
 )
 
 

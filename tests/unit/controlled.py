@@ -56,15 +56,17 @@ def step_times(*, factor: float = 1.0) -> StepTimes:
     return StepTimes(steps, [0] * NUM_UNITS, [UNIT_BYTES] * NUM_UNITS)
 
 
+def frontier() -> Frontier:
+    return Frontier([UNIT_BYTES] * NUM_UNITS)
+
+
 class Machine:
     """Decodes with `BATCH` requests for ever, each step as long as the recurrence says for the true costs."""
 
     def __init__(self, times: StepTimes, *, policy: Policy | None = None, tpot_s: float, link: Link = LINK) -> None:
         self.true, self.tpot_s = step_times(), tpot_s
         self.link = LINK
-        self.controller = Controller(
-            times, link, policy or SelectN(Frontier([UNIT_BYTES] * NUM_UNITS)), max_tokens=MAX_TOKENS
-        )
+        self.controller = Controller(times, link, policy or SelectN(frontier()), max_tokens=MAX_TOKENS)
         self.plan = OffloadPlan(offloaded=(), num_slots=1, num_units=NUM_UNITS)
         self.shape = StepShape.decode(BATCH, LENGTH)
         self.waiting: Sequence[Waiting] = ()

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from selectn_core.controller import PLANNED_SHARE, ComputeScale, Decoding, LinkEstimate, Load, Waiting
 from selectn_core.device import LinkUsage
 from selectn_core.latency import Link
-from selectn_core.policies import Frontier, Paper
+from selectn_core.policies import Paper
 from selectn_core.steps import StepShape
-from tests.unit.controlled import BATCH, LENGTH, LINK, MAX_TOKENS, NUM_UNITS, UNIT_BYTES, Machine, step_times
+from tests.unit.controlled import BATCH, LENGTH, LINK, MAX_TOKENS, NUM_UNITS, UNIT_BYTES, Machine, frontier, step_times
 
 UNLOADED_S = step_times().expected_s(StepShape.decode(BATCH, LENGTH))
 
@@ -99,9 +99,7 @@ def test_the_plan_does_not_swing_when_nothing_changes() -> None:
 def test_ours_offloads_at_least_as_much_as_the_papers_integer_interval() -> None:
     for multiple in (1.2, 1.5, 2.0, 2.5, 3.0):
         ours = Machine(step_times(), tpot_s=multiple * UNLOADED_S).run(50)
-        paper = Machine(
-            step_times(), policy=Paper(Frontier([UNIT_BYTES] * NUM_UNITS)), tpot_s=multiple * UNLOADED_S
-        ).run(50)
+        paper = Machine(step_times(), policy=Paper(frontier()), tpot_s=multiple * UNLOADED_S).run(50)
         assert ours.plan.num_offloaded >= paper.plan.num_offloaded
         assert max(paper.durations_s[20:]) <= paper.tpot_s
 
