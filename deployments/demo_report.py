@@ -24,6 +24,7 @@ class Report:
     provenance: str
     model: str
     answers: list[dict[str, Any]]
+    steering: dict[str, Any]
     tokens_equal_reference: bool
     slo: dict[str, float]
     slo_attained: dict[str, bool]
@@ -71,6 +72,7 @@ def build_report(
         device_capacity_bytes=after["device_capacity_bytes"],
         kv_bytes=after["kv_bytes"],
         memory=after["memory"],
+        steering=after["steering"],
         step_over_bound=round(after["step_over_bound"], 4),
         answers=[_with_reference(answer, other) for answer, other in zip(answers, reference, strict=True)],
         tokens_equal_reference=all(
@@ -105,13 +107,19 @@ def render(report: Report) -> str:
 
 
 def _rows(report: Report) -> list[tuple[str, str]]:
-    history = ", ".join(f"{count} from step {step}" for step, count in report.interval_history)
+    counts = [count for _, count in report.interval_history]
+    history = f"{min(counts)} to {max(counts)} of {report.num_units}, {len(counts) - 1} changes"
     same = "equal to those without offloading" if report.tokens_equal_reference else "DIFFERENT without offloading"
     return [
         ("answers", same),
         ("TTFT", _against(report.ttft_ms, report.slo["ttft_ms"], report.slo_attained["ttft"])),
         ("TPOT", _against(report.tpot_ms, report.slo["tpot_ms"], report.slo_attained["tpot"])),
-        (f"{report.unit}s in host memory", f"{history} of {report.num_units}, through {report.num_slots} slots"),
+        (
+            "policy",
+            f"{report.steering['policy']}: step times predicted to within {report.steering['prediction_error']:.1%} "
+            f"(mean), deciding took {report.steering['controller_share']:.2%} of the time",
+        ),
+        (f"{report.unit}s in host memory", f"{history}; now through {report.num_slots} slots"),
         ("host memory", f"{_mib(report.host_bytes)} of weights, {_mib(report.offloaded_bytes)} only there"),
         (
             "device memory",

@@ -27,7 +27,7 @@ def test_the_defaults_are_the_engines_defaults():
         ({"modle": {}}, "unknown key 'modle'; did you mean 'model'?"),
         ({"batch": {"page_sise": 16}}, "unknown key 'batch.page_sise'; did you mean 'page_size'?"),
         ({"limits": {"max_body": 1}}, "unknown key 'limits.max_body'; did you mean 'max_body_bytes'?"),
-        ({"slo": {"zzz": 1}}, "known keys: tpot_ms, ttft_ms"),
+        ({"slo": {"zzz": 1}}, "known keys: loosest, percentile, tightest, tpot_ms, ttft_ms"),
         ({"batch": {"page_size": "big"}}, r"args\.batch\.page_size: 'big' is not allowed: .* integer"),
         ({"batch": {"page_size": 1}}, "batch.page_size=1 is not allowed: expected at least 4"),
         ({"device": {"kind": "gpu"}}, "device.kind='gpu' is not allowed: expected one of auto, cuda"),
