@@ -84,6 +84,7 @@ def main() -> int:
     samples = []
     try:
         record = _record(arguments.model, bus_name, 15.0 if arguments.quick else 60.0)
+        print(record.link.slowdown, record.link.link)
         cells = [_cell(record, multiple) for multiple in multiples]
         runs = [(cell, policy) for cell in cells for policy in policies]
         for cell, policy in tqdm(runs, desc="runs"):

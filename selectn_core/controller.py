@@ -36,6 +36,8 @@ _CHUNK_SHARE = 0.85
 _BUSY_STRETCH = 1.1
 _RAISE_AFTER_STEPS = 4
 _TOLERANCE = 0.02
+# Steps longer than this many objectives are reason to take memory from running requests.
+_URGENT_SHARE = 1.25
 # Copies of one step that are believed without a second step; otherwise two steps must agree.
 _COPIES_TO_BELIEVE = 4
 # Shares of the way to a higher bandwidth: when it was seen, and per step in which nothing was copied.
@@ -130,6 +132,7 @@ class Controller:
         self._scales = {True: ComputeScale(), False: ComputeScale()}  # of steps that only decode, and others
         self._tpot_s, self._limit_s, self._prefill_s_per_token = math.inf, math.inf, math.inf
         self._planned = StepShape.decode(1, 1)
+        self._guaranteed: OffloadPlan | None = None
         self._is_busy = False
         self._may_raise = 0
         self._last_usage: LinkUsage | None = None
@@ -164,8 +167,9 @@ class Controller:
             return max(0, room)
         decodes = [load.mean_kv_tokens] * batch
         needed = max(_SMALLEST_CHUNK, self._limit_s / self._prefill_s_per_token)
+        slowed = 1 + self._slowdown  # beside a link that is always busy, as it is where most is offloaded
         for tokens in _chunks(room):
-            unloaded_s = self._unloaded_s(StepShape.of(prefills=[(tokens, 0)], decodes=decodes))
+            unloaded_s = slowed * self._unloaded_s(StepShape.of(prefills=[(tokens, 0)], decodes=decodes))
             if unloaded_s <= (self._limit_s if tokens <= needed else _CHUNK_SHARE * self._limit_s):
                 return tokens
         return 0
@@ -179,7 +183,8 @@ class Controller:
         shape = StepShape.decode(len(load.decoding) + 1, load.mean_kv_tokens)
         costs = scaled(self.times.expected(shape), self._scales[True].high)
         limit_s = PLANNED_SHARE * load.tightest_tpot_s
-        return self.policy.choose(
+        costs = scaled(costs, 1 + self._slowdown)
+        self._guaranteed = self.policy.choose(
             Situation(
                 costs=costs,
                 link=self.link.guaranteed,
@@ -188,6 +193,7 @@ class Controller:
                 max_offloaded=self.max_offloaded,
             )
         )
+        return self._guaranteed
 
     # -- before the step ----------------------------------------------------------------------------------------
 
@@ -199,7 +205,7 @@ class Controller:
         wanted = self._choose(planned, current, limit_s)
         plan = self._settle(planned, current, wanted, limit_s)
         predicted_s = self._predict_first(shape, current, plan)
-        is_late = self._predict(planned, current) > self._tpot_s
+        is_late = self._predict(planned, current) > _URGENT_SHARE * self._tpot_s
         self.is_feasible = self._unloaded_s(planned) <= self._tpot_s
         self.spent_s += time.perf_counter() - began_s
         return Decision(
@@ -215,8 +221,12 @@ class Controller:
         if prefill_tokens and self._prefill_s_per_token < math.inf:
             planned_tokens = max(1, self._planned.num_tokens - self._planned.num_decodes)
             limit_s = min(limit_s, max(planned_tokens, prefill_tokens) * self._prefill_s_per_token)
-        if self._is_busy:
-            limit_s = min(limit_s, _BUSY_STRETCH * self._unloaded_s(self._planned))
+        if self._is_busy and self._guaranteed is not None:
+            # Not below what the memory of those who run needs.
+            fast_s = max(
+                _BUSY_STRETCH * self._unloaded_s(self._planned), self._predict(self._planned, self._guaranteed)
+            )
+            limit_s = min(limit_s, fast_s * (1 + _TOLERANCE))
         return limit_s
 
     def _choose(self, shape: StepShape, current: OffloadPlan, limit_s: float) -> OffloadPlan:
