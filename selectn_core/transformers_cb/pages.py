@@ -120,9 +120,8 @@ class KvPages:
         """
         wanted = {sector + self.num_reserved for sector in sectors}
         assert wanted <= self._mine, "sectors that the cache does not have"
-        if any(
-            a.blocks_per_sector > 1 and wanted & self._sectors_of(a, self._live_blocks(a)) for a in self._allocators
-        ):
+        several = [allocator for allocator in self._allocators if allocator.blocks_per_sector > 1]
+        if any(wanted & self._sectors_of(a, self._live_blocks(a)) for a in several):
             # Blocks that moved in beside cached ones would bring sectors into use that nothing running had a part of.
             self.evict_cached()
         if not self._move_out_of(wanted):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, HostConfig, ModelConfig, OffloadConfig
 from selectn_core.engine import Engine
 from selectn_core.sampling import SamplingParams
-
-_PROCESSES = multiprocessing.get_context("forkserver")
+from tests.unit.store_users import PROCESSES
 
 
 def shared_config(checkpoint: str, directory: Path) -> EngineConfig:
@@ -28,8 +26,8 @@ class EngineUser:
     """A process that says "begun", loads an engine, says which file its weights are in, and serves until it ends."""
 
     def __init__(self, checkpoint: str, directory: Path) -> None:
-        self._pipe, theirs = _PROCESSES.Pipe()
-        self.process = _PROCESSES.Process(target=_serve, args=(theirs, checkpoint, directory), daemon=True)
+        self._pipe, theirs = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(target=_serve, args=(theirs, checkpoint, directory), daemon=True)
         self.process.start()
         theirs.close()
 

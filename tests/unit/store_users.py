@@ -19,9 +19,10 @@ NUM_CHUNKS = NUM_SECTIONS * CHUNKS_PER_SECTION
 _CHUNK_BYTES = 5_000  # no multiple of a page, nor of the alignment
 _PITCH_BYTES = 5_120
 
-# A server that has torch loaded and forks: a new user takes milliseconds, and is free of this process's threads.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload([__name__])
+# A server that has torch and transformers loaded and forks: a new user takes milliseconds, and is free of this
+# process's threads. There is one such server per process, for both modules.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__, "tests.unit.engine_users"])
 
 
 def sections() -> list[Section]:
@@ -74,8 +75,8 @@ class StoreUser:
 
     def __init__(self, directory: Path, fingerprint: str = "aa", *, pause_at_chunk: int | None = None) -> None:
         """With `pause_at_chunk`, a process that builds says "paused" there and goes on when told to."""
-        self._pipe, theirs = _PROCESSES.Pipe()
-        self.process = _PROCESSES.Process(
+        self._pipe, theirs = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(
             target=_run, args=(theirs, directory, fingerprint, pause_at_chunk), daemon=True
         )
         self.process.start()

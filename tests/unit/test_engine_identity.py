@@ -38,7 +38,8 @@ def random_plans(seed: int) -> BeforeStep:
     def change(engine: Engine) -> None:
         if rng.random() < 0.6:
             offloaded = sorted(rng.sample(range(NUM_LAYERS), rng.randint(0, NUM_LAYERS)))
-            engine.set_plan(OffloadPlan(offloaded=tuple(offloaded), num_slots=rng.randint(1, 4), num_units=NUM_LAYERS))
+            plan = OffloadPlan(offloaded=tuple(offloaded), num_slots=rng.randint(1, 4), num_units=NUM_LAYERS)
+            engine.set_plan(plan, urgent=rng.random() < 0.5)
 
     return change
 

@@ -164,8 +164,8 @@ def test_engines_that_start_at_once_share_one_build(checkpoint_of, host) -> None
 
 
 # From before the store is built to well into serving: an engine of this size is there in about a second.
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(delays_ms=st.lists(st.integers(0, 2500), min_size=1, max_size=3))
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(delays_ms=st.lists(st.integers(0, 2500), min_size=1, max_size=2))
 def test_replicas_killed_at_any_moment_leave_nothing_that_the_next_start_does_not_clean(
     checkpoint_of, host, delays_ms
 ) -> None:
