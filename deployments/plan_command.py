@@ -207,7 +207,11 @@ def _table(answer: dict[str, Any], workload: Workload) -> str:
         ("host memory for weights", _mib(answer["host_bytes"])),
     ]
     for each in answer["predictions"]:
-        limit = f" of {each['limit_ms']:.2f} (headroom {each['headroom_ms']:.2f})" if each["limit_ms"] < 1e12 else ""
+        limit = (
+            f" of {each['limit_ms']:.2f} (headroom {max(0.0, each['headroom_ms']):.2f})"
+            if each["limit_ms"] < 1e12
+            else ""
+        )
         rows.append((f"predicted {each['objective']}", f"{each['predicted_ms']:.2f}{limit} ms"))
     rows.append(("link", f"{answer['link_bytes_per_s'] / 1e9:.2f} GB/s"))
     rows.append(("smallest device", _mib(answer["smallest_device_bytes"])))
