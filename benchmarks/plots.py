@@ -96,3 +96,26 @@ def plot_enumeration(samples: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_bandwidth_step(samples: list[dict[str, Any]], path: Path) -> None:
+    """Every step's duration against TPOT, and the layers offloaded, while a second process takes half of the bus."""
+    figure, panels = plt.subplots(len(samples), 1, figsize=(10, 2.6 * len(samples)), squeeze=False, sharex=True)
+    for panel, sample in zip(panels[:, 0], samples, strict=True):
+        began_s = [row[0] for row in sample["steps"]]
+        panel.plot(began_s, [row[1] * 1e3 for row in sample["steps"]], ".", markersize=3, label="step (ms)")
+        panel.axhline(sample["tpot_ms"], color="tab:red", linestyle="--", label="TPOT objective")
+        panel.axvspan(*sample["changes_s"], color="tab:grey", alpha=0.2, label="half of the bus is taken")
+        panel.set_ylim(0, 2.5 * sample["tpot_ms"])
+        panel.set_title(f"{sample['policy']}, TPOT {sample['multiple']:g} x unloaded (emulated)", fontsize=10)
+        offloaded = panel.twinx()
+        offloaded.step(began_s, [row[4] for row in sample["steps"]], color="tab:green", where="post", linewidth=1)
+        offloaded.set_ylabel("layers offloaded", color="tab:green")
+        offloaded.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8, loc="upper left")
+    figure.supxlabel("seconds")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

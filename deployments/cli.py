@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from deployments import demo_command, plan_command, serve_command
+from deployments import demo_command, plan_command, profile_command, serve_command
 from selectn_core.errors import SelectNError
 
 EXIT_OK, EXIT_ERROR = 0, 2
@@ -20,6 +20,7 @@ examples:
   selectn demo                             the whole system once, with a report
   selectn serve                            serve the embedded model on http://127.0.0.1:8000
   selectn serve --model ./llama --port 9000
+  selectn profile --out record.yaml        measure the model on this machine, for plans
   selectn plan --record record.yaml --tpot-ms 60 --batch 8
   selectn serve --help                     every option of a command
 """
@@ -27,6 +28,7 @@ examples:
 # Each adds a sub-command, whose parser sets `run`: from the parsed arguments to the exit code.
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     serve_command.register,
+    profile_command.register,
     plan_command.register,
     demo_command.register,
 )

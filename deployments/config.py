@@ -98,7 +98,7 @@ class AppArgs(Strict):
 
 
 class OffloadChange(Strict):
-    """`user_config.offload`: the plan of a running replica. Slots None: as many as there are."""
+    """`user_config.offload`: a running replica's plan, in its `offload.unit`s. Slots None: as many as there are."""
 
     num_offloaded: int = Field(ge=0)
     num_slots: int | None = Field(default=None, ge=1)

@@ -103,8 +103,8 @@ def _serve_and_ask(app_args: AppArgs) -> tuple[list[Answer], dict[str, Any], dic
         replica = _Replica()
         before = replica.snapshot()
         _say(
-            f"{before['num_offloaded']} of {before['num_layers']} layers are in host memory; asking "
-            f"{len(QUESTIONS)} questions at once, and moving layers meanwhile"
+            f"{before['num_offloaded']} of {before['num_units']} {before['unit']}s are in host memory; asking "
+            f"{len(QUESTIONS)} questions at once, and moving {before['unit']}s meanwhile"
         )
         started_s = time.perf_counter()
         answers = _ask_while_layers_move(base_urls(document)[0], replica, before)
@@ -118,7 +118,7 @@ def _ask_while_layers_move(base_url: str, replica: _Replica, before: dict[str, A
         asked: list[Future[Answer]] = [
             pool.submit(stream_chat, base_url, model, question, max_tokens=MAX_TOKENS) for question in QUESTIONS
         ]
-        most, fewest = max(before["num_layers"] - 2, before["num_offloaded"]), before["num_offloaded"]
+        most, fewest = max(before["num_units"] - 2, before["num_offloaded"]), before["num_offloaded"]
         for num_steps, num_offloaded in ((8, most), (20, fewest)):
             replica.wait_for_steps(first_steps + num_steps, asked)
             replica.set_num_offloaded(num_offloaded)

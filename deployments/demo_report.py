@@ -30,7 +30,9 @@ class Report:
     ttft_ms: dict[str, float]
     tpot_ms: dict[str, float]
     interval_history: list[list[int]]
+    unit: str
     num_layers: int
+    num_units: int
     num_offloaded: int
     num_slots: int
     host_bytes: int
@@ -61,9 +63,10 @@ def build_report(
     tpot_ms = _spread([answer.tpot_s * 1e3 for answer in answers])
     link_bytes = after["link_bytes"] - before["link_bytes"]
     busy_s = after["link_busy_s"] - before["link_busy_s"]
-    same_keys = ("num_layers", "num_offloaded", "num_slots", "host_bytes", "offloaded_bytes", "device_bytes")
+    same_keys = ("unit", "num_layers", "num_units", "num_offloaded", "num_slots")
+    same_bytes = ("host_bytes", "offloaded_bytes", "device_bytes")
     return Report(
-        **{key: after[key] for key in (*same_keys, "device", "provenance", "model", "interval_history")},
+        **{key: after[key] for key in (*same_keys, *same_bytes, "device", "provenance", "model", "interval_history")},
         device_capacity_bytes=after["device_capacity_bytes"],
         kv_bytes=after["kv_bytes"],
         memory=after["memory"],
@@ -110,7 +113,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("answers", same),
         ("TTFT", _against(report.ttft_ms, report.slo["ttft_ms"], report.slo_attained["ttft"])),
         ("TPOT", _against(report.tpot_ms, report.slo["tpot_ms"], report.slo_attained["tpot"])),
-        ("layers in host memory", f"{history} of {report.num_layers}, through {report.num_slots} slots"),
+        (f"{report.unit}s in host memory", f"{history} of {report.num_units}, through {report.num_slots} slots"),
         ("host memory", f"{_mib(report.host_bytes)} of weights, {_mib(report.offloaded_bytes)} only there"),
         (
             "device memory",

@@ -22,7 +22,7 @@ from deployments.serving import (
     served_model,
     wait_until_serving,
 )
-from selectn_core.config import DEVICE_KINDS
+from selectn_core.config import DEVICE_KINDS, OFFLOAD_UNITS
 from selectn_core.errors import ConfigError
 
 DEFAULT_CONFIG = Path("serve_config.yaml")
@@ -49,8 +49,9 @@ OVERRIDES: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("--device-memory-gib", ("device", "memory_gib"), {"type": float, "help": "size of the device's memory"}),
     ("--link-gb-per-s", ("device", "link_gb_per_s"), {"type": float, "help": "speed of the emulated link"}),
     ("--kv-tokens", ("batch", "kv_tokens"), {"type": int, "help": "tokens that the KV cache holds"}),
-    ("--num-offloaded", ("offload", "num_offloaded"), {"help": "layers kept in host memory, or 'auto'"}),
-    ("--num-slots", ("offload", "num_slots"), {"type": int, "help": "device buffers for offloaded layers"}),
+    ("--offload-unit", ("offload", "unit"), {"choices": OFFLOAD_UNITS, "help": "what is offloaded, and counted"}),
+    ("--num-offloaded", ("offload", "num_offloaded"), {"help": "units kept in host memory, or 'auto'"}),
+    ("--num-slots", ("offload", "num_slots"), {"type": int, "help": "device buffers for offloaded units"}),
     ("--num-replicas", ("num_replicas",), {"type": int, "help": "replicas, each with a device of its own"}),
 )
 

@@ -10,7 +10,9 @@ from selectn_core.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_KINDS = ("auto", "cuda", "emulated")
 HOST_WEIGHTS = ("auto", "shared_memory", "file", "private")
+OFFLOAD_UNITS = ("layer", "block")
 MAX_SLOTS = 8
+POLICIES = ("select-n", "paper", "static", "group", "all", "none")
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -102,18 +104,36 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OffloadConfig:
-    """How many of the model's units live only in host memory, and through how many slots they pass.
+    """What lives only in host memory: who decides it, or how much, by hand.
 
-    "auto" offloads the fewest that make the model fit the device.
+    `policy` is asked where `num_offloaded` is "auto" (selectn_core/policies.py describes each); a number of units and
+    `num_slots` is a plan by hand. `interval` is N of the policy "group". `num_sharing` is for the policy "static": how
+    many replicas may use this replica's bus at once.
+
+    `unit` is what is offloaded: a decoder "layer", or a "block" of one (attention, MLP or experts apart). Numbers count
+    these: a model has at least twice as many blocks as layers, and a slot for a block takes less.
     """
 
+    policy: str = "select-n"
+    unit: str = "layer"
     num_offloaded: int | Literal["auto"] = "auto"
     num_slots: int = 2
+    interval: int | None = None
+    num_sharing: int = 1
 
     def __post_init__(self) -> None:
         allowed = self.num_offloaded == "auto" or (isinstance(self.num_offloaded, int) and self.num_offloaded >= 0)
-        require(allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of layers, 0 or more")
+        require(allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of units, 0 or more")
+        require(self.unit in OFFLOAD_UNITS, "offload.unit", self.unit, f"one of {', '.join(OFFLOAD_UNITS)}")
         require(1 <= self.num_slots <= MAX_SLOTS, "offload.num_slots", self.num_slots, f"1 to {MAX_SLOTS}")
+        require(self.policy in POLICIES, "offload.policy", self.policy, f"one of {', '.join(POLICIES)}")
+        require(
+            (self.interval is not None and self.interval >= 1) if self.policy == "group" else self.interval is None,
+            "offload.interval",
+            self.interval,
+            "a number of layers, at least 1, with offload.policy 'group', and null with every other",
+        )
+        require(self.num_sharing >= 1, "offload.num_sharing", self.num_sharing, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +166,26 @@ class HostConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SloConfig:
-    """Latency objectives: time to first token and time per output token, in milliseconds."""
+    """Latency objectives: time to first token and time per output token, in milliseconds.
 
-    ttft_ms: float = 2000.0
-    tpot_ms: float = 250.0
+    "auto" takes a multiple of what the profile says of an unloaded server (selectn_core/objectives.py). They are meant
+    for `percentile` percent of all requests. A request may name its own, from `tightest` to `loosest` times these.
+    """
+
+    ttft_ms: float | Literal["auto"] = "auto"
+    tpot_ms: float | Literal["auto"] = "auto"
+    percentile: float = 99.0
+    tightest: float = 0.5
+    loosest: float = 100.0
 
     def __post_init__(self) -> None:
-        require(self.ttft_ms > 0, "slo.ttft_ms", self.ttft_ms, "more than 0")
-        require(self.tpot_ms > 0, "slo.tpot_ms", self.tpot_ms, "more than 0")
+        for name in ("ttft_ms", "tpot_ms"):
+            value = getattr(self, name)
+            allowed = value == "auto" or (isinstance(value, int | float) and value > 0)
+            require(allowed, f"slo.{name}", value, "more than 0, or 'auto'")
+        require(0 < self.percentile <= 100, "slo.percentile", self.percentile, "more than 0, at most 100")
+        require(0 < self.tightest <= 1, "slo.tightest", self.tightest, "more than 0, at most 1")
+        require(self.loosest >= 1, "slo.loosest", self.loosest, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

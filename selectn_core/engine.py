@@ -11,13 +11,14 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from selectn_core.accounts import account
 from selectn_core.arena import Arena, weight_sectors
-from selectn_core.config import MAX_SLOTS, EngineConfig, require
+from selectn_core.config import MAX_SLOTS, EngineConfig, SloConfig, require
 from selectn_core.device import Device, align_up, open_device, resolve_kind
 from selectn_core.errors import (
     ConfigError,
@@ -27,17 +28,23 @@ from selectn_core.errors import (
     RequestError,
 )
 from selectn_core.executor import Executor, OverlappedExecutor, SynchronousExecutor
+from selectn_core.fingerprint import fingerprint_of
 from selectn_core.host_store import HostStore
 from selectn_core.kv_geometry import KvGeometry
 from selectn_core.latency import Link, recompute_s, swap_s
 from selectn_core.loading import LoadedModel
+from selectn_core.objectives import Objectives, configured_objectives, resolve_objectives
 from selectn_core.placement import OffloadPlan
 from selectn_core.planner import fewest_offloaded, most_bytes, plan_bytes, unmeasured_plan
+from selectn_core.profiler import OnProgress
+from selectn_core.record import PerformanceRecord
+from selectn_core.record_cache import performance_record
 from selectn_core.requests import RequestHandle, TokenEvent
 from selectn_core.resident import ResidentWeights, resident_tensors
 from selectn_core.sampling import SamplingParams
 from selectn_core.self_test import check_model, refusing
 from selectn_core.shared_model import load_on_host
+from selectn_core.steering import Steering
 from selectn_core.steps import StepLog, StepShape
 from selectn_core.transformers_cb import Callbacks, ContinuousBatching, GenerationOutput, KvPages, kv_geometry
 from selectn_core.units import find_units
@@ -69,10 +76,11 @@ class Engine:
         """
         self.config = config
         self.model, self.tokenizer, self.model_name = loaded.model, loaded.tokenizer, loaded.name
-        self.units = find_units(self.model)
+        self.units = find_units(self.model, config.offload.unit)
         self.steps = StepLog()
         # Called on the generation thread when a step is planned and has not begun: the iteration controller's place.
         self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
+        self.steering: Steering | None = None
         self._handles: dict[str, RequestHandle] = {}
         self._lock = threading.Lock()
         self._state = "loaded"  # loaded -> running -> closed, or failed
@@ -107,8 +115,30 @@ class Engine:
             raise
 
     @classmethod
-    def load(cls, config: EngineConfig, *, executor_class: type[Executor] = OverlappedExecutor) -> Engine:
-        """Loads the configured model and builds an engine on it."""
+    def load(
+        cls,
+        config: EngineConfig,
+        *,
+        executor_class: type[Executor] = OverlappedExecutor,
+        on_progress: OnProgress = lambda share, what: None,
+    ) -> Engine:
+        """Loads the configured model and builds an engine on it, steered by the configured policy.
+
+        A policy needs a performance record. The first start on a machine makes one, within a minute, and later starts
+        find it in the cache (`performance_record`). `on_progress` is told how far that is.
+        """
+        engine = cls.unsteered(config, executor_class=executor_class)
+        if config.offload.num_offloaded == "auto":
+            try:
+                engine.steer(performance_record(engine, on_progress=on_progress))
+            except BaseException:
+                engine.close()
+                raise
+        return engine
+
+    @classmethod
+    def unsteered(cls, config: EngineConfig, *, executor_class: type[Executor] = OverlappedExecutor) -> Engine:
+        """As `load`, without a policy: the fewest units are offloaded, or the configured number."""
         loaded = load_on_host(config.model, config.host)
         try:
             return cls(loaded, config, executor_class=executor_class)
@@ -117,6 +147,23 @@ class Engine:
                 loaded.store.close()
             raise
 
+    def steer(self, record: PerformanceRecord) -> None:
+        """Lets the configured policy decide from now on. Raises RecordRefused for a record of something else."""
+        record.require(fingerprint_of(self))
+        objectives = resolve_objectives(self.config.slo, record.step_times(), self.config.batch)
+        self.steering = Steering(self, record, objectives)
+
+    @property
+    def objectives(self) -> Objectives | None:
+        """What requests are served for that do not name their own; None where nothing says."""
+        return self.steering.objectives if self.steering else configured_objectives(self.config.slo)
+
+    def set_objectives(self, slo: SloConfig) -> None:
+        """Changes the objectives from the next step on, for requests in flight too."""
+        self.config = replace(self.config, slo=slo)
+        if self.steering is not None:
+            self.steer(self.steering.record)
+
     def _make_batching(self, geometry: KvGeometry) -> ContinuousBatching:
         return ContinuousBatching(
             self.model,
@@ -124,6 +171,7 @@ class Engine:
             self.device,
             Callbacks(
                 before_schedule=self._before_schedule,
+                token_budget=self._token_budget,
                 on_step_planned=self._on_step_planned,
                 on_step_done=self._on_step_done,
                 on_output=self._on_output,
@@ -202,11 +250,15 @@ class Engine:
     def max_model_len(self) -> int:
         """Prompt and output tokens that one request may have: the model's limit, or what the KV cache can hold.
 
-        That is what it holds with every layer offloaded: they are, while a request needs it.
+        That is what it holds with every unit offloaded: they are, while a request needs it.
         """
-        everything_away = unmeasured_plan(self.units, len(self.units), self._target.num_slots)
-        capacity = self.batching.geometry.longest_request_in(self._kv_sectors(everything_away))
+        capacity = self.batching.geometry.longest_request_in(self.most_kv_sectors)
         return min(self._model_limit or capacity, capacity)
+
+    @property
+    def most_kv_sectors(self) -> int:
+        """Sectors that the KV cache has with everything offloaded."""
+        return self._kv_sectors(unmeasured_plan(self.units, len(self.units), self._target.num_slots))
 
     @property
     def _model_limit(self) -> int | None:
@@ -228,9 +280,14 @@ class Engine:
         return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        objectives: Objectives | None = None,
     ) -> RequestHandle:
-        """Queues a request and returns at once.
+        """Queues a request and returns at once. `objectives` None: the engine's.
 
         Raises RequestError (empty, too long, token out of range, id in use), EngineOverloaded when
         `batch.max_waiting` requests wait, EngineUnavailable when nothing would serve it.
@@ -241,6 +298,7 @@ class Engine:
         eos_ids = () if params.ignore_eos else self.default_eos_ids
         handle.eos_ids = frozenset((*eos_ids, *params.stop_token_ids))
         handle.max_total_tokens += params.max_tokens
+        handle.objectives = objectives
         self._register(handle)
         if not self.batching.submit(handle.ticket, prompt_ids, params, sorted(handle.eos_ids), seed):
             self._forget(handle.ticket)
@@ -311,7 +369,7 @@ class Engine:
     # -- interval -----------------------------------------------------------------------------------------------
 
     def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
-        """Offloads `num_offloaded` of the units from the next iteration on.
+        """Offloads `num_offloaded` of the units from the next iteration on, by hand: the policy rests until `steer`.
 
         While the KV cache uses the memory that fewer of them need, or a request needs more of it than this number
         leaves, more are offloaded: `snapshot` says how many. Raises ConfigError if it can never be.
@@ -319,21 +377,34 @@ class Engine:
         slots = num_slots if num_slots is not None else self._target.num_slots
         require(1 <= slots <= MAX_SLOTS, "num_slots", slots, f"1 to {MAX_SLOTS}")
         self._target = self._plan_of("num_offloaded", num_offloaded, slots)
+        self.steering = None
 
     def set_plan(self, plan: OffloadPlan) -> None:
         """As `set_num_offloaded`, with the units chosen by the caller."""
         self._target = self._checked("the plan", plan)
+        self.steering = None
+
+    @property
+    def target_plan(self) -> OffloadPlan:
+        """What was asked for last, by hand or by the policy."""
+        return self._target
+
+    def fewest_offloaded(self, num_slots: int) -> OffloadPlan:
+        """k_min: the plan with the fewest units offloaded that the device's memory allows."""
+        plan = fewest_offloaded(self.units, num_slots, self.arena.reachable_bytes(0), round_up=self.arena.round_up)
+        return plan if plan is not None else unmeasured_plan(self.units, len(self.units), num_slots)
 
     def _plan_of(self, name: str, num_offloaded: int, num_slots: int) -> OffloadPlan:
-        """The plan, or ConfigError where the model has fewer layers or the device less memory."""
-        require(0 <= num_offloaded <= len(self.units), name, num_offloaded, f"0 to {len(self.units)}, the layers")
+        """The plan, or ConfigError where the model has fewer units or the device less memory."""
+        allowed = f"0 to {len(self.units)}, the {self.config.offload.unit}s"
+        require(0 <= num_offloaded <= len(self.units), name, num_offloaded, allowed)
         return self._checked(f"{name}={num_offloaded}", unmeasured_plan(self.units, num_offloaded, num_slots))
 
     def _checked(self, what: str, plan: OffloadPlan) -> OffloadPlan:
         wanted, budget = self._plan_bytes(plan), self.arena.reachable_bytes(0)
         if wanted > budget:
             least = fewest_offloaded(self.units, plan.num_slots, budget, round_up=self.arena.round_up)
-            hint = f"at least {least.num_offloaded} must be offloaded" if least else "no number of layers would fit"
+            hint = f"at least {least.num_offloaded} must be offloaded" if least else "no number of them would fit"
             raise ConfigError(
                 f"{what} is not possible: weights and {plan.slots_used} slots would take {wanted:,} "
                 f"bytes of device memory and {budget:,} are there; {hint}"
@@ -357,7 +428,7 @@ class Engine:
         if plan is None:
             raise DeviceMemoryExceeded(
                 f"the model does not fit {self.device.capacity_bytes:,} bytes of device memory even with every "
-                f"layer offloaded: raise device.memory_gib, or lower batch.kv_tokens ({batch.kv_tokens}) or "
+                f"{wanted.unit} offloaded: raise device.memory_gib, or lower batch.kv_tokens ({batch.kv_tokens}) or "
                 f"offload.num_slots ({wanted.num_slots})"
             )
         return plan
@@ -365,8 +436,16 @@ class Engine:
     def _before_schedule(self) -> bool:
         """Moves weights and KV pages to where the next step wants them; False where no new request may begin."""
         self._follow_target()
+        may_begin = True
+        if self.steering is not None:
+            with self._lock:
+                handles = dict(self._handles)
+            may_begin = self.steering.admit(handles, self.batching.progress())
         # What is still to come back waits for KV to be released: no new request may take its place.
-        return self.executor.plan.num_offloaded <= self.executor.wanted.num_offloaded
+        return may_begin and self.executor.plan == self.executor.wanted
+
+    def _token_budget(self, most: int) -> int:
+        return self.steering.token_budget(most) if self.steering is not None else most
 
     def _follow_target(self) -> None:
         wanted = self._wanted_plan()
@@ -398,17 +477,25 @@ class Engine:
 
     def _on_step_planned(self, shape: StepShape) -> None:
         self.on_step_planned(shape)
+        if self.steering is not None:
+            self._target = self.steering.decide(shape).plan
         self._follow_target()  # which may have just been changed, for this step
 
     def _on_step_done(self, shape: StepShape, duration_s: float) -> None:
-        plan = self.executor.plan
-        self.steps.add(
+        plan, steering = self.executor.plan, self.steering
+        decision = steering.decision if steering is not None else None
+        record = self.steps.add(
             shape,
             plan,
             duration_s=duration_s,
             stall_s=self.executor.end_step(),
             offloaded_bytes=self._offloaded_bytes(plan),
+            # What was predicted is of the plan that was decided, which memory may not have allowed.
+            predicted_s=decision.predicted_s if decision is not None and decision.plan == plan else None,
+            limit_s=decision.limit_s if decision is not None else None,
         )
+        if steering is not None:
+            steering.done(record)
 
     def _offloaded_bytes(self, plan: OffloadPlan) -> int:
         return sum(self.units[index].num_bytes for index in plan.offloaded)
@@ -434,7 +521,9 @@ class Engine:
             "model": self.model_name,
             "device": self.device.kind,
             "provenance": self.device.provenance,
-            "num_layers": len(self.units),
+            "num_layers": len({unit.layer for unit in self.units}),
+            "unit": self.config.offload.unit,
+            "num_units": len(self.units),
             "num_offloaded": plan.num_offloaded,
             "num_offloaded_wanted": self.executor.wanted.num_offloaded,
             "num_slots": plan.num_slots,
@@ -454,6 +543,7 @@ class Engine:
             "link_bytes": usage.copied_bytes,
             "link_busy_s": usage.busy_s,
             "stall_s": self.executor.stats.stall_s,
+            "steering": self.steering.snapshot() if self.steering is not None else None,
             "preemptions": self.batching.swap.num_preemptions,
             "preemptions_swapped": self.batching.swap.num_swapped,
         }

@@ -12,7 +12,7 @@ import torch
 
 from selectn_core.device import Device
 from selectn_core.errors import StoreRefused
-from selectn_core.shared_store import SharedStore
+from selectn_core.shared_store import Section, SharedStore
 from selectn_core.units import TENSOR_ALIGNMENT_BYTES, Unit
 
 
@@ -23,18 +23,25 @@ class HostStore:
         """Moves the units' parameters into buffers that `device`'s link can read, one unit at a time.
 
         Afterwards the parameters are views of those buffers and their old memory is free, so the peak is one
-        unit above the model's size. With `shared`, they are views of its sections already and nothing moves.
+        unit above the model's size. With `shared`, they are views of its sections already and nothing moves: those
+        are layers, and a block is a piece of one.
         """
         self.units = tuple(units)
         self._device, self._shared = device, shared
         if shared is None:
             self._buffers = [self._adopt(unit, device) for unit in self.units]
-            self._checksums = [_checksum(buffer) for buffer in self._buffers]
+            self._checked = [
+                (unit.name, buffer, _checksum(buffer)) for unit, buffer in zip(self.units, self._buffers, strict=True)
+            ]
         else:
-            self._check_layout(shared)
+            pieces = [_piece_of(shared, unit) for unit in self.units]
             device.register_host(shared.memory)
-            self._buffers = [shared.section(unit.name) for unit in self.units]
-            self._checksums = [shared.sections[unit.name].crc32 for unit in self.units]
+            self._buffers = [
+                shared.section(section.name)[start : start + unit.num_bytes]
+                for unit, (section, start) in zip(self.units, pieces, strict=True)
+            ]
+            sections = {section.name: section for section, _ in pieces}
+            self._checked = [(name, shared.section(name), section.crc32) for name, section in sections.items()]
 
     def close(self) -> None:
         """Gives up a shared store: call it when the device copies no more. Buffers stay while tensors view them."""
@@ -63,25 +70,15 @@ class HostStore:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a manifest overlaps or overruns its buffer, or if any weight has changed."""
-        for unit, buffer, checksum in zip(self.units, self._buffers, self._checksums, strict=True):
+        for unit, buffer in zip(self.units, self._buffers, strict=True):
             end = 0
             for spec in unit.tensors:
                 assert spec.offset >= end, f"{unit.name}.{spec.name} overlaps the tensor before it"
                 assert spec.offset % TENSOR_ALIGNMENT_BYTES == 0, f"{unit.name}.{spec.name} is not aligned"
                 end = spec.offset + spec.num_bytes
             assert end <= buffer.nbytes == unit.num_bytes, f"{unit.name} overruns its buffer"
-            assert _checksum(buffer) == checksum, f"the host copy of {unit.name} has changed"
-
-    def _check_layout(self, shared: SharedStore) -> None:
-        """Raises StoreRefused unless the store has every unit's tensors where the units have them."""
-        for unit in self.units:
-            section = shared.sections.get(unit.name)
-            mine = [(spec.offset, spec.num_bytes) for spec in unit.tensors]
-            if section is None or mine != [(spec.offset, spec.num_bytes) for spec in section.tensors]:
-                raise StoreRefused(
-                    f"{shared.path} has {unit.name} laid out otherwise, by another version of this software: stop "
-                    "the processes that use it, or set host.weights to 'private' for this one"
-                )
+        for name, buffer, checksum in self._checked:
+            assert _checksum(buffer) == checksum, f"the host copy of {name} has changed"
 
     @staticmethod
     def _adopt(unit: Unit, device: Device) -> torch.Tensor:
@@ -91,6 +88,26 @@ class HostStore:
             view.copy_(parameter.data)
         unit.bind(views)
         return buffer
+
+
+def _piece_of(shared: SharedStore, unit: Unit) -> tuple[Section, int]:
+    """The section that holds the unit's buffer, and where in it that begins.
+
+    Raises StoreRefused unless the unit's tensors follow each other there as they do in the unit.
+    """
+    section = shared.sections.get(unit.name) or shared.sections.get(unit.name.rpartition(".")[0])
+    if section is not None:
+        stored = {name: tensor for tensor in section.tensors for name in tensor.names}
+        found = [stored[name] for spec in unit.tensors if (name := f"{unit.name}.{spec.name}") in stored]
+        start = found[0].offset if found else 0
+        places = [(tensor.offset - start, tensor.num_bytes) for tensor in found]
+        mine = [(spec.offset, spec.num_bytes) for spec in unit.tensors]
+        if places == mine and start + unit.num_bytes <= section.num_bytes:
+            return section, start
+    raise StoreRefused(
+        f"{shared.path} has {unit.name} laid out otherwise, by another version of this software: stop "
+        "the processes that use it, or set host.weights to 'private' for this one"
+    )
 
 
 def _checksum(buffer: torch.Tensor) -> int:

@@ -109,6 +109,27 @@ def best_slots(
     )
 
 
+def nearest_plan(current: OffloadPlan, wanted: OffloadPlan) -> OffloadPlan:
+    """As many units and slots as `wanted`, with the fewest units moved from where they are under `current`.
+
+    Where fewer are to be offloaded, of those that are now each of the wanted has its nearest stay; where more, those
+    of the wanted join that are farthest from those that are offloaded. Less even than `wanted`: ask the recurrence.
+    """
+    kept, count = list(current.offloaded), wanted.num_offloaded
+    if count <= len(kept):
+        chosen: list[int] = []
+        for unit in wanted.offloaded:
+            chosen.append(min(kept, key=lambda each: abs(each - unit)))
+            kept.remove(chosen[-1])
+    else:
+        chosen, others = kept, [unit for unit in wanted.offloaded if unit not in kept]
+        while len(chosen) < count:
+            farthest = max(others, key=lambda unit: min((abs(unit - each) for each in chosen), default=0))
+            others.remove(farthest)
+            chosen.append(farthest)
+    return OffloadPlan(offloaded=tuple(sorted(chosen)), num_slots=wanted.num_slots, num_units=wanted.num_units)
+
+
 def _choice(num_offloaded: int, num_units: int, among: Sequence[int] | None) -> list[int]:
     """The units that may be offloaded, ascending."""
     allowed = list(range(num_units)) if among is None else sorted(set(among))

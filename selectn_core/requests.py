@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
+from selectn_core.objectives import Objectives
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenEvent:
@@ -48,8 +50,9 @@ class RequestHandle:
         self._changed = threading.Condition()
         self._wake: Callable[[], None] | None = None
         self._finished = False
-        self._submitted_s = time.perf_counter()
-        self._first_token_s = self._last_token_s = 0.0
+        self.objectives: Objectives | None = None
+        self.submitted_s = time.perf_counter()
+        self.first_token_s = self._last_token_s = 0.0
 
     def cancel(self) -> None:
         """Ends the request; its last event says "cancelled". Does nothing once it is over."""
@@ -62,8 +65,8 @@ class RequestHandle:
             return RequestTiming(ttft_s=None, tpot_s=None)
         later = self.num_tokens - 1
         return RequestTiming(
-            ttft_s=self._first_token_s - self._submitted_s,
-            tpot_s=(self._last_token_s - self._first_token_s) / later if later else None,
+            ttft_s=self.first_token_s - self.submitted_s,
+            tpot_s=(self._last_token_s - self.first_token_s) / later if later else None,
         )
 
     def result(self) -> list[int]:
@@ -83,7 +86,7 @@ class RequestHandle:
             self._finished = event.finish_reason is not None
             if event.token_ids:
                 self._last_token_s = time.perf_counter()
-                self._first_token_s = self._first_token_s or self._last_token_s
+                self.first_token_s = self.first_token_s or self._last_token_s
                 self.num_tokens += len(event.token_ids)
             self._events.append(event)
             self._changed.notify()

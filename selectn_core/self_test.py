@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from selectn_core.attention import ATTENTION_NAME
 from selectn_core.errors import SelectNError, UnsupportedModel
+from selectn_core.units import running_in_order
 
 if TYPE_CHECKING:
     from selectn_core.engine import Engine
@@ -30,12 +31,13 @@ def check_model(engine: Engine) -> None:
     """Generates a few tokens by continuous batching and compares their logits with those of a plain forward.
 
     Both run on the engine's weights where they are, offloaded ones included. Nothing is left behind but what the
-    link has carried. Raises UnsupportedModel, naming the model type, where the two differ or either fails.
+    link has carried. Raises UnsupportedModel, naming the model type, where the two differ or either fails, and where
+    the units do not run in their order, once in a step each.
     """
     model, device = engine.model, engine.device
     stats = replace(engine.executor.stats)
     prompts, num_tokens = _requests(engine)
-    with refusing(model, "continuous batching cannot run it"):
+    with refusing(model, "continuous batching cannot run it"), running_in_order(model, engine.units):
         batched = engine.batching.generate_now(prompts, num_tokens)  # one [num_tokens, vocab_size] for each prompt
         device.synchronize()  # continuous batching computes on a stream of its own
     sequences = [[*prompt, *logits.argmax(-1).tolist()[:-1]] for prompt, logits in zip(prompts, batched, strict=True)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from statistics import median
+from statistics import mean, median
 
 from selectn_core.placement import OffloadPlan
 
@@ -64,7 +65,9 @@ class StepShape:
 class StepRecord:
     """One step that ran.
 
-    `duration_s` is from scheduling to the last token handed out; `stall_s` of it compute waited for copies.
+    `duration_s` is from scheduling to the last token handed out; `stall_s` of it compute waited for copies. Where a
+    controller planned it, `predicted_s` is what it should have taken and `limit_s` what it was allowed. `ended_s` is an
+    instant of `time.perf_counter`.
     """
 
     iteration: int
@@ -74,6 +77,9 @@ class StepRecord:
     duration_s: float
     stall_s: float
     offloaded_bytes: int
+    ended_s: float
+    predicted_s: float | None = None
+    limit_s: float | None = None
 
     def over_bound(self, link_bytes_per_s: float) -> float:
         """Duration over T_bound, whose compute term is this step's own time without its stalls."""
@@ -90,28 +96,44 @@ class StepLog:
         self.num_steps = 0
 
     def add(
-        self, shape: StepShape, plan: OffloadPlan, *, duration_s: float, stall_s: float, offloaded_bytes: int
-    ) -> None:
+        self,
+        shape: StepShape,
+        plan: OffloadPlan,
+        *,
+        duration_s: float,
+        stall_s: float,
+        offloaded_bytes: int,
+        predicted_s: float | None = None,
+        limit_s: float | None = None,
+    ) -> StepRecord:
         num_offloaded = plan.num_offloaded
         if not self.interval_history or self.interval_history[-1][1] != num_offloaded:
             self.interval_history.append((self.num_steps, num_offloaded))
-        self.records.append(
-            StepRecord(
-                iteration=self.num_steps,
-                shape=shape,
-                num_offloaded=num_offloaded,
-                num_slots=plan.num_slots,
-                duration_s=duration_s,
-                stall_s=stall_s,
-                offloaded_bytes=offloaded_bytes,
-            )
+        record = StepRecord(
+            iteration=self.num_steps,
+            shape=shape,
+            num_offloaded=num_offloaded,
+            num_slots=plan.num_slots,
+            duration_s=duration_s,
+            stall_s=stall_s,
+            offloaded_bytes=offloaded_bytes,
+            ended_s=time.perf_counter(),
+            predicted_s=predicted_s,
+            limit_s=limit_s,
         )
+        self.records.append(record)
         self.num_steps += 1
+        return record
 
     def median_over_bound(self, link_bytes_per_s: float) -> float | None:
         """Median of measured step over T_bound; None before the first step."""
         records = list(self.records)
         return median(record.over_bound(link_bytes_per_s) for record in records) if records else None
+
+    def prediction_error(self) -> float | None:
+        """Mean absolute error of the predicted step times, relative to the measured ones; None without any."""
+        errors = [abs(r.predicted_s / r.duration_s - 1) for r in list(self.records) if r.predicted_s is not None]
+        return mean(errors) if errors else None
 
     def prefill_s_per_token(self) -> float | None:
         """Seconds that a token of prefill costs at best, in the recent steps that had some; None before the first."""

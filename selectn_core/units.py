@@ -16,7 +16,6 @@ from selectn_core.errors import UnsupportedModel
 # Vectorised kernels may round differently on data aligned differently; a copy must compute what its source did.
 TENSOR_ALIGNMENT_BYTES = 256
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
-GRANULARITIES = ("layer", "block")
 _LAYERS_WORK = "granularity 'layer' works: set offload.unit to it"
 
 

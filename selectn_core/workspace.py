@@ -122,6 +122,7 @@ def _run(batching: ContinuousBatching, requests: Sequence[Request]) -> None:
 
 _IGNORE = Callbacks(
     before_schedule=lambda: True,
+    token_budget=lambda most: most,
     on_step_planned=lambda shape: None,
     on_step_done=lambda shape, duration_s: None,
     on_output=lambda output: None,

@@ -141,7 +141,7 @@ class _PacedLink:
         self._closing = False
         # Written by the link's thread alone.
         self._idle_since_ns = 0
-        self._copied_bytes, self._num_copies, self._busy_ns = 0, 0, 0
+        self._copied_bytes, self._num_copies, self._busy_ns, self._waited_ns = 0, 0, 0, 0
         # Not a daemon: a thread that copies into freed memory at interpreter exit aborts the process.
         self._thread = threading.Thread(target=self._run, name="selectn-link", daemon=False)
         self._thread.start()
@@ -154,7 +154,12 @@ class _PacedLink:
         return self._enqueue(_Copy(nothing, nothing, None))
 
     def usage(self) -> LinkUsage:
-        return LinkUsage(copied_bytes=self._copied_bytes, num_copies=self._num_copies, busy_s=self._busy_ns / 1e9)
+        return LinkUsage(
+            copied_bytes=self._copied_bytes,
+            num_copies=self._num_copies,
+            busy_s=self._busy_ns / 1e9,
+            waited_s=self._waited_ns / 1e9,
+        )
 
     def close(self) -> None:
         with self._changed:
@@ -191,7 +196,9 @@ class _PacedLink:
         end_ns = max(self._idle_since_ns, job.issued_ns)
         for offset in range(0, job.num_bytes, CHUNK_BYTES):
             size = min(CHUNK_BYTES, job.num_bytes - offset)
-            start_ns, end_ns = self._bus.reserve(size, ready_ns=end_ns)
+            ready_ns = end_ns
+            start_ns, end_ns = self._bus.reserve(size, ready_ns=ready_ns)
+            self._waited_ns += max(0, start_ns - ready_ns)
             ctypes.memmove(job.target + offset, job.source + offset, size)
             _sleep_until(end_ns)
             self._busy_ns += end_ns - start_ns

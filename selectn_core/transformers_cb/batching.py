@@ -24,7 +24,12 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
-from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
+from transformers.generation.continuous_batching.requests import (
+    FutureRequestState,
+    GenerationOutput,
+    RequestState,
+    RequestStatus,
+)
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from selectn_core.attention import ATTENTION_NAME, make_segments
@@ -42,11 +47,13 @@ class Callbacks:
     """What the generation thread calls, in the order of a step.
 
     `before_schedule` comes when no step is under way, so that KV pages may move; it returns whether new requests may
-    begin. `on_step_planned` comes when the next step is known and its inputs are not yet laid out: pages may still
-    move. `swap_is_cheaper` decides, for a preempted request's tokens and bytes of KV, whether they go to host memory.
+    begin. `token_budget` then says how many of the tokens that a step may have it should have. `on_step_planned` comes
+    when the next step is known and its inputs are not yet laid out: pages may still move. `swap_is_cheaper` decides,
+    for a preempted request's tokens and bytes of KV, whether they go to host memory.
     """
 
     before_schedule: Callable[[], bool]
+    token_budget: Callable[[int], int]
     on_step_planned: Callable[[StepShape], None]
     on_step_done: Callable[[StepShape, float], None]
     on_output: Callable[[GenerationOutput], None]
@@ -122,6 +129,7 @@ class ContinuousBatching:
         self._callbacks = replace(
             callbacks,
             before_schedule=lambda: True,
+            token_budget=lambda most: most,
             on_step_planned=lambda shape: None,
             on_step_done=lambda shape, duration_s: None,
         )
@@ -196,6 +204,14 @@ class ContinuousBatching:
         """Requests that hold KV cache now."""
         return len(self._processor.scheduler.active_requests)
 
+    def progress(self) -> dict[str, int]:
+        """Of every request that holds KV cache, the tokens of its prefill that are left; 0 for those that decode."""
+        states = self._processor.scheduler.active_requests.values()
+        return {
+            state.request_id: 0 if state.status == RequestStatus.DECODING else len(state.remaining_prefill_tokens)
+            for state in states
+        }
+
     def check_integrity(self) -> None:
         """Raises AssertionError unless all KV is free again; call it when no request is left."""
         scheduler = self._processor.scheduler
@@ -211,7 +227,9 @@ class ContinuousBatching:
     def _build_processor(self) -> None:
         """Builds cache and processor now, through a scheduler class that is registered only for that moment."""
         key = f"selectn-{uuid.uuid4().hex}"
-        SCHEDULER_MAPPING[key] = partial(_ObservedScheduler, self._before_schedule, self._begin_step)
+        SCHEDULER_MAPPING[key] = partial(
+            _ObservedScheduler, self._before_schedule, lambda most: self._callbacks.token_budget(most), self._begin_step
+        )
         self._manager.continuous_batching_config.scheduler_type = key
         try:
             self._manager.warmup()
@@ -253,15 +271,19 @@ class _ObservedScheduler(FIFOScheduler):
     """First come first served, with a word before it plans a step, and one about what the step is before it runs."""
 
     def __init__(
-        self, before: Callable[[], None], on_planned: Callable[[StepShape, float], None], **kwargs: Any
+        self,
+        before: Callable[[], None],
+        budget: Callable[[int], int],
+        on_planned: Callable[[StepShape, float], None],
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._before, self._on_planned = before, on_planned
+        self._before, self._budget, self._on_planned = before, budget, on_planned
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         started_s = time.perf_counter()
         self._before()
-        planned = super().schedule_batch(token_budget, cache_budget)
+        planned = super().schedule_batch(self._budget(token_budget), cache_budget)
         if planned[0]:
             self._on_planned(_shape(planned[0]), started_s)
         return planned

@@ -51,12 +51,13 @@ def engine_config(
     memory_gib: float | None = None,
     kind: str = "emulated",
     kv_gib: float = 1.0,
+    unit: str = "layer",
     **batch: Any,
 ) -> EngineConfig:
     return EngineConfig(
         device=DeviceConfig(kind=kind, link_gb_per_s=50, memory_gib=memory_gib),
         batch=BatchConfig(**{"max_batch_tokens": 16, "max_requests": 8, "kv_tokens": 512, **batch}),
-        offload=OffloadConfig(num_offloaded=num_offloaded, num_slots=num_slots),
+        offload=OffloadConfig(unit=unit, num_offloaded=num_offloaded, num_slots=num_slots),
         host=HostConfig(kv_gib=kv_gib),
     )
 

@@ -33,6 +33,7 @@ from selectn_core.errors import ConfigError
         (BatchConfig, "page_size", 2, "at least 4"),
         (OffloadConfig, "num_offloaded", -1, "'auto'"),
         (OffloadConfig, "num_offloaded", "all", "'auto'"),
+        (OffloadConfig, "unit", "expert", "one of layer, block"),
         (OffloadConfig, "num_slots", 9, "1 to 8"),
         (HostConfig, "weights", "pinned", "auto, shared_memory, file, private"),
         (HostConfig, "directory", "stores", "an absolute path"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,7 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selectn_core.config import OFFLOAD_UNITS
+from selectn_core.placement import OffloadPlan
+from selectn_core.planner import unmeasured_plan
 from selectn_core.requests import RequestHandle
+from selectn_core.units import Unit
 from tests.tiny_models import FAMILIES, NUM_LAYERS, tiny_model
 from tests.unit.engines import CheckedEngine, engine_config, greedy, make_prompts
 
@@ -36,6 +40,14 @@ def build(family: str = "llama", num_offloaded: Any = 0, **batch: Any) -> Checke
     return CheckedEngine(tiny_model(family), engine_config(num_offloaded, 1, **settings))
 
 
+def plan_of(units: Sequence[Unit], first: int, second: int) -> OffloadPlan:
+    """Any number of the units, or of those of one kind, through one to three slots."""
+    kinds = [None, *sorted({unit.kind for unit in units})]
+    kind = kinds[second // 3 % len(kinds)]
+    among = [unit.index for unit in units if kind in (None, unit.kind)]
+    return unmeasured_plan(units, first % (len(among) + 1), 1 + second % 3, among=among)
+
+
 class Script:
     """One action before each step is scheduled; the rest when nothing is left to schedule."""
 
@@ -52,7 +64,7 @@ class Script:
             prompt, num_tokens = first % len(PROMPTS), 1 + second % MOST_TOKENS
             self.requests.append((prompt, num_tokens, self._engine.submit(PROMPTS[prompt], greedy(num_tokens))))
         elif kind == "plan":
-            self._engine.set_num_offloaded(first % (NUM_LAYERS + 1), 1 + second % 3)
+            self._engine.set_plan(plan_of(self._engine.units, first, second))
         elif kind == "cancel" and self.requests:
             self.requests[first % len(self.requests)][2].cancel()
         return kind != "end"
@@ -78,11 +90,16 @@ HOST_KV_GIB = (0.0, 12288 / GIB, 1.0)
 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=20)
-@given(actions=ACTIONS, prefix_sharing=st.booleans(), kv_gib=st.sampled_from(HOST_KV_GIB))
+@given(
+    actions=ACTIONS,
+    prefix_sharing=st.booleans(),
+    kv_gib=st.sampled_from(HOST_KV_GIB),
+    unit=st.sampled_from(OFFLOAD_UNITS),
+)
 def test_any_sequence_of_plans_requests_and_cancellations(
-    family: str, actions: Any, prefix_sharing: bool, kv_gib: float
+    family: str, actions: Any, prefix_sharing: bool, kv_gib: float, unit: str
 ) -> None:
-    engine = build(family, prefix_sharing=prefix_sharing, kv_gib=kv_gib)
+    engine = build(family, prefix_sharing=prefix_sharing, kv_gib=kv_gib, unit=unit)
     script = Script(engine, [("submit", 5, MOST_TOKENS - 1), *actions])
     script.act()
     with engine:
@@ -133,6 +150,28 @@ def test_a_layer_comes_back_into_memory_that_running_requests_use() -> None:
     assert num_moved > 0
 
 
+@pytest.mark.parametrize("kept", ["LlamaAttention", "LlamaMLP"])
+def test_blocks_stay_in_host_memory_while_requests_hold_what_their_homes_would_take(kept: str) -> None:
+    """All are to come back but two of a kind, whose slot is of another size than those of what waits for memory."""
+    engine = build(num_offloaded=2 * NUM_LAYERS, unit="block")
+    two = tuple(unit.index for unit in engine.units if unit.kind == kept)[:2]
+    nearly = OffloadPlan(offloaded=two, num_slots=1, num_units=len(engine.units))
+    seen = []
+
+    def change(_: object) -> None:
+        if engine.steps.num_steps == 15:
+            engine.set_plan(nearly)
+        seen.append((engine.executor.wanted, engine.executor.plan))
+
+    engine.before_step = change
+    requests = [(i % len(PROMPTS), engine.submit(PROMPTS[i % len(PROMPTS)], greedy(MOST_TOKENS))) for i in range(12)]
+    with engine:
+        for prompt, handle in requests:
+            assert handle.result() == reference("llama", prompt)
+    assert any(wanted == nearly != plan for wanted, plan in seen), "memory was never short"
+    assert seen[-1] == (nearly, nearly)
+
+
 def test_a_request_too_long_for_the_plan_gets_the_memory_of_more_layers_while_it_runs() -> None:
     engine = build(num_offloaded=0)
     (prompt,) = make_prompts([30], seed=7)
@@ -166,9 +205,10 @@ def test_every_byte_has_one_owner() -> None:
             assert account["host"]["weights_bytes"] == sum(unit.num_bytes for unit in engine.units)
 
 
+@pytest.mark.parametrize("unit", OFFLOAD_UNITS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_of_a_full_step_fit_what_is_left_to_them(family: str) -> None:
-    engine = CheckedEngine(tiny_model(family), engine_config(2, 1, memory_gib=1 / 1024, kv_tokens=48))
+def test_activations_of_a_full_step_fit_what_is_left_to_them(family: str, unit: str) -> None:
+    engine = CheckedEngine(tiny_model(family), engine_config(2, 1, unit=unit, memory_gib=1 / 1024, kv_tokens=48))
     limit = engine.config.batch.max_batch_tokens
     peak = engine.device.peak_bytes(lambda: engine.batching.run_step([(limit - 7, 100), *[(1, 60)] * 7]))
     engine.close()

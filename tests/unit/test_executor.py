@@ -35,17 +35,19 @@ def unequal_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-def plan_of(*offloaded: int, num_slots: int = 1) -> OffloadPlan:
-    return OffloadPlan(offloaded=offloaded, num_slots=num_slots, num_units=NUM_UNITS)
+def plan_of(*offloaded: int, num_slots: int = 1, num_units: int = NUM_UNITS) -> OffloadPlan:
+    return OffloadPlan(offloaded=offloaded, num_slots=num_slots, num_units=num_units)
 
 
 EVERYTHING = plan_of(*range(NUM_UNITS))
 
 
-def build(executor_class: type[Executor], capacity_bytes: int, plan: OffloadPlan = EVERYTHING) -> Executor:
+def build(
+    executor_class: type[Executor], capacity_bytes: int, plan: OffloadPlan = EVERYTHING, granularity: str = "layer"
+) -> Executor:
     model = copy.deepcopy(unequal_model())
     device = EmulatedDevice(capacity_bytes, bytes_per_s=50e9)
-    return executor_class(model, HostStore(find_units(model), device), device, plan)
+    return executor_class(model, HostStore(find_units(model, granularity), device), device, plan)
 
 
 @pytest.fixture(params=[OverlappedExecutor, SynchronousExecutor])
@@ -67,17 +69,23 @@ def step(executor: Executor) -> None:
     executor.end_step()
 
 
+@pytest.mark.parametrize("granularity", ["layer", "block"])
 @BOTH_EXECUTORS
-def test_a_plan_that_fits_runs_whatever_the_memory_looked_like_before(executor_class: type[Executor]) -> None:
-    """Homes of two sizes come and go until no slot fits between them, though enough is free in all."""
-    sizes = [align_up(unit.num_bytes) for unit in find_units(unequal_model())]
+def test_a_plan_that_fits_runs_whatever_the_memory_looked_like_before(
+    executor_class: type[Executor], granularity: str
+) -> None:
+    """Homes and slots of several sizes come and go until no slot fits between them, though enough is free in all."""
+    sizes = [align_up(unit.num_bytes) for unit in find_units(unequal_model(), granularity)]
+    num_units = len(sizes)
+    everything = plan_of(*range(num_units), num_units=num_units)
     for seed in range(20):
         chance = random.Random(seed)
-        executor = build(executor_class, chance.randint(2 * sum(sizes) // 3, sum(sizes)))
+        capacity_bytes = chance.randint(2 * sum(sizes) // 3, sum(sizes))
+        executor = build(executor_class, capacity_bytes, everything, granularity)
         with executor.device, executor:
             for _ in range(60):
-                offloaded = sorted(chance.sample(range(NUM_UNITS), chance.randint(0, NUM_UNITS)))
-                plan = plan_of(*offloaded, num_slots=chance.randint(1, 4))
+                offloaded = sorted(chance.sample(range(num_units), chance.randint(0, num_units)))
+                plan = plan_of(*offloaded, num_slots=chance.randint(1, 4), num_units=num_units)
                 if plan_bytes(executor.units, plan) > executor.device.capacity_bytes:
                     with pytest.raises(DeviceMemoryExceeded, match=r"bytes of device memory .* offload more units"):
                         executor.request_plan(plan)
@@ -173,9 +181,33 @@ def test_a_plan_for_another_model_is_refused(executor: Executor) -> None:
         executor.request_plan(OffloadPlan(offloaded=(), num_slots=1, num_units=3))
 
 
+@BOTH_EXECUTORS
+def test_slots_follow_the_size_of_what_a_plan_offloads(executor_class: type[Executor]) -> None:
+    """Attention blocks are the even units here: as many slots for them as for experts, but smaller ones."""
+    num_units = 2 * NUM_UNITS
+    small, large = (0, 4, 8), (3, 7, 11)
+    executor = build(executor_class, 16 << 20, plan_of(*small, num_slots=2, num_units=num_units), "block")
+    with executor.device, executor:
+        for offloaded in (small, large, small, (*small, 9), large):
+            plan = plan_of(*sorted(offloaded), num_slots=2, num_units=num_units)
+            executor.request_plan(plan)
+            step(executor)
+            step(executor)
+            assert executor.plan == plan
+            assert executor.device.allocated_bytes == plan_bytes(executor.units, plan)
+
+
 def test_integrity_is_checked(executor: Executor) -> None:
     executor.request_plan(plan_of(1, 2, 3))
     step(executor)
     executor.plan = plan_of(1, 2)
     with pytest.raises(AssertionError, match="homes and plan disagree"):
+        executor.check_integrity()
+
+
+def test_slots_of_another_size_than_the_plans_are_noticed(executor: Executor) -> None:
+    executor.request_plan(plan_of(1, 3))
+    step(executor)
+    executor._slots[0] = executor._slots[0][:-1]
+    with pytest.raises(AssertionError, match="slots and plan disagree"):
         executor.check_integrity()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from selectn_core.config import MAX_SLOTS
 from selectn_core.device import align_up
-from selectn_core.placement import OffloadPlan
+from selectn_core.latency import Link, StepCosts, predict_step_s
+from selectn_core.placement import OffloadPlan, best_placement
 from selectn_core.planner import fewest_offloaded, most_bytes, plan_bytes, slot_bytes, unmeasured_plan
-from selectn_core.units import Unit
+from selectn_core.units import Unit, find_units
 
 
 def units_of(sizes) -> list[Unit]:
@@ -62,6 +66,52 @@ def test_no_plan_takes_more_than_the_most_expensive_one(sizes) -> None:
         for num_slots in (1, 3, MAX_SLOTS)
     ]
     assert max(plan_bytes(units, plan) for plan in plans) == most_bytes(units)
+
+
+def smollm2_units(granularity: str) -> list[Unit]:
+    """SmolLM2-135M's units; its shape without its weights."""
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        return find_units(AutoModelForCausalLM.from_config(config), granularity)
+
+
+def most_freed_bytes(units: list[Unit], copy_over_compute: float, objective: float) -> int:
+    """Device bytes that the best plan frees within `objective` times the unloaded step, by the recurrence alone.
+
+    Units compute in proportion to their bytes, and a fifth of the step is spent outside them: decoding is bound by
+    memory.
+    """
+    sizes = tuple(unit.num_bytes for unit in units)
+    compute_s = tuple(size / 1e9 for size in sizes)
+    costs = StepCosts(compute_s=compute_s, unit_bytes=sizes, rest_s=sum(compute_s) / 4)
+    link = Link(bytes_per_s=1e9 / copy_over_compute)
+    kinds = [None, *({unit.kind for unit in units} if len({unit.kind for unit in units}) > 1 else ())]
+    most = 0
+    for kind in kinds:
+        among = [unit.index for unit in units if kind in (None, unit.kind)]
+        for num_offloaded in range(1, len(among) + 1):
+            for num_slots in (1, 2, 3):
+                plan = best_placement(num_offloaded, num_slots, costs, link, among=among)
+                step_s = predict_step_s(costs, plan.offloaded, num_slots, link)
+                if step_s <= objective * costs.unloaded_s:
+                    most = max(most, sum(map(align_up, sizes)) - plan_bytes(units, plan))
+    return most
+
+
+@pytest.mark.parametrize(("copy_over_compute", "objective"), [(8.0, 1.1), (13.8, 1.1)])
+def test_blocks_free_more_than_layers_in_the_same_time_where_the_link_is_slow(copy_over_compute, objective) -> None:
+    layers, blocks = smollm2_units("layer"), smollm2_units("block")
+    by_layer = most_freed_bytes(layers, copy_over_compute, objective)
+    assert most_freed_bytes(blocks, copy_over_compute, objective) > by_layer
 
 
 @given(SIZES, st.integers(1, 4), st.integers(0, 60_000))

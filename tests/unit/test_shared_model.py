@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from selectn_core import shared_model
-from selectn_core.config import DeviceConfig, EngineConfig, HostConfig, ModelConfig
+from selectn_core.config import DeviceConfig, EngineConfig, HostConfig, ModelConfig, OffloadConfig
 from selectn_core.engine import Engine
 from selectn_core.errors import (
     ConfigError,
@@ -154,11 +154,47 @@ def test_an_engine_that_cannot_be_gives_its_store_up(checkpoint_of, host) -> Non
         Engine.load(config)
 
 
-def test_a_store_with_another_layout_is_refused(checkpoint_of, host, monkeypatch) -> None:
-    config = EngineConfig(model=ModelConfig(source=checkpoint_of()), host=host)
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2_moe"])
+def test_layers_and_blocks_share_a_store(checkpoint_of, host, family) -> None:
+    config = ModelConfig(source=checkpoint_of(family))
+    expected = tokens_of(load_model(config))
+    loaded = [load_on_host(config, host) for _ in range(2)]
+    engines = [
+        CheckedEngine(each, engine_config(4, unit=unit)) for each, unit in zip(loaded, ("layer", "block"), strict=True)
+    ]
+    layers, blocks = engines
+    assert layers.snapshot()["host_store"] == blocks.snapshot()["host_store"] != "private"
+    memory = blocks.store._shared.memory
+    buffers = [blocks.store.buffer(unit) for unit in blocks.units]
+    assert all(memory.data_ptr() < b.data_ptr() < memory.data_ptr() + memory.nbytes for b in buffers)
+    for engine in engines:
+        handles = [engine.submit(prompt, greedy()) for prompt in make_prompts()]
+        with engine:
+            assert [handle.result() for handle in handles] == expected
+
+
+def test_a_changed_weight_is_noticed_at_block_granularity_too(checkpoint_of, host) -> None:
+    loaded = load_on_host(ModelConfig(source=checkpoint_of()), host)
+    engine = CheckedEngine(loaded, engine_config(4, unit="block"))
+    engine.store.check_integrity()
+    section = loaded.store.sections["model.layers.3"]
+    with loaded.store.path.open("r+b") as file:
+        file.seek(section.offset + 17)
+        byte = file.read(1)
+        file.seek(section.offset + 17)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(AssertionError, match=r"layers\.3 has changed"):
+        engine.store.check_integrity()
+    engine.close()
+
+
+@pytest.mark.parametrize("unit", ["layer", "block"])
+def test_a_store_with_another_layout_is_refused(checkpoint_of, host, monkeypatch, unit) -> None:
+    offload = OffloadConfig(unit=unit)
+    config = EngineConfig(model=ModelConfig(source=checkpoint_of()), host=host, offload=offload)
     older = load_on_host(config.model, host)
-    monkeypatch.setattr("selectn_core.units.TENSOR_ALIGNMENT_BYTES", 512)
-    with pytest.raises(StoreRefused, match=r"layers\.0 laid out otherwise, by another version"):
+    monkeypatch.setattr("selectn_core.units.TENSOR_ALIGNMENT_BYTES", 8192)
+    with pytest.raises(StoreRefused, match=r"layers\.0.* laid out otherwise, by another version"):
         Engine.load(config)
     older.store.close()
 

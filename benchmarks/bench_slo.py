@@ -1,0 +1,388 @@
+"""Objectives under load: every policy on the same executor, the same requests, and a bus that others use for a while.
+
+The device holds the resident model and the KV cache of two requests. For each objective (TPOT as a multiple of the
+unloaded step of a full batch, from tight to loose) requests arrive at random (Poisson), and half-way a second process
+takes half of the bus and leaves again. The load is a share of what Select-N should be able to serve within the
+objective with the whole bus, by its own record: more than fits a device memory of which less is freed.
+
+Reported per policy and objective: the share of all offered requests that meet both objectives, tokens/s, bytes only in
+host memory (weighted by time), use of the link; for Select-N also the error of the predicted step times, what the
+controller costs, and how many steps were too long after the bandwidth fell. TTFT's objective is what a queue of a few
+requests takes. `static` plans for its bus shared by two replicas, both copying.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.common import Check, finish, parse_arguments, random_prompts, table
+from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
+from selectn_core.controller import PLANNED_SHARE
+from selectn_core.device.bus import Bus
+from selectn_core.engine import Engine
+from selectn_core.kv_geometry import KvGeometry
+from selectn_core.latency import Link
+from selectn_core.policies import Frontier, SelectN, Situation
+from selectn_core.record import PerformanceRecord
+from selectn_core.record_cache import measured_record
+from selectn_core.sampling import SamplingParams
+from selectn_core.steps import StepRecord, StepShape
+
+PROMPT_TOKENS, NEW_TOKENS = 96, 40
+MAX_REQUESTS = 12
+HELD_REQUESTS = 2  # what the KV cache holds with every layer resident
+PAGE_SIZE = 16
+LINK_GB_PER_S = 0.5
+LOAD_SHARE = 0.7
+TTFT_STEPS = 25  # the TTFT objective in TPOT objectives
+NUM_SHARING = 2
+GROUP_INTERVAL = 6
+QUICK_MULTIPLES, FULL_MULTIPLES = (1.75,), (1.3, 1.75, 2.5)
+POLICIES = ("none", "all", "static", "group", "paper", "select-n")
+QUICK_POLICIES = ("static", "paper", "select-n")
+CONTENTION = (0.45, 0.6)  # of the time in which requests arrive
+FEASIBLE_SPREAD = 1.1  # below this multiple nothing can be promised on a machine this noisy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One objective, and the load under it."""
+
+    multiple: float
+    tpot_s: float
+    requests_per_s: float
+
+    @property
+    def ttft_s(self) -> float:
+        return TTFT_STEPS * self.tpot_s
+
+
+def main() -> int:
+    arguments = parse_arguments(
+        __doc__ or "",
+        [
+            ("--plot", {"type": Path, "metavar": "FILE", "help": "draw the steps around the change of bandwidth"}),
+            ("--seconds", {"type": float, "help": "in which requests arrive, per run (default: 60; quick: 12)"}),
+        ],
+    )
+    seconds = arguments.seconds or (12.0 if arguments.quick else 60.0)
+    policies = QUICK_POLICIES if arguments.quick else POLICIES
+    multiples = QUICK_MULTIPLES if arguments.quick else FULL_MULTIPLES
+    bus_name = f"bench-slo-{uuid.uuid4().hex[:8]}"
+    samples = []
+    try:
+        record = _record(arguments.model, bus_name, 15.0 if arguments.quick else 60.0)
+        cells = [_cell(record, multiple) for multiple in multiples]
+        runs = [(cell, policy) for cell in cells for policy in policies]
+        for cell, policy in tqdm(runs, desc="runs"):
+            samples.append(_serve(arguments.model, bus_name, record, cell, policy, seconds))
+    finally:
+        Bus.unlink(bus_name)
+    _print(samples)
+    if arguments.plot:
+        from benchmarks.plots import plot_bandwidth_step  # late: matplotlib is only needed here
+
+        plot_bandwidth_step([s for s in samples if s["policy"] in ("static", "select-n")], arguments.plot)
+    return finish(arguments, "emulated", samples, _checks(samples))
+
+
+def _config(source: str, bus_name: str, policy: str, slo: SloConfig) -> EngineConfig:
+    per_request = -(-(PROMPT_TOKENS + NEW_TOKENS) // PAGE_SIZE) * PAGE_SIZE
+    return EngineConfig(
+        model=ModelConfig(source=source),
+        # Without memory_gib an emulated device is as large as the resident model and `kv_tokens` take.
+        device=DeviceConfig(kind="emulated", link_gb_per_s=LINK_GB_PER_S, bus=bus_name),
+        batch=BatchConfig(
+            max_requests=MAX_REQUESTS,
+            max_waiting=4096,
+            page_size=PAGE_SIZE,
+            kv_tokens=per_request * HELD_REQUESTS,
+            prefix_sharing=False,
+        ),
+        offload=OffloadConfig(
+            policy=policy,
+            num_sharing=NUM_SHARING if policy == "static" else 1,
+            interval=GROUP_INTERVAL if policy == "group" else None,
+        ),
+        slo=slo,
+    )
+
+
+def _record(source: str, bus_name: str, budget_s: float) -> PerformanceRecord:
+    engine = Engine.unsteered(_config(source, bus_name, "select-n", SloConfig()))
+    try:
+        with tqdm(total=100, desc="profiling", unit="%") as bar:
+            return measured_record(
+                engine,
+                budget_s=budget_s,
+                max_length=2 * (PROMPT_TOKENS + NEW_TOKENS),
+                on_progress=lambda share, what: bar.update(round(share * 100) - bar.n),
+            )
+    finally:
+        engine.close()
+
+
+# -- the load ----------------------------------------------------------------------------------------------------
+
+
+def _cell(record: PerformanceRecord, multiple: float) -> Cell:
+    full = StepShape.decode(MAX_REQUESTS, PROMPT_TOKENS + NEW_TOKENS // 2)
+    tpot_s = multiple * record.step_times().expected_s(full)
+    return Cell(multiple=multiple, tpot_s=tpot_s, requests_per_s=LOAD_SHARE * _capacity(record, tpot_s))
+
+
+def _capacity(record: PerformanceRecord, tpot_s: float) -> float:
+    """Requests per second that Select-N can serve: its batch within the objective, prefill included (modelled)."""
+    times, link = record.step_times(), record.link.link
+    limit_s = PLANNED_SHARE * tpot_s
+    best = 0.0
+    for batch in range(1, MAX_REQUESTS + 1):
+        shape = StepShape.decode(batch, PROMPT_TOKENS + NEW_TOKENS // 2)
+        freed = _freed_bytes(record, times.expected(shape), link, limit_s)
+        if freed is None or _needed_bytes(record.memory.geometry, batch) > freed:
+            break
+        # In its NEW_TOKENS steps a batch takes in as many prompts as it has requests: so much of each step is prefill.
+        prefill_s = times.expected_s(StepShape.prefill(PROMPT_TOKENS)) * batch / NEW_TOKENS
+        if times.expected_s(shape) + prefill_s > limit_s:
+            break
+        best = batch / (NEW_TOKENS * max(limit_s, times.expected_s(shape) + prefill_s))
+    return best or 1 / (NEW_TOKENS * tpot_s)
+
+
+def _freed_bytes(record: PerformanceRecord, costs: Any, link: Link, limit_s: float) -> int | None:
+    num_units = len(record.unit_kinds)
+    policy = SelectN(Frontier(num_units))
+    if costs.unloaded_s > limit_s:
+        return None
+    plan = policy.choose(Situation(costs=costs, link=link, limit_s=limit_s, current=None))  # type: ignore[arg-type]
+    return (plan.num_offloaded - plan.slots_used) * record.unit_bytes[0]
+
+
+def _needed_bytes(geometry: KvGeometry, batch: int) -> int:
+    extra = max(0, batch - HELD_REQUESTS)
+    return extra * geometry.sectors_for_request(PROMPT_TOKENS + NEW_TOKENS) * geometry.sector_bytes
+
+
+def _arrivals(cell: Cell, seconds: float) -> list[float]:
+    """The same instants for every policy."""
+    rng, instants, now_s = random.Random(0), [], 0.0
+    while (now_s := now_s + rng.expovariate(cell.requests_per_s)) < seconds:
+        instants.append(now_s)
+    return instants
+
+
+OTHER = """
+import sys, time
+from selectn_core.device.emulated import EmulatedDevice
+device = EmulatedDevice(64 << 20, bytes_per_s=1.0, bus_name=sys.argv[1])
+source, target = device.allocate_host(16 << 20), device.allocate(16 << 20, "what the other copies")
+print("copying", flush=True)
+while True:
+    device.copy_async(source, target).synchronize()
+"""
+
+
+class _Other:
+    """A second process that copies over the same bus, without a pause, while it lives."""
+
+    def __init__(self, bus_name: str) -> None:
+        self._process = subprocess.Popen([sys.executable, "-c", OTHER, bus_name], stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+# -- one run -----------------------------------------------------------------------------------------------------
+
+
+def _serve(
+    source: str, bus_name: str, record: PerformanceRecord, cell: Cell, policy: str, seconds: float
+) -> dict[str, Any]:
+    slo = SloConfig(ttft_ms=cell.ttft_s * 1e3, tpot_ms=cell.tpot_s * 1e3)
+    engine = Engine.unsteered(_config(source, bus_name, policy, slo))
+    other = _Other(bus_name)
+    try:
+        engine.steer(record)
+        with engine:
+            return _measure(engine, other, cell, policy, seconds)
+    finally:
+        other.close()
+        engine.close()
+
+
+def _measure(engine: Engine, other: _Other, cell: Cell, policy: str, seconds: float) -> dict[str, Any]:
+    arrivals = _arrivals(cell, seconds)
+    vocab_size = engine.model.config.get_text_config().vocab_size
+    prompts = random_prompts(len(arrivals), PROMPT_TOKENS, vocab_size)
+    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+    usage = engine.device.link_usage()
+    started_s = time.perf_counter()
+    events: list[tuple[float, Any]] = [*zip(arrivals, prompts, strict=True)]
+    events += [(share * seconds, act) for share, act in zip(CONTENTION, (other.resume, other.close), strict=True)]
+    events.sort(key=lambda event: event[0])
+    handles = []
+    changes_s = []
+    for at, event in events:
+        time.sleep(max(0.0, started_s + at - time.perf_counter()))
+        if callable(event):
+            event()
+            changes_s.append(time.perf_counter() - started_s)
+        else:
+            handles.append(engine.submit(event, params))
+    for handle in handles:
+        handle.result()
+    elapsed_s = time.perf_counter() - started_s
+    usage = engine.device.link_usage().since(usage)
+    records = list(engine.steps.records)
+    timings = [handle.timing for handle in handles]
+    met_tpot = [(t.tpot_s or 0.0) <= cell.tpot_s for t in timings]
+    met_ttft = [t.ttft_s is not None and t.ttft_s <= cell.ttft_s for t in timings]
+    assert engine.steering is not None
+    steering = engine.steering.snapshot()
+    return {
+        "multiple": cell.multiple,
+        "policy": policy,
+        "tpot_ms": cell.tpot_s * 1e3,
+        "ttft_ms": cell.ttft_s * 1e3,
+        "requests_per_s": cell.requests_per_s,
+        "num_requests": len(handles),
+        "attained": mean(a and b for a, b in zip(met_tpot, met_ttft, strict=True)),
+        "attained_tpot": mean(met_tpot),
+        "attained_ttft": mean(met_ttft),
+        "tpot_p99_ms": _percentile([(t.tpot_s or 0.0) * 1e3 for t in timings], 99),
+        "ttft_p99_ms": _percentile([(t.ttft_s or 0.0) * 1e3 for t in timings], 99),
+        "tokens_per_s": len(handles) * NEW_TOKENS / elapsed_s,
+        "mean_batch": _weighted(records, lambda r: r.shape.num_requests),
+        "offloaded_bytes": _weighted(records, lambda r: r.offloaded_bytes),
+        "mean_k": _weighted(records, lambda r: r.num_offloaded),
+        "link_use": usage.copied_bytes / (LINK_GB_PER_S * 1e9 * elapsed_s),
+        "preemptions": engine.batching.swap.num_preemptions,
+        "prediction_error": steering["prediction_error"],
+        "controller_share": steering["controller_share"],
+        "changes_s": changes_s,
+        "steps": _timeline(records, started_s),
+    }
+
+
+def _timeline(records: Sequence[StepRecord], started_s: float) -> list[list[float | int | None]]:
+    """Per step: when it began, its duration, limit and prediction (seconds), k, requests, those that decode."""
+    rows: list[list[float | int | None]] = []
+    for r in records:
+        rows.append(
+            [
+                round(r.ended_s - r.duration_s - started_s, 4),
+                round(r.duration_s, 4),
+                None if r.limit_s is None or r.limit_s == float("inf") else round(r.limit_s, 4),
+                None if r.predicted_s is None else round(r.predicted_s, 4),
+                r.num_offloaded,
+                r.shape.num_requests,
+                r.shape.num_decodes,
+            ]
+        )
+    return rows
+
+
+def _weighted(records: Sequence[StepRecord], value: Any) -> float:
+    total_s = sum(r.duration_s for r in records)
+    return sum(value(r) * r.duration_s for r in records) / total_s
+
+
+def _percentile(values: Sequence[float], percent: int) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+
+# -- what is said of it ------------------------------------------------------------------------------------------
+
+
+def _print(samples: Sequence[dict[str, Any]]) -> None:
+    columns = {
+        "TPOT": lambda s: f"{s['multiple']:g} x = {s['tpot_ms']:.0f} ms",
+        "policy": lambda s: s["policy"],
+        "offered/s": lambda s: f"{s['requests_per_s']:.2f}",
+        "attained": lambda s: f"{s['attained']:.1%}",
+        "TPOT p99": lambda s: f"{s['tpot_p99_ms']:.0f} ms",
+        "TTFT p99": lambda s: f"{s['ttft_p99_ms'] / 1e3:.1f} s",
+        "tokens/s": lambda s: f"{s['tokens_per_s']:.1f}",
+        "batch": lambda s: f"{s['mean_batch']:.1f}",
+        "k": lambda s: f"{s['mean_k']:.1f}",
+        "host MiB": lambda s: f"{s['offloaded_bytes'] / 2**20:.0f}",
+        "link": lambda s: f"{s['link_use']:.0%}",
+        "error": lambda s: f"{s['prediction_error']:.1%}" if s["prediction_error"] is not None else "",
+        "controller": lambda s: f"{s['controller_share']:.2%}",
+    }
+    print("\nemulated device; requests of", PROMPT_TOKENS, "+", NEW_TOKENS, "tokens")
+    print(table(list(columns), [[show(s) for show in columns.values()] for s in samples]))
+
+
+def _checks(samples: Sequence[dict[str, Any]]) -> list[Check]:
+    checks: list[Check] = []
+    for multiple in dict.fromkeys(s["multiple"] for s in samples):
+        by = {s["policy"]: s for s in samples if s["multiple"] == multiple}
+        ours, static, paper = by["select-n"], by["static"], by["paper"]
+        where = f"TPOT {multiple:g} x unloaded"
+        if multiple >= FEASIBLE_SPREAD:
+            checks.append(Check(name=f"{where}: select-n attains", value=ours["attained"], target=">= 0.99"))
+        checks += [
+            _ratio(f"{where}: host bytes over static's", ours, static, "offloaded_bytes", ">= 1.0001"),
+            _ratio(f"{where}: tokens/s over static's", ours, static, "tokens_per_s", ">= 1.0001"),
+            _ratio(f"{where}: host bytes over paper's", ours, paper, "offloaded_bytes", ">= 1"),
+            # What both serve in full differs by noise alone.
+            _ratio(f"{where}: tokens/s over paper's", ours, paper, "tokens_per_s", ">= 0.99"),
+            Check(name=f"{where}: steps too long after the bus was halved", value=_too_long(ours), target="<= 3"),
+        ]
+    ours = [s for s in samples if s["policy"] == "select-n"]
+    checks += [
+        Check(name="error of predicted step times (mean)", value=_mean_error(ours), target="<= 0.1"),
+        Check(
+            name="controller's share of the steps", value=max(s["controller_share"] for s in ours), target="<= 0.005"
+        ),
+    ]
+    return checks
+
+
+def _ratio(name: str, ours: dict[str, Any], theirs: dict[str, Any], key: str, target: str) -> Check:
+    return Check(name=name, value=ours[key] / theirs[key] if theirs[key] else 1e9, target=target)
+
+
+def _mean_error(samples: Sequence[dict[str, Any]]) -> float:
+    return mean(
+        abs(predicted_s / duration_s - 1)
+        for s in samples
+        for _, duration_s, _, predicted_s, *_ in s["steps"]
+        if predicted_s is not None
+    )
+
+
+def _too_long(sample: dict[str, Any]) -> float:
+    """Steps with decoding requests that took longer than TPOT, in a row from the first after the bandwidth fell."""
+    fell_s, rose_s = sample["changes_s"]
+    after = [row for row in sample["steps"] if fell_s < row[0] + row[1] and row[0] < rose_s and row[6]]
+    late = [row[1] * 1e3 > sample["tpot_ms"] for row in after]
+    first = next((i for i, each in enumerate(late) if each), len(late))
+    return next((i for i, each in enumerate(late[first:]) if not each), len(late) - first)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

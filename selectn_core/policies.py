@@ -1,0 +1,164 @@
+"""Who decides what is offloaded: Select-N's own policy, and the ones it is compared with, on one executor.
+
+A policy sees what a step costs now, the link it may use and the time the step may take, and names a plan. All else
+(batching, chunked prefill within the objectives, KV cache, copies) is the same for every policy.
+
+| name | whose way | plan |
+|---|---|---|
+| `select-n` | ours, the default | any k and S, every iteration: the most device memory freed within the limit |
+| `paper` | Select-N, arXiv 2502.08182 | the smallest integer interval N within the limit, one slot, every iteration |
+| `static` | FlexGen, arXiv 2303.06865, as that paper adapted it | fixed: the most that meets the objective at worst |
+| `group` | vLLM's prefetch offloader | fixed: of every N layers the last, N by hand |
+| `all` | DeepSpeed ZeRO-Inference, arXiv 2207.00032 | fixed: every layer, one ahead |
+| `none` | no offloading | fixed: as little as memory allows |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from selectn_core.latency import Link, StepCosts, predict_step_s
+from selectn_core.placement import OffloadPlan, best_placement, place_integer_interval
+from selectn_core.remembered import Remembered, alike
+
+MOST_SLOTS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """One step to be planned: its costs, the link, the seconds it may take, and the plan that holds now."""
+
+    costs: StepCosts
+    link: Link
+    limit_s: float
+    current: OffloadPlan
+    min_offloaded: int = 0
+    max_offloaded: int | None = None
+
+
+class Policy(ABC):
+    """Names the plan for a step. `adapts` is False for those that never change it."""
+
+    name: str
+    adapts: bool = False
+
+    @abstractmethod
+    def choose(self, situation: Situation) -> OffloadPlan:
+        """The plan to go to."""
+
+
+class Fixed(Policy):
+    """One plan, whatever happens: `none`, `all`, `group` and `static` differ in how it was found."""
+
+    def __init__(self, name: str, plan: OffloadPlan) -> None:
+        self.name, self.plan = name, plan
+
+    def choose(self, situation: Situation) -> OffloadPlan:
+        return self.plan
+
+
+class Paper(Policy):
+    """The smallest integer interval whose step stays within the limit, through one slot."""
+
+    name, adapts = "paper", True
+
+    def __init__(self, steps: Frontier) -> None:
+        self._steps = steps
+
+    def choose(self, situation: Situation) -> OffloadPlan:
+        return self._steps.largest(situation, self._steps.integer_intervals)
+
+
+class SelectN(Policy):
+    """The k and S that free the most device memory within the limit; placed so that the fewest units have to move."""
+
+    name, adapts = "select-n", True
+
+    def __init__(self, steps: Frontier) -> None:
+        self._steps = steps
+
+    def choose(self, situation: Situation) -> OffloadPlan:
+        return self._steps.largest(situation, self._steps.every_plan)
+
+
+class Frontier:
+    """Every candidate plan and what its step takes, from the most device memory freed down."""
+
+    def __init__(self, num_units: int, among: Sequence[int] | None = None, max_slots: int = MOST_SLOTS) -> None:
+        """`among`: only these units may be offloaded (None: all)."""
+        self.num_units, self.among = num_units, tuple(range(num_units)) if among is None else tuple(among)
+        most = len(self.among)
+        # (k, S, N): N is None for even placement. Of equally many freed the most on the host come first.
+        pairs = [(k, s, None) for k in range(1, most + 1) for s in range(1, max_slots + 1) if s < k or s == 1]
+        self.integer_intervals: list[_Candidate] = [(most // n, 1, n) for n in range(1, most + 1)]
+        self.every_plan: list[_Candidate] = sorted(
+            [*pairs, *self.integer_intervals], key=lambda c: (c[0] - c[1], c[0], c[2] is None), reverse=True
+        )
+        nothing: _Candidate = (0, 1, None)
+        self.every_plan.append(nothing)
+        self.integer_intervals.append(nothing)
+        self._remembered = Remembered()
+
+    def largest(self, situation: Situation, candidates: Sequence[_Candidate]) -> OffloadPlan:
+        """The first of `candidates` within the limit and the range; the one with the fewest in the range if none is."""
+        low = situation.min_offloaded
+        high = self.num_units if situation.max_offloaded is None else situation.max_offloaded
+        costs, link, limit_s = situation.costs, situation.link, situation.limit_s
+        key, unit_s = alike(costs, link), costs.compute_s[0]
+        least_copy_s = link.seconds(min(costs.unit_bytes))
+        allowed = [c for c in candidates if low <= c[0] <= high]
+        for candidate in allowed if costs.unloaded_s <= limit_s else ():
+            k, slots, _ = candidate
+            if k > slots and k * least_copy_s > limit_s:
+                continue  # T_bound rules it out
+            ratio, plan = self._remembered.get((candidate, key), partial(self._step, candidate, costs, link))
+            if ratio * unit_s <= limit_s:
+                return plan
+        fewest = min(allowed, key=lambda c: (c[0], c[1]), default=(min(low, len(self.among)), 1, None))
+        return self._step(fewest, costs, link)[1]
+
+    def _step(self, candidate: _Candidate, costs: StepCosts, link: Link) -> tuple[float, OffloadPlan]:
+        """The step's time in first units' times, and the plan."""
+        plan = self._plan(candidate, costs, link)
+        return predict_step_s(costs, plan.offloaded, plan.num_slots, link) / costs.compute_s[0], plan
+
+    def _plan(self, candidate: _Candidate, costs: StepCosts, link: Link) -> OffloadPlan:
+        k, slots, interval = candidate
+        if interval is not None:
+            chosen = tuple(self.among[i] for i in place_integer_interval(interval, len(self.among)))
+            return OffloadPlan(offloaded=chosen, num_slots=slots, num_units=self.num_units)
+        return best_placement(k, slots, costs, link, among=self.among)
+
+
+_Candidate = tuple[int, int, int | None]
+
+
+def every_unit_one_ahead(num_units: int) -> OffloadPlan:
+    """ZeRO-Inference: every layer is fetched for every step, the next one while one computes."""
+    return OffloadPlan(offloaded=tuple(range(num_units)), num_slots=2 if num_units > 1 else 1, num_units=num_units)
+
+
+def last_of_every_group(interval: int, num_units: int) -> OffloadPlan:
+    """vLLM's prefetch offloader with a group of `interval` layers, one offloaded in each, prefetched one ahead."""
+    return OffloadPlan(offloaded=place_integer_interval(interval, num_units), num_slots=1, num_units=num_units)
+
+
+def worst_case_share(
+    costs: StepCosts, link: Link, num_sharing: int, limit_s: float, plan_for: Callable[[int], OffloadPlan]
+) -> OffloadPlan:
+    """FlexGen's share as arXiv 2502.08182 adapted it: fixed offline, for the worst bandwidth there may be.
+
+    That is a bus which `num_sharing` replicas use, all of them copying. `costs` are those of the largest decode step.
+    The largest k whose step meets `limit_s` so; the next layer is fetched while one computes.
+    """
+    worst = Link(bytes_per_s=link.bytes_per_s / num_sharing, copy_s=link.copy_s)
+    best = plan_for(0)
+    for k in range(1, len(costs.compute_s) + 1):
+        plan = plan_for(k)
+        if predict_step_s(costs, plan.offloaded, plan.num_slots, worst) > limit_s:
+            break
+        best = plan
+    return best

@@ -1,0 +1,83 @@
+"""Where performance records are kept, by fingerprint, and the first start that makes one."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selectn_core.embedded import cache_directory
+from selectn_core.errors import RecordRefused
+from selectn_core.fingerprint import fingerprint_of
+from selectn_core.profiler import DEFAULT_BUDGET_S, DEFAULT_MAX_LENGTH, OnProgress, profile
+from selectn_core.record import Fingerprint, PerformanceRecord
+from selectn_core.record_table import derived_table
+
+if TYPE_CHECKING:
+    from selectn_core.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+def record_path(fingerprint: Fingerprint) -> Path:
+    """The file of the record with this fingerprint."""
+    return cache_directory() / "records" / f"{fingerprint.model_type}-{fingerprint.key()}.yaml"
+
+
+def earlier_record(path: Path, fingerprint: Fingerprint, *, strict: bool = False) -> PerformanceRecord | None:
+    """The record at `path`; None where there is none, or, logging why, where it cannot be used.
+
+    `strict`: raises RecordRefused in the latter case.
+    """
+    if not path.exists():
+        return None
+    try:
+        record = PerformanceRecord.load(path)
+        record.require(fingerprint, str(path))
+        return record
+    except RecordRefused as error:
+        if strict:
+            raise
+        logger.warning("measuring again: %s", error)
+        return None
+
+
+def measured_record(
+    engine: Engine,
+    *,
+    budget_s: float = DEFAULT_BUDGET_S,
+    max_length: int = DEFAULT_MAX_LENGTH,
+    earlier: PerformanceRecord | None = None,
+    on_progress: OnProgress = lambda share, what: None,
+) -> PerformanceRecord:
+    """Measures (`profiler.profile`) and derives the record's table."""
+    record = profile(engine, budget_s=budget_s, max_length=max_length, earlier=earlier, on_progress=on_progress)
+    return record.with_table(derived_table(record, engine.device.capacity_bytes))
+
+
+def performance_record(
+    engine: Engine,
+    *,
+    budget_s: float = DEFAULT_BUDGET_S,
+    max_length: int = DEFAULT_MAX_LENGTH,
+    on_progress: OnProgress = lambda share, what: None,
+) -> PerformanceRecord:
+    """The cached record of what `engine` runs, or one that is measured now and cached.
+
+    Replicas that start at once on one machine would disturb each other's measurements: one measures, the others wait
+    for it. `engine` must not have been started.
+    """
+    fingerprint = fingerprint_of(engine)
+    path = record_path(fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = earlier_record(path, fingerprint)
+        if known is not None:
+            return known
+        logger.info("no performance record of %s yet: measuring for about %.0f s", engine.model_name, budget_s)
+        record = measured_record(engine, budget_s=budget_s, max_length=max_length, on_progress=on_progress)
+        record.save(path)
+    logger.info("performance record: %s", path)
+    return record

@@ -1,0 +1,48 @@
+"""The recurrence's answers, remembered: a controller asks the same questions at every step."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+from selectn_core.latency import Link, StepCosts, predict_step_s
+from selectn_core.placement import OffloadPlan
+
+Answer = TypeVar("Answer")
+
+_BUCKET = math.log(1.02)
+_CAPACITY = 20_000
+
+
+def alike(costs: StepCosts, link: Link) -> Hashable:
+    """A key that costs and links share if all their ratios to the first unit's compute time are alike to within 2 %.
+
+    The recurrence is linear in time, so nothing else about them matters.
+    """
+    unit_s = costs.compute_s[0]
+    kinds = dict.fromkeys(zip(costs.compute_s, costs.unit_bytes, strict=True))
+    times_s = [costs.rest_s, *(t for t, _ in kinds), *(link.seconds(size) for _, size in kinds)]
+    return tuple(round(math.log(max(t / unit_s, 1e-9)) / _BUCKET) for t in times_s)
+
+
+class Remembered:
+    """A bounded memory of answers, the oldest of which go first."""
+
+    def __init__(self) -> None:
+        self._answers: OrderedDict[Hashable, object] = OrderedDict()
+
+    def get(self, key: Hashable, compute: Callable[[], Answer]) -> Answer:
+        """The answer to `key`, computed if it is not known."""
+        if key not in self._answers:
+            self._answers[key] = compute()
+            if len(self._answers) > _CAPACITY:
+                self._answers.popitem(last=False)
+        return self._answers[key]  # type: ignore[return-value]
+
+    def predict_step_s(self, costs: StepCosts, plan: OffloadPlan, link: Link) -> float:
+        """As `latency.predict_step_s`, to within 2 %."""
+        unit_s = costs.compute_s[0]
+        key = (plan.offloaded, plan.num_slots, alike(costs, link))
+        return unit_s * self.get(key, lambda: predict_step_s(costs, plan.offloaded, plan.num_slots, link) / unit_s)

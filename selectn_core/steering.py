@@ -1,0 +1,159 @@
+"""Between an engine and its controller: what requests in flight want goes in, what the next step may do comes out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from selectn_core.config import OffloadConfig
+from selectn_core.controller import PLANNED_SHARE, Admission, Controller, Decision, Decoding, Load, Waiting
+from selectn_core.objectives import Objectives
+from selectn_core.placement import OffloadPlan, best_placement
+from selectn_core.planner import fewest_offloaded
+from selectn_core.policies import (
+    MOST_SLOTS,
+    Fixed,
+    Frontier,
+    Paper,
+    Policy,
+    SelectN,
+    every_unit_one_ahead,
+    last_of_every_group,
+    worst_case_share,
+)
+from selectn_core.record import PerformanceRecord
+from selectn_core.requests import RequestHandle
+from selectn_core.step_times import StepTimes
+from selectn_core.steps import StepRecord, StepShape
+
+if TYPE_CHECKING:
+    from selectn_core.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class Steering:
+    """An engine's online stage. Its methods are called on the generation thread, in the order of a step."""
+
+    def __init__(self, engine: Engine, record: PerformanceRecord, objectives: Objectives) -> None:
+        self.objectives, self.record = objectives, record
+        self._engine = engine
+        times = record.step_times()
+        least = fewest_offloaded(
+            engine.units, MOST_SLOTS, engine.arena.reachable_bytes(0), round_up=engine.arena.round_up
+        )
+        policy = make_policy(engine.config.offload, engine, times, record, objectives)
+        self.controller = Controller(
+            times,
+            record.link.link,
+            policy,
+            slowdown=record.link.slowdown,
+            max_tokens=engine.config.batch.max_batch_tokens,
+        )
+        self.controller.min_offloaded = least.num_offloaded if least is not None else len(engine.units)
+        self._decision: Decision | None = None
+        self._admission = Admission(prefill_tokens=0, may_begin=True)
+        self._num_decoding = 0
+
+    def admit(self, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]) -> bool:
+        """Looks at every request; whether one that has no KV yet may begin."""
+        load = load_of(handles, progress, self.objectives)
+        self._num_decoding = len(load.decoding)
+        self._admission = self.controller.admit(load, self._engine.executor.plan)
+        return self._admission.may_begin
+
+    def token_budget(self, most: int) -> int:
+        """Tokens for the step that is about to be scheduled."""
+        return min(most, max(1, self._num_decoding + self._admission.prefill_tokens))
+
+    def decide(self, shape: StepShape) -> Decision:
+        """The plan for the step that was scheduled."""
+        self._decision = self.controller.decide(shape, self._engine.executor.plan)
+        return self._decision
+
+    @property
+    def decision(self) -> Decision | None:
+        """What was decided for the step that is under way."""
+        return self._decision
+
+    def done(self, record: StepRecord) -> None:
+        """Learns from a step."""
+        self._decision = None
+        self.controller.learn(record, self._engine.device.link_usage())
+
+    def snapshot(self) -> dict[str, Any]:
+        """What is aimed at and how well it is known, as JSON-able values."""
+        controller, steps = self.controller, self._engine.steps
+        total_s = sum(record.duration_s for record in list(steps.records))
+        return {
+            "policy": controller.policy.name,
+            "ttft_objective_s": self.objectives.ttft_s,
+            "tpot_objective_s": self.objectives.tpot_s,
+            "is_feasible": controller.is_feasible,
+            "link_bytes_per_s": controller.link.link.bytes_per_s,
+            "prediction_error": steps.prediction_error(),
+            "controller_share": controller.spent_s / total_s if total_s else None,
+        }
+
+
+def make_policy(
+    config: OffloadConfig, engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives
+) -> Policy:
+    """The configured policy for this engine."""
+    num_units = len(engine.units)
+    makers: dict[str, Callable[[], Policy]] = {
+        "select-n": lambda: SelectN(Frontier(num_units)),
+        "paper": lambda: Paper(Frontier(num_units)),
+        "static": lambda: Fixed("static", _static_plan(config, engine, times, record, objectives)),
+        "group": lambda: Fixed("group", last_of_every_group(config.interval or num_units, num_units)),
+        "all": lambda: Fixed("all", every_unit_one_ahead(num_units)),
+        "none": lambda: Fixed("none", engine.fewest_offloaded(1)),
+    }
+    return makers[config.policy]()
+
+
+def _static_plan(
+    config: OffloadConfig, engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives
+) -> OffloadPlan:
+    batch = engine.config.batch
+    costs = times.expected(StepShape.decode(batch.max_requests, max(1, batch.kv_tokens // batch.max_requests)))
+    link = record.link.link
+    limit_s = PLANNED_SHARE * objectives.tpot_s
+    plan = worst_case_share(
+        costs, link, config.num_sharing, limit_s, lambda k: best_placement(k, max(1, min(2, k)), costs, link)
+    )
+    least = engine.fewest_offloaded(plan.num_slots)
+    return plan if plan.num_offloaded >= least.num_offloaded else least
+
+
+def load_of(handles: Mapping[str, RequestHandle], progress: Mapping[str, int], default: Objectives) -> Load:
+    """The requests in flight as the controller sees them.
+
+    `progress` has, for those that hold KV, the tokens of prefill that are left. A request that has tokens but holds no
+    KV was preempted: it counts with those that wait for memory, not with those that the next step must serve.
+    """
+    decoding, waiting, kv_tokens = [], [], 0
+    for ticket, handle in handles.items():
+        objectives = handle.objectives or default
+        left = progress.get(ticket)
+        if left == 0 and handle.num_tokens:
+            kv_tokens += handle.num_prompt_tokens + handle.num_tokens
+            decoding.append(
+                Decoding(
+                    num_tokens=handle.num_tokens,
+                    first_token_s=handle.first_token_s,
+                    num_left=handle.max_total_tokens - handle.num_prompt_tokens - handle.num_tokens,
+                    tpot_s=objectives.tpot_s,
+                )
+            )
+        elif not handle.num_tokens:
+            tokens = handle.num_prompt_tokens if left is None else left
+            waiting.append(Waiting(prefill_tokens=tokens, deadline_s=handle.submitted_s + objectives.ttft_s))
+    return Load(
+        now_s=time.perf_counter(),
+        decoding=decoding,
+        waiting=waiting,
+        mean_kv_tokens=kv_tokens // len(decoding) + 1 if decoding else 1,
+    )
