@@ -47,7 +47,7 @@ def register(commands: Any) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="a performance record; one per granularity of units",
+        help="a performance record, one per granularity of units (default: the only one in the cache)",
     )
     parser.add_argument("--tpot-ms", type=float, metavar="MS", help="time per output token at most")
     parser.add_argument("--ttft-ms", type=float, metavar="MS", help="time to first token at most, once it is its turn")
@@ -95,8 +95,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not args.record:
-        raise ConfigError("--record is missing: run `selectn profile` to make a performance record of this machine")
     for name in ("tpot_ms", "ttft_ms", "batch", "seq", "prompt", "chunk", "device_gib", "host_gib", "link_gbps"):
         value = getattr(args, name)
         require(value is None or value > 0, f"--{name.replace('_', '-')}", value, "more than 0")
@@ -109,7 +107,7 @@ def _planner(args: argparse.Namespace) -> tuple[Planner, str, int]:
     from selectn_core.plan_question import planner_of  # late, as the imports of every command: `--help` needs none
     from selectn_core.record import PerformanceRecord
 
-    records = [PerformanceRecord.load(path) for path in args.record]
+    records = [PerformanceRecord.load(path) for path in args.record or [_only_cached_record()]]
     planner = planner_of(
         records,
         device_bytes=_gib(args.device_gib),
@@ -118,6 +116,17 @@ def _planner(args: argparse.Namespace) -> tuple[Planner, str, int]:
         max_slots=args.max_slots,
     )
     return planner, records[0].provenance, records[0].fingerprint.max_batch_tokens
+
+
+def _only_cached_record() -> Path:
+    from selectn_core.record_cache import cached_records
+
+    paths = cached_records()
+    if len(paths) == 1:
+        return paths[0]
+    if not paths:
+        raise ConfigError("there is no performance record of this machine yet: run `selectn profile` to make one")
+    raise ConfigError("there are several performance records; choose with --record:\n  " + "\n  ".join(map(str, paths)))
 
 
 def _workload(args: argparse.Namespace, default_chunk: int) -> Workload:

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from selectn_core.errors import Infeasible, NotMeasured
 from selectn_core.latency import Link, StepCosts
 from selectn_core.memory_model import MemoryModel, kv_of_tokens
-from selectn_core.plan_question import TPOT, TTFT, Planner, UnitSource, Workload, planner_of
-from selectn_core.plan_table import TPOT_MULTIPLES, derived_table
+from selectn_core.plan_question import TPOT, TTFT, Planner, UnitSource, Workload
 from selectn_core.steps import StepShape
 from selectn_core.workspace import Workspace
-from tests.unit.records import layer_record
 
 NUM_UNITS = 6
 
@@ -144,23 +142,3 @@ def test_what_was_not_measured_is_not_promised() -> None:
         planner().plan(Workload(batch=25, length=1))
     found = planner().largest_batch(Workload(batch=1, length=1))
     assert (found.value, found.stopped_by) == (24, "no step of 25 tokens was measured")
-
-
-def test_a_records_table_holds_what_the_planner_says() -> None:
-    record = layer_record()
-    rows = derived_table(record)
-    decodes = [step for step in record.steps if step.shape.is_decode_only]
-    assert len(rows) == len(decodes) * len(TPOT_MULTIPLES)
-    asked = planner_of([record])
-    for row in rows:
-        found = asked.plan(Workload(batch=row["batch"], length=row["length"], tpot_s=row["tpot_ms"] / 1e3 + 1e-6))
-        assert (row["k_max"], row["num_offloaded"], row["host_bytes"]) == (
-            found.k_max,
-            found.plan.num_offloaded,
-            found.offloaded_bytes,
-        )
-        assert row["step_ms"] <= row["tpot_ms"] + 1e-3
-    by_multiple = [row["freed_bytes"] for row in rows[: len(TPOT_MULTIPLES)]]
-    assert by_multiple == sorted(by_multiple)
-    assert by_multiple[-1] > 0
-    assert record.with_table(rows).table == rows

@@ -11,6 +11,7 @@ import pytest
 from deployments.cli import main
 from selectn_core.latency import Link, predict_step_s
 from selectn_core.placement import OffloadPlan
+from selectn_core.record_cache import record_path
 from selectn_core.steps import StepShape
 from tests.unit.records import MIB, NUM_LAYERS, block_record, layer_record
 
@@ -122,7 +123,6 @@ def test_records_of_different_models_are_refused(layers, tmp_path, capsys) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--record is missing: run `selectn profile`"),
         (["--record", "none.yaml"], "none.yaml: No such file or directory: run `selectn profile`"),
         (["--record", "layers.yaml", "--batch", "0"], "--batch=0 is not allowed: expected more than 0"),
         (["--record", "layers.yaml", "--max-slots", "9"], "--max-slots=9 is not allowed: expected 1 to 8"),
@@ -133,3 +133,15 @@ def test_what_cannot_be_asked_is_a_short_error(options, message, layers, monkeyp
     monkeypatch.chdir(layers.parent)
     assert main(["plan", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_only_record_in_the_cache_is_the_default(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
+    assert main(["plan"]) == 2
+    assert "no performance record of this machine yet: run `selectn profile`" in capsys.readouterr().err
+    record = layer_record()
+    record.save(record_path(record.fingerprint))
+    assert ask(capsys)[1]["units"] == "every layer"
+    block_record().save(record_path(block_record().fingerprint))
+    assert main(["plan"]) == 2
+    assert "several performance records; choose with --record:" in capsys.readouterr().err
