@@ -13,6 +13,7 @@ from selectn_core.latency import Link, predict_step_s
 from selectn_core.placement import OffloadPlan
 from selectn_core.record_cache import record_path
 from selectn_core.steps import StepShape
+from selectn_core.workspace import Workspace
 from tests.unit.records import MIB, NUM_LAYERS, block_record, layer_record
 
 
@@ -77,7 +78,7 @@ def test_infeasible_has_an_exit_code_and_says_what_helps(layers, capsys) -> None
 
 def test_the_largest_batch_that_was_measured(layers, capsys) -> None:
     code, answer = ask(capsys, "--record", layers, "--seq", 256, "--largest-batch")
-    assert (code, answer["largest_batch"]) == (0, 8)
+    assert (code, answer["largest_batch"], answer["batch"]) == (0, 8, 8)
     assert "was measured" in answer["stopped_by"]
     _, answer = ask(capsys, "--record", layers, "--seq", 256, "--largest-batch", "--tpot-ms", 17, "--device-gib", 0.2)
     assert answer["largest_batch"] < 8
@@ -145,3 +146,14 @@ def test_the_only_record_in_the_cache_is_the_default(tmp_path, monkeypatch, caps
     block_record().save(record_path(block_record().fingerprint))
     assert main(["plan"]) == 2
     assert "several performance records; choose with --record:" in capsys.readouterr().err
+
+
+def test_what_a_record_lacks_is_noted(layers, tmp_path, capsys) -> None:
+    assert ask(capsys, "--record", layers)[1]["notes"] == []
+    record = layer_record()
+    path = tmp_path / "less.yaml"
+    replace(record, is_complete=False, memory=replace(record.memory, workspace=Workspace())).save(path)
+    assert main(["plan", "--record", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "note: profiling was cut short" in out
+    assert "note: what activations take was not measured" in out
