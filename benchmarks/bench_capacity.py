@@ -1,17 +1,25 @@
 """Throughput in one device memory, by layers offloaded: what the bytes that offloading frees are worth as KV cache.
 
 The device holds the resident model and a quarter of the KV cache that the load wants. All requests are offered at
-once, `WANTED` of them may run together. Every side serves the same requests on the same device with the same link;
-the sides take turns. The objective is 2.25 times the TPOT of the resident model with the batch that fits; a side meets
-it if 95 % of its requests do.
+once, and all `WANTED` may run together. Every side serves the same requests on the same device with the same link;
+the sides take turns.
 
-- k = 0: everything resident, three ways: preempted requests' KV swapped to host memory, or computed again, or no more
-  requests at once than fit to their end;
+The objective is that of someone who would otherwise buy the memory: 1.1 times the TPOT that the same load has, in the
+same round, on a device with room for all of it and nothing offloaded. (A tenth over the unloaded step is what layers
+freed are compared at in this project.) A side meets it if 95 % of its requests do.
+
+- k = 0: everything resident, four ways: preempted requests' KV swapped to host memory, or computed again, or no more
+  requests at once than fit to their end, or half as many again with swapping (as many as fit at their mean length);
 - paper N = i: of every i layers one offloaded through one slot (arXiv 2502.08182);
 - k_max: the most layers, placed evenly in time, and the slots with which the predicted step meets the objective.
 
-Decode throughput grows with the batch only while a step is dominated by reading weights, on a GPU as on a CPU; on the
-CPU that ends at smaller batches, which is why the batches here are small.
+The load follows from the device. k_max is what the link carries in a step of the full batch, about eleven layers here,
+three of them given back as slots. A page of 16 tokens takes 1/20 of a layer, so 24 requests of 96 tokens want 144
+pages, of which the resident model leaves 36 and five to six layers make up the rest: the load wants most of what k_max
+frees, neither much less (then a smaller k would do, and be faster) nor more (then it would be preempted all the same).
+Decode throughput grows with the batch only while a step is dominated by reading weights, on a GPU as on a CPU. On the
+CPU here it still does at 24: 18 tokens/s for one request, 62 for 6, 150 for 24. Prefill costs every side the same;
+outputs are twice as long as prompts so that decoding dominates.
 """
 
 from __future__ import annotations
@@ -21,7 +29,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -45,29 +52,37 @@ from selectn_core.planner import unmeasured_plan
 from selectn_core.profile import UnitTimer
 from selectn_core.sampling import SamplingParams
 
-WANTED = 12
+WANTED = 24
 SHARE = 4
-PROMPT_TOKENS = 24
 PAGE_SIZE = 16
 LINK_GB_PER_S = 1.0
-OBJECTIVE = 2.25
+OBJECTIVE = 1.1
+# Half of what the objective allows is planned for; what no plan knows has the other half: noise, and copies that
+# slow the model because they use the same memory, which only an emulated device has.
+PLANNED = 1.05
 INTERVALS = (1, 2, 3, 4, 6)
-# Prefill joins some steps: the step that is planned for is a step of decoding.
-HEADROOM = 0.85
-RESIDENT = ("k = 0, swapping", "k = 0, recomputing", "k = 0, no more than fit")
+REFERENCE = "k = 0, room for all"
+RESIDENT = ("k = 0, swapping", "k = 0, recomputing", "k = 0, no more than fit", "k = 0, half as many again")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Requests, what each generates, and rounds of all sides."""
+    """`WANTED` requests of so many tokens, in rounds of all sides."""
 
-    num_requests: int
+    prompt_tokens: int
     new_tokens: int
     num_rounds: int
+    intervals: tuple[int, ...]
+
+    @property
+    def request_tokens(self) -> int:
+        """What a request holds at its end, in whole pages."""
+        return -(-(self.prompt_tokens + self.new_tokens) // PAGE_SIZE) * PAGE_SIZE
 
 
-QUICK = Load(num_requests=WANTED, new_tokens=16, num_rounds=1)
-FULL = Load(num_requests=WANTED, new_tokens=40, num_rounds=3)
+# A shorter load wants less KV than k_max frees: `QUICK` shows that all works, not what it is worth.
+QUICK = Load(prompt_tokens=16, new_tokens=24, num_rounds=1, intervals=INTERVALS[2:3])
+FULL = Load(prompt_tokens=32, new_tokens=64, num_rounds=3, intervals=INTERVALS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,32 +100,33 @@ def main() -> int:
     )
     load = QUICK if arguments.quick else FULL
     with ExitStack() as stack:
-        build = partial(_engine, arguments.model, load)
-        swapping, recomputing, fitting = (
-            stack.enter_context(build(**settings))
-            for settings in ({}, {"kv_gib": 0.0}, {"max_requests": WANTED // SHARE})
-        )
-        resident_s = _decode_step_s(fitting, WANTED // SHARE)
-        objective_s = OBJECTIVE * resident_s
+
+        def build(**settings: Any) -> Engine:
+            return stack.enter_context(_engine(arguments.model, load, **settings))
+
+        fitting = WANTED // SHARE
+        reference, swapping = build(kv_share=1), build()
         resident = unmeasured_plan(swapping.units, 0, 1)
+        engines = (swapping, build(kv_gib=0.0), build(max_requests=fitting), build(max_requests=fitting * 3 // 2))
         sides = [
-            Side(name=name, engine=engine, plan=resident)
-            for name, engine in zip(RESIDENT, (swapping, recomputing, fitting), strict=True)
+            Side(name=REFERENCE, engine=reference, plan=resident),
+            Side(name="k_max", engine=swapping, plan=_largest_plan(reference, load)),
         ]
-        sides += [Side(name=f"paper N = {n}", engine=swapping, plan=_paper_plan(swapping, n)) for n in INTERVALS]
-        sides.append(Side(name="k_max", engine=swapping, plan=_largest_plan(swapping, objective_s)))
-        samples = list(_rounds(sides, load, objective_s))
+        sides += [Side(name=name, engine=engine, plan=resident) for name, engine in zip(RESIDENT, engines, strict=True)]
+        sides += [Side(name=f"paper N = {n}", engine=swapping, plan=_paper_plan(swapping, n)) for n in load.intervals]
+        samples = list(_rounds(sides, load))
     rows = _summary(samples)
-    _print(rows, objective_s)
+    _print(rows)
     if arguments.plot:
         from benchmarks.plots import plot_capacity  # late: matplotlib is only needed here
 
-        plot_capacity(rows, objective_s * 1e3, arguments.plot)
+        plot_capacity(rows, rows[0]["objective_s"] * 1e3, arguments.plot)
     return finish(arguments, "emulated", samples, _checks(rows, samples))
 
 
-def _engine(source: str, load: Load, *, kv_gib: float = 1.0, max_requests: int = WANTED) -> Engine:
-    per_request = -(-(PROMPT_TOKENS + load.new_tokens) // PAGE_SIZE) * PAGE_SIZE
+def _engine(
+    source: str, load: Load, *, kv_gib: float = 1.0, max_requests: int = WANTED, kv_share: int = SHARE
+) -> Engine:
     config = EngineConfig(
         model=ModelConfig(source=source),
         # Without memory_gib an emulated device is as large as the resident model and `kv_tokens` take.
@@ -118,7 +134,7 @@ def _engine(source: str, load: Load, *, kv_gib: float = 1.0, max_requests: int =
         batch=BatchConfig(
             max_requests=max_requests,
             page_size=PAGE_SIZE,
-            kv_tokens=per_request * WANTED // SHARE,
+            kv_tokens=load.request_tokens * WANTED // kv_share,
             prefix_sharing=False,
         ),
         offload=OffloadConfig(num_offloaded=0),
@@ -132,45 +148,38 @@ def _paper_plan(engine: Engine, interval: int) -> OffloadPlan:
     return OffloadPlan(offloaded=place_integer_interval(interval, num_units), num_slots=1, num_units=num_units)
 
 
-def _decode_step_s(engine: Engine, batch_size: int) -> float:
-    """Median step in which `batch_size` requests decode."""
-    with _decoding(engine, batch_size) as reader:
-        return reader.median_s(16, after=4)
-
-
-def _largest_plan(engine: Engine, objective_s: float) -> OffloadPlan:
-    """k_max for a full batch, from units timed in one."""
-    link = Link(bytes_per_s=LINK_GB_PER_S * 1e9)
-    engine.set_num_offloaded(len(engine.units) // 2, 2)
-    with UnitTimer(engine.units, engine.device) as timer, _decoding(engine, WANTED) as reader:
+def _largest_plan(reference: Engine, load: Load) -> OffloadPlan:
+    """k_max for the whole load: by the recurrence, from units timed while all of it decodes with nothing offloaded."""
+    with UnitTimer(reference.units, reference.device) as timer, _decoding(reference, load) as reader:
         reader.next_steps(4)
         timer.reset()
-        records = reader.next_steps(16)
+        records = reader.next_steps(32)
         compute_s = timer.median_compute_s()
     rest_s = median(record.duration_s - record.stall_s for record in records) - sum(compute_s)
-    unit_bytes = tuple(unit.num_bytes for unit in engine.units)
+    unit_bytes = tuple(unit.num_bytes for unit in reference.units)
     costs = StepCosts(compute_s=compute_s, unit_bytes=unit_bytes, rest_s=max(0.0, rest_s))
-    plans = [best_slots(k, MAX_SLOTS, costs, link) for k in range(len(engine.units) + 1)]
-    feasible = [
-        plan for plan in plans if predict_step_s(costs, plan.offloaded, plan.num_slots, link) <= HEADROOM * objective_s
-    ]
+    link, longest_s = Link(bytes_per_s=LINK_GB_PER_S * 1e9), PLANNED * costs.unloaded_s
+    plans = [best_slots(k, MAX_SLOTS, costs, link) for k in range(len(reference.units) + 1)]
+    feasible = [plan for plan in plans if predict_step_s(costs, plan.offloaded, plan.num_slots, link) <= longest_s]
     # Most host memory, the paper's objective; slots are device memory again.
     return max(feasible, key=lambda plan: (plan.num_offloaded - plan.slots_used, plan.num_offloaded))
 
 
 class _decoding:  # noqa: N801  (reads as a verb)
-    """`batch_size` requests that decode while the block lasts."""
+    """The whole load decodes while the block lasts, from a little before its mean length."""
 
-    def __init__(self, engine: Engine, batch_size: int) -> None:
-        self._engine, self._batch_size = engine, batch_size
+    def __init__(self, engine: Engine, load: Load) -> None:
+        self._engine, self._load = engine, load
 
     def __enter__(self) -> StepReader:
-        engine = self._engine
-        vocab_size = engine.model.config.get_text_config().vocab_size
-        params = SamplingParams(max_tokens=48, ignore_eos=True)
-        self._handles = [engine.submit(prompt, params) for prompt in random_prompts(self._batch_size, 8, vocab_size)]
+        engine, load = self._engine, self._load
+        params = SamplingParams(max_tokens=64, ignore_eos=True)
+        length = max(1, load.prompt_tokens + load.new_tokens // 2 - 16)
+        self._handles = [
+            engine.submit(prompt, params) for prompt in random_prompts(WANTED, length, _vocab_size(engine))
+        ]
         reader = StepReader(engine, self._handles)
-        while not (engine.steps.records and engine.steps.records[-1].shape.num_decodes == self._batch_size):
+        while not (engine.steps.records and engine.steps.records[-1].shape.num_decodes == WANTED):
             reader.next_steps(1)
         return reader
 
@@ -181,20 +190,29 @@ class _decoding:  # noqa: N801  (reads as a verb)
             time.sleep(0.01)
 
 
-def _rounds(sides: Sequence[Side], load: Load, objective_s: float) -> Iterator[dict[str, Any]]:
+def _vocab_size(engine: Engine) -> int:
+    return int(engine.model.config.get_text_config().vocab_size)
+
+
+def _rounds(sides: Sequence[Side], load: Load) -> Iterator[dict[str, Any]]:
     for round_number in range(load.num_rounds):
+        objective_s = 0.0
         for side in tqdm(sides, desc=f"round {round_number + 1} of {load.num_rounds}"):
-            yield {"round": round_number, **_serve(side, load, objective_s)}
+            sample = _serve(side, load)
+            if side.name == REFERENCE:
+                objective_s = OBJECTIVE * sample["tpot_p95_s"]
+            attained = mean(tpot_s <= objective_s for tpot_s in sample.pop("tpots_s"))
+            yield {"round": round_number, **sample, "objective_s": objective_s, "attained": attained}
 
 
-def _serve(side: Side, load: Load, objective_s: float) -> dict[str, Any]:
+def _serve(side: Side, load: Load) -> dict[str, Any]:
     engine = side.engine
     engine.set_plan(side.plan)
-    vocab_size = engine.model.config.get_text_config().vocab_size
     params = SamplingParams(max_tokens=load.new_tokens, ignore_eos=True)
     before, first = engine.snapshot(), engine.steps.num_steps
     started_s = time.perf_counter()
-    handles = [engine.submit(p, params) for p in random_prompts(load.num_requests, PROMPT_TOKENS, vocab_size)]
+    prompts = random_prompts(WANTED, load.prompt_tokens, _vocab_size(engine))
+    handles = [engine.submit(prompt, params) for prompt in prompts]
     tokens = [handle.result() for handle in handles]
     seconds, after = time.perf_counter() - started_s, engine.snapshot()
     records = [record for record in engine.steps.records if record.iteration >= first]
@@ -207,15 +225,16 @@ def _serve(side: Side, load: Load, objective_s: float) -> dict[str, Any]:
         "slots": side.plan.slots_used,
         "kv_tokens": after["kv_capacity_tokens"],
         "offloaded_bytes": after["offloaded_bytes"],
-        "tokens_per_s": load.num_requests * load.new_tokens / seconds,
+        "tokens_per_s": WANTED * load.new_tokens / seconds,
         "mean_batch": mean(record.shape.num_requests for record in records),
+        "decode_step_s": median(record.duration_s for record in records if record.shape.is_decode_only),
         "preemptions": after["preemptions"] - before["preemptions"],
         "swapped": after["preemptions_swapped"] - before["preemptions_swapped"],
         "ttft_p50_s": median(ttfts_s),
         "ttft_p95_s": _percentile(ttfts_s, 95),
         "tpot_p50_s": median(tpots_s),
         "tpot_p95_s": _percentile(tpots_s, 95),
-        "attained": sum(tpot <= objective_s for tpot in tpots_s) / len(tpots_s),
+        "tpots_s": tpots_s,
         "tokens": tokens,
     }
 
@@ -224,18 +243,22 @@ def _percentile(ascending: Sequence[float], percent: int) -> float:
     return ascending[min(len(ascending) - 1, len(ascending) * percent // 100)]
 
 
+def _of(samples: Sequence[dict[str, Any]], side: str) -> list[dict[str, Any]]:
+    return [sample for sample in samples if sample["side"] == side]
+
+
 def _summary(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per side: the median of its rounds, and the spread of its tokens/s."""
     rows = []
     for name in dict.fromkeys(sample["side"] for sample in samples):
-        mine = [sample for sample in samples if sample["side"] == name]
+        mine = _of(samples, name)
         row = {key: median(s[key] for s in mine) for key, value in mine[0].items() if isinstance(value, int | float)}
         rates = [s["tokens_per_s"] for s in mine]
         rows.append({**row, "side": name, "lowest": min(rates), "highest": max(rates)})
     return rows
 
 
-def _print(rows: Sequence[dict[str, Any]], objective_s: float) -> None:
+def _print(rows: Sequence[dict[str, Any]]) -> None:
     columns: dict[str, Callable[[dict[str, Any]], object]] = {
         "side": lambda r: r["side"],
         "k": lambda r: int(r["k"]),
@@ -250,7 +273,8 @@ def _print(rows: Sequence[dict[str, Any]], objective_s: float) -> None:
         "TPOT p95": lambda r: f"{r['tpot_p95_s'] * 1e3:.0f} ms",
         "attained": lambda r: f"{r['attained']:.0%}",
     }
-    print(f"\nobjective: TPOT {objective_s * 1e3:.0f} ms for 95 % of the requests; emulated device")
+    objective_ms = rows[0]["objective_s"] * 1e3
+    print(f"\nobjective: TPOT {objective_ms:.0f} ms for 95 % of the requests (median round); emulated device")
     print(table(list(columns), [[show(row) for show in columns.values()] for row in rows]))
 
 
@@ -260,6 +284,11 @@ def _checks(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -
         (by_name[name] for name in RESIDENT if by_name[name]["attained"] >= 0.95), key=lambda r: r["tokens_per_s"]
     )
     ours = by_name["k_max"]
+    ratios = [
+        mine["tokens_per_s"] / theirs["tokens_per_s"]
+        for mine, theirs in zip(*(_of(samples, side) for side in ("k_max", best["side"])), strict=True)
+    ]
+    print(f"k_max over {best['side']}: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) tokens/s by round")
     paper = [row for row in rows if row["side"].startswith("paper") and row["attained"] >= 0.95]
     most_paper = max((row["offloaded_bytes"] for row in paper), default=ours["offloaded_bytes"])
     tokens = [sample.pop("tokens") for sample in samples]
@@ -268,7 +297,7 @@ def _checks(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -
     return [
         Check(
             name="k_max over the best k = 0: tokens/s",
-            value=ours["tokens_per_s"] / best["tokens_per_s"],
+            value=median(ratios),
             target=">= 1.85",
         ),
         Check(
@@ -277,7 +306,7 @@ def _checks(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -
             target=">= 1",
         ),
         Check(name="k_max: requests that meet the TPOT objective", value=ours["attained"], target=">= 0.95"),
-        Check(name="best k = 0: requests that meet it", value=best["attained"], target=">= 0.95"),
+        Check(name=f"{best['side']}, the best k = 0: requests that meet it", value=best["attained"], target=">= 0.95"),
         # Batches differ between the sides, and with them the order of sums: a token may differ where two logits tie.
         Check(name="requests with equal tokens on every side", value=equal, target=">= 0.9"),
     ]

@@ -54,7 +54,9 @@ def plot_capacity(rows: list[dict[str, Any]], objective_ms: float, path: Path) -
     panels[-1].axvline(objective_ms, color="tab:red", linestyle="--", label="objective")
     panels[-1].legend(fontsize=8)
     panels[0].invert_yaxis()
-    figure.suptitle("One device memory, the same requests (emulated); grey: misses the objective", fontsize=10)
+    figure.suptitle(
+        "The same requests, all but the first in one device memory (emulated); grey: misses the objective", fontsize=10
+    )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

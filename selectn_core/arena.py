@@ -72,7 +72,10 @@ class KvPages(Protocol):
         """Those of them that hold keys of running requests."""
 
     def take(self, sectors: range) -> bool:
-        """Gives up `sectors`, moving what lives there; False, and nothing has changed, if it does not fit elsewhere."""
+        """Gives up `sectors`, moving what lives there; False, and nothing has changed, if it does not fit elsewhere.
+
+        Running requests hold no more sectors afterwards than before: `num_in_use` does not grow.
+        """
 
     def give(self, sectors: range) -> None:
         """Adds `sectors` to the cache."""

@@ -98,6 +98,7 @@ class Engine:
                 self.batching = self._make_batching(geometry)
             self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
             self._target = self._first_plan()
+            self._urgent_target: OffloadPlan | None = None
             self.executor = executor_class(self.model, self.store, self.device, self._target, self.arena)
             self.executor.attach()
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
@@ -379,10 +380,18 @@ class Engine:
         self._target = self._plan_of("num_offloaded", num_offloaded, slots)
         self.steering = None
 
-    def set_plan(self, plan: OffloadPlan) -> None:
-        """As `set_num_offloaded`, with the units chosen by the caller."""
-        self._target = self._checked("the plan", plan)
+    def set_plan(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
+        """As `set_num_offloaded`, with the units chosen by the caller.
+
+        An `urgent` plan does not wait for running requests to release the memory that it needs: before the next step
+        is scheduled the newest are preempted until it fits or one is left. They go on later, their tokens the same.
+        """
+        self._aim_at(self._checked("the plan", plan), urgent=urgent)
         self.steering = None
+
+    def _aim_at(self, plan: OffloadPlan, *, urgent: bool) -> None:
+        self._urgent_target = plan if urgent else None  # first: it says nothing until it is the target
+        self._target = plan
 
     @property
     def target_plan(self) -> OffloadPlan:
@@ -435,6 +444,8 @@ class Engine:
 
     def _before_schedule(self) -> bool:
         """Moves weights and KV pages to where the next step wants them; False where no new request may begin."""
+        if self._urgent_target is self._target:
+            self._preempt_for(self._wanted_plan())
         self._follow_target()
         may_begin = True
         if self.steering is not None:
@@ -452,6 +463,10 @@ class Engine:
         if wanted != self.executor.wanted:
             self.executor.request_plan(wanted)
         self.executor.apply_plan()
+
+    def _preempt_for(self, plan: OffloadPlan) -> None:
+        while self.batching.pages.num_in_use > self._kv_sectors(plan) and self.batching.preempt_newest():
+            pass
 
     def _wanted_plan(self) -> OffloadPlan:
         """The target, with more offloaded while the longest request in flight would not fit the KV cache otherwise."""
@@ -478,7 +493,8 @@ class Engine:
     def _on_step_planned(self, shape: StepShape) -> None:
         self.on_step_planned(shape)
         if self.steering is not None:
-            self._target = self.steering.decide(shape).plan
+            decision = self.steering.decide(shape)
+            self._aim_at(decision.plan, urgent=decision.urgent)
         self._follow_target()  # which may have just been changed, for this step
 
     def _on_step_done(self, shape: StepShape, duration_s: float) -> None:

@@ -222,6 +222,9 @@ class Executor(ABC):
             logger.info("device memory is in pieces, placing everything again: %s", error)
             self._vacate(self._homes)
             self._resize_slots(0, 0)
+            # This cannot fail. The plan's bytes are available, as they were before the first try: the KV cache is in
+            # use by as many sectors or fewer, whatever was taken from it. And what is free has no holes between homes
+            # now, which fill it from its lowest place on.
             promoted = self._place(plan)
         self.plan = plan
         self.stats.num_plan_changes += 1

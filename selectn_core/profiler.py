@@ -386,7 +386,7 @@ def _geometric(most: int, factor: int) -> list[int]:
 
 
 def _longest(extent: Extent, batch: int) -> int:
-    """Keys of each request where `batch` of them share the KV cache, as large as it gets; less than half is kept free."""
+    """Keys of each request where `batch` of them share the KV cache, as large as it gets; a quarter is kept free."""
     return max(2, min(extent.max_length, extent.kv_tokens * 3 // 4 // batch))
 
 

@@ -46,10 +46,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"model_type": "qwen2_moe", **_MOE, "decoder_sparse_step": 2},
 }
 
+# Sectors of the KV cache that hold several blocks: of two kinds of attention, three layers and two; or blocks of 320
+# bytes, smaller than in any real model, which may also be kept for their prefix.
+SEVERAL_BLOCKS: dict[str, dict[str, Any]] = {
+    "qwen2_mixed": {**FAMILIES["qwen2"], "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 3},
+    "llama_small_blocks": {**FAMILIES["llama"], "num_key_value_heads": 1, "head_dim": 2},
+}
+
 
 @cache
 def _template(family: str, dtype: torch.dtype) -> PreTrainedModel:
-    settings = dict(FAMILIES[family])
+    settings = dict({**FAMILIES, **SEVERAL_BLOCKS}[family])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

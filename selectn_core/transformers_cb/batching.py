@@ -172,6 +172,13 @@ class ContinuousBatching:
         """Ends every request, as an error would."""
         self._processor.fail_all_requests(RuntimeError("dropped"))
 
+    def preempt_newest(self) -> bool:
+        """Takes its KV from the running request that began last, to be kept in host memory or computed again later.
+
+        On the generation thread, between steps. False where no other request would be left running.
+        """
+        return self.swap.preempt_newest()
+
     def cancel(self, request_id: str) -> None:
         """Drops a request before the next step; no output follows."""
         self._manager.cancel_request(request_id)

@@ -115,10 +115,16 @@ class KvPages:
     def take(self, sectors: range) -> bool:
         """Gives up `sectors`, copying the blocks that live there elsewhere; cached prefixes go first if need be.
 
-        Returns False, with every request as it was, where the rest of the cache cannot hold them.
+        Returns False, with every request as it was, where the rest of the cache cannot hold them. `num_in_use` never
+        grows.
         """
         wanted = {sector + self.num_reserved for sector in sectors}
         assert wanted <= self._mine, "sectors that the cache does not have"
+        if any(
+            a.blocks_per_sector > 1 and wanted & self._sectors_of(a, self._live_blocks(a)) for a in self._allocators
+        ):
+            # Blocks that moved in beside cached ones would bring sectors into use that nothing running had a part of.
+            self.evict_cached()
         if not self._move_out_of(wanted):
             self.evict_cached()
             if not self._move_out_of(wanted):

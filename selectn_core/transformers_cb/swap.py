@@ -78,6 +78,27 @@ class KvSwap(OffloadingManager):
             sectors.extend(held)
         assert sorted(sectors) == list(range(self._num_sectors)), "sectors of swapped KV have been lost"
 
+    def preempt_newest(self) -> bool:
+        """Preempts the running request that began last; False, and nothing has happened, where no other would be left.
+
+        Between steps. Cached prefixes go too, and new requests wait until a running one finishes, as they do after
+        every preemption.
+        """
+        scheduler, cache = self.scheduler, self.cache
+        if len(scheduler.active_requests) < 2:
+            return False
+        newest = next(reversed(scheduler.active_requests.values()))
+        # Transformers preempts requests that starve, until what the others lack can be stored: here one starves, and
+        # nothing can.
+        scheduler.starved_requests = [(newest, 1)]
+        cache.count_storable_requests = lambda blocks_needed: -1
+        try:
+            self.offload_requests()
+        finally:
+            del cache.count_storable_requests
+            scheduler.starved_requests = []
+        return True
+
     def restore_scheduled_requests(self, requests_in_batch: list[FutureRequestState]) -> None:
         """Copies back the KV of scheduled requests that have some in host memory. Raises LinkError."""
         for scheduled in requests_in_batch:

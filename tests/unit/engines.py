@@ -27,11 +27,26 @@ class CheckedEngine(Engine):
     before_step: BeforeStep | None = None
     before_schedule: BeforeStep | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        take = self.batching.pages.take
+
+        def checked_take(sectors: range) -> bool:
+            """Weights count on it: what a plan needs and what is there are compared before the first is taken."""
+            before = self.batching.pages.num_in_use
+            taken = take(sectors)
+            assert self.batching.pages.num_in_use <= before, "taking sectors has spread requests over more of them"
+            return taken
+
+        self.batching.pages.take = checked_take
+
     def _before_schedule(self) -> bool:
         if self.before_schedule is not None:
             self.before_schedule(self)
         may_begin = super()._before_schedule()
         self.check_integrity()
+        if self._urgent_target is self._target:
+            assert self.executor.plan == self.executor.wanted or self.batching.num_active <= 1
         return may_begin
 
     def _on_step_planned(self, shape: StepShape) -> None:

@@ -16,7 +16,7 @@ from selectn_core.placement import OffloadPlan
 from selectn_core.planner import unmeasured_plan
 from selectn_core.requests import RequestHandle
 from selectn_core.units import Unit
-from tests.tiny_models import FAMILIES, NUM_LAYERS, tiny_model
+from tests.tiny_models import FAMILIES, NUM_LAYERS, SEVERAL_BLOCKS, tiny_model
 from tests.unit.engines import CheckedEngine, engine_config, greedy, make_prompts
 
 PROMPTS = make_prompts((3, 9, 17, 26, 33, 41))
@@ -65,6 +65,8 @@ class Script:
             self.requests.append((prompt, num_tokens, self._engine.submit(PROMPTS[prompt], greedy(num_tokens))))
         elif kind == "plan":
             self._engine.set_plan(plan_of(self._engine.units, first, second))
+        elif kind == "urgent":
+            self._engine.set_plan(plan_of(self._engine.units, first, second), urgent=True)
         elif kind == "cancel" and self.requests:
             self.requests[first % len(self.requests)][2].cancel()
         return kind != "end"
@@ -80,15 +82,16 @@ class Script:
                 position += 1
 
 
-KINDS = ("submit", "submit", "submit", "plan", "plan", "cancel", "wait")
+KINDS = ("submit", "submit", "submit", "plan", "plan", "urgent", "cancel", "wait")
 ACTIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 99), st.integers(0, 99)), min_size=5, max_size=40)
 
 
 # Nothing, six sectors of llama, and enough for every request that is preempted.
 HOST_KV_GIB = (0.0, 12288 / GIB, 1.0)
+ALL_FAMILIES = [*FAMILIES, *SEVERAL_BLOCKS]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @settings(max_examples=20)
 @given(
     actions=ACTIONS,
@@ -110,8 +113,9 @@ def test_any_sequence_of_plans_requests_and_cancellations(
     assert engine.arena.weight_bytes == 0
 
 
-def test_layers_go_to_host_and_back_under_load_without_a_failed_request() -> None:
-    engine = build(kv_tokens=80)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_layers_go_to_host_and_back_under_load_without_a_failed_request(family: str) -> None:
+    engine = build(family, kv_tokens=80)
     plans = iter([*range(NUM_LAYERS + 1), *reversed(range(NUM_LAYERS))])
     reached = []
 
@@ -124,9 +128,64 @@ def test_layers_go_to_host_and_back_under_load_without_a_failed_request() -> Non
     requests = [(i % len(PROMPTS), engine.submit(PROMPTS[i % len(PROMPTS)], greedy(MOST_TOKENS))) for i in range(24)]
     with engine:
         for prompt, handle in requests:
-            assert handle.result() == reference("llama", prompt)
+            assert handle.result() == reference(family, prompt)
     assert next(plans, None) is None, "there were too few steps for this test"
     assert (min(reached), max(reached), reached[-1]) == (0, NUM_LAYERS, 0)
+
+
+CROWDED = {"kv_tokens": 80, "max_requests": 24, "max_batch_tokens": 32}
+
+
+def come_home_under_load(engine: CheckedEngine, family: str, *, urgent: bool) -> list[tuple[int, int]]:
+    """Asks for all layers when requests hold more than that leaves; (running, offloaded) before and a step later."""
+    at_home = unmeasured_plan(engine.units, 0, 1)
+    seen: list[tuple[int, int]] = []
+
+    def watch(_: object) -> None:
+        if seen or engine.batching.pages.num_in_use > engine._kv_sectors(at_home):
+            seen.append((engine.batching.num_active, engine.executor.plan.num_offloaded))
+            if len(seen) == 1:
+                engine.set_plan(at_home, urgent=urgent)
+
+    engine.before_schedule = watch
+    prompts = 4 * [*range(len(PROMPTS))]
+    requests = [(prompt, engine.submit(PROMPTS[prompt], greedy(MOST_TOKENS))) for prompt in prompts]
+    with engine:
+        for prompt, handle in requests:
+            assert handle.result() == reference(family, prompt)
+    engine.batching.check_integrity()
+    assert engine.executor.plan.num_offloaded == engine.executor.wanted.num_offloaded == 0
+    return seen[:2]
+
+
+@pytest.mark.parametrize("kv_gib", [0.0, 1.0])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_an_urgent_plan_is_there_before_the_next_step(family: str, kv_gib: float) -> None:
+    """The requests whose memory it takes go on when others have finished."""
+    engine = build(family, num_offloaded=NUM_LAYERS, kv_gib=kv_gib, **CROWDED)
+    (num_running, away), (num_left, still_away) = come_home_under_load(engine, family, urgent=True)
+    assert (away, still_away) == (NUM_LAYERS, 0)
+    assert 1 <= num_left < num_running
+    swap = engine.batching.swap
+    assert swap.num_swapped == (swap.num_preemptions if kv_gib else 0)
+
+
+def test_a_plan_that_is_not_urgent_takes_memory_from_nobody() -> None:
+    engine = build(num_offloaded=NUM_LAYERS, **CROWDED)
+    (num_running, away), (num_left, still_away) = come_home_under_load(engine, "llama", urgent=False)
+    assert num_left == num_running
+    assert 0 < still_away < away
+
+
+def test_the_last_running_request_is_not_preempted() -> None:
+    """Where one request needs more than an urgent plan leaves, layers stay away for it."""
+    engine = build(num_offloaded=NUM_LAYERS)
+    engine.before_schedule = lambda _: engine.set_plan(unmeasured_plan(engine.units, 0, 1), urgent=True)
+    (long,) = make_prompts([60], seed=3)
+    with engine:
+        handle = engine.submit(long, greedy(20))
+        assert len(handle.result()) == 20
+    assert engine.batching.swap.num_preemptions == 0
 
 
 def test_a_layer_comes_back_into_memory_that_running_requests_use() -> None:

@@ -63,6 +63,8 @@ SIGNATURES = [
             "distributed_helper",
         ),
     ),
+    (OffloadingManager.offload_requests, ("self",)),
+    (PagedAttentionCache.count_storable_requests, ("self", "list_blocks_needed")),
     (OffloadingManager.restore_scheduled_requests, ("self", "requests_in_batch")),
     (OffloadingManager._offload_to_cpu, ("self", "victims", "victim_block_tables")),
     (OffloadingManager._reserve_cpu_blocks, ("self", "block_counts")),
@@ -100,7 +102,7 @@ def test_objects_have_what_is_used(engine) -> None:
         "_generation_step _generation_thread is_running start stop warmup add_request",
         manager.background_thread_status: "fatal_error",
         processor: "cache scheduler prepare_next_batch update_batch",
-        processor.scheduler: "active_requests waiting_requests schedule_batch block_new_requests",
+        processor.scheduler: "active_requests waiting_requests schedule_batch block_new_requests starved_requests",
         cache: "cache_tensor cache_allocators layer_to_allocator num_sectors bytes_per_sector pool update "
         "use_prefix_sharing",
         cache.pool: "num_free_sectors try_to_free_sectors free_sectors _free_blocks",
@@ -126,6 +128,19 @@ def test_the_processor_asks_its_offloading_manager() -> None:
         assert call in source, f"{call} is gone: see {PLACE}"
     for name in ("_cpu_pool", "_cpu_views", "_request_id_to_cpu_blocks"):
         assert name in inspect.getsource(OffloadingManager), f"{name} is gone: see {PLACE}"
+
+
+def test_preemption_asks_what_can_be_stored() -> None:
+    """Until as much can be stored as starves, it preempts what starves: that is how the newest is chosen here."""
+    source = inspect.getsource(OffloadingManager.offload_requests)
+    for part in (
+        "while starved and num_active - len(offloaded) > 1:",
+        "self.cache.count_storable_requests(list_blocks_needed)",
+        "if num_storable == len(starved):",
+        "starved.pop()",
+        "self._offload_to_cpu(offloaded, offloaded_block_tables)",
+    ):
+        assert part in source, f"{part} is gone: see {PLACE}"
 
 
 def test_the_scheduler_registry_is_a_dict_and_is_left_as_it_was(engine) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from selectn_core import shared_model
@@ -27,7 +29,8 @@ from selectn_core.host_memory import HostMemory
 from selectn_core.loading import LoadedModel, load_model, resolve_source
 from selectn_core.shared_model import fingerprint_of, load_on_host
 from tests.tiny_models import FAMILIES, tiny_model
-from tests.unit.engines import CheckedEngine, engine_config, greedy, make_prompts
+from tests.unit.engine_users import EngineUser, shared_config
+from tests.unit.engines import CheckedEngine, engine_config, generate, greedy, make_prompts
 from tests.unit.test_engine_identity import random_plans
 from tests.unit.test_loading import write_tiny_gguf
 
@@ -144,6 +147,40 @@ def test_an_engine_gives_its_store_up(checkpoint_of, host) -> None:
         assert engine.snapshot()["host_store"].startswith(host.directory)
     assert engine.snapshot()["host_store"] == "private"
     assert torch.isfinite(engine.model.get_input_embeddings().weight).all(), "what is left of the model still works"
+
+
+@cache
+def unloaded_tokens_of_one() -> list[int]:
+    return generate("llama", engine_config(0), prompts=make_prompts()[:1])[0]
+
+
+def test_engines_that_start_at_once_share_one_build(checkpoint_of, host) -> None:
+    users = [EngineUser(checkpoint_of(), Path(host.directory)) for _ in range(2)]
+    assert [user.says() for user in users] == ["begun"] * 2
+    inodes = {user.says() for user in users}
+    assert len(inodes) == 1, "they use two files: one of them was built in vain"
+    users[0].kill()
+    users[1].close()
+
+
+# From before the store is built to well into serving: an engine of this size is there in about a second.
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(delays_ms=st.lists(st.integers(0, 2500), min_size=1, max_size=3))
+def test_replicas_killed_at_any_moment_leave_nothing_that_the_next_start_does_not_clean(
+    checkpoint_of, host, delays_ms
+) -> None:
+    users = [EngineUser(checkpoint_of(), Path(host.directory)) for _ in delays_ms]
+    assert {user.says() for user in users} == {"begun"}
+    began_s = time.monotonic()
+    for delay_ms, user in sorted(zip(delays_ms, users, strict=True), key=lambda pair: pair[0]):
+        time.sleep(max(0.0, began_s + delay_ms / 1e3 - time.monotonic()))
+        user.kill()
+    prompt = make_prompts()[0]
+    with Engine.load(shared_config(checkpoint_of(), Path(host.directory))) as engine:
+        tokens = engine.submit(prompt, greedy()).result()
+        engine.store.check_integrity()
+    assert tokens == unloaded_tokens_of_one()
+    assert not list(Path(host.directory).iterdir())
 
 
 def test_an_engine_that_cannot_be_gives_its_store_up(checkpoint_of, host) -> None:
