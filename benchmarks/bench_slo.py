@@ -162,11 +162,10 @@ def _capacity(record: PerformanceRecord, tpot_s: float) -> float:
 
 
 def _freed_bytes(record: PerformanceRecord, costs: Any, link: Link, limit_s: float) -> int | None:
-    num_units = len(record.unit_kinds)
-    policy = SelectN(Frontier(num_units))
+    policy = SelectN(Frontier(record.unit_bytes))
     if costs.unloaded_s > limit_s:
         return None
-    plan = policy.choose(Situation(costs=costs, link=link, limit_s=limit_s, current=None))  # type: ignore[arg-type]
+    plan = policy.choose(Situation(costs=costs, link=link, limit_s=limit_s))
     return (plan.num_offloaded - plan.slots_used) * record.unit_bytes[0]
 
 

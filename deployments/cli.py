@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from deployments import demo_command, plan_command, profile_command, serve_command
+from deployments import demo_command, node_report_command, plan_command, profile_command, serve_command
 from selectn_core.errors import SelectNError
 
 EXIT_OK, EXIT_ERROR = 0, 2
@@ -22,6 +22,7 @@ examples:
   selectn serve --model ./llama --port 9000
   selectn profile --out record.yaml        measure the model on this machine, for plans
   selectn plan --record record.yaml --tpot-ms 60 --batch 8
+  selectn node-report                      this machine's GPUs, host buses and host memory
   selectn serve --help                     every option of a command
 """
 
@@ -31,6 +32,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     profile_command.register,
     plan_command.register,
     demo_command.register,
+    node_report_command.register,
 )
 
 

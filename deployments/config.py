@@ -10,11 +10,12 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.telemetry import TelemetryConfig
 from selectn_core.config import (
     BatchConfig,
     DeviceConfig,
@@ -73,6 +74,7 @@ class AppArgs(Strict):
     offload: OffloadConfig = Field(default_factory=OffloadConfig)
     host: HostConfig = Field(default_factory=HostConfig)
     slo: SloConfig = Field(default_factory=SloConfig)
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
     limits: RequestLimits = Field(default_factory=RequestLimits)
     num_replicas: int = Field(default=1, ge=1)
     max_ongoing_requests: int | None = Field(default=None, ge=1)
@@ -105,8 +107,12 @@ class OffloadChange(Strict):
 
 
 class ReplicaUserConfig(Strict):
-    """`user_config` of the replica deployment: what may change without a restart."""
+    """`user_config` of the replica deployment: what may change without a restart.
 
+    `slo` has the keys of the `slo` section. `offload` is a plan by hand; without it the policy decides.
+    """
+
+    slo: SloConfig | None = None
     offload: OffloadChange | None = None
 
 
@@ -135,6 +141,9 @@ def describe(error: ValidationError, *, where: str) -> str:
 
 def refuse_unknown_keys(section: type, values: Any, path: str = "") -> None:
     """Raises ConfigError for a key of `values`, at any depth, that `section` has no field for."""
+    if isinstance(values, list):
+        for index, value in enumerate(values):
+            refuse_unknown_keys(section, value, f"{path}{index}.")
     if not isinstance(values, Mapping):
         return
     known = _field_types(section)
@@ -205,14 +214,14 @@ def _check_serve_schema(document: Mapping[str, Any], path: str | Path) -> None:
 
 def _field_types(section: type) -> dict[str, Any]:
     if is_dataclass(section):
-        # Annotations are strings there; no dataclass section nests another.
-        return {each.name: object for each in fields(section)}
+        hints = get_type_hints(section)
+        return {each.name: _section_of(hints[each.name]) for each in fields(section)}
     if isinstance(section, type) and issubclass(section, BaseModel):
         return {name: _section_of(info.annotation) for name, info in section.model_fields.items()}
     return {}
 
 
 def _section_of(annotation: Any) -> Any:
-    """The section type in `Section` or `Section | None`."""
+    """The section type in `Section`, `Section | None` or `tuple[Section, ...]`."""
     sections = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
     return next((each for each in sections if is_dataclass(each) or issubclass(each, BaseModel)), object)

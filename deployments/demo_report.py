@@ -24,6 +24,7 @@ class Report:
     provenance: str
     model: str
     answers: list[dict[str, Any]]
+    steering: dict[str, Any]
     tokens_equal_reference: bool
     slo: dict[str, float]
     slo_attained: dict[str, bool]
@@ -61,6 +62,7 @@ def build_report(
     """Puts answers and the replica's two snapshots together."""
     ttft_ms = _spread([answer.ttft_s * 1e3 for answer in answers])
     tpot_ms = _spread([answer.tpot_s * 1e3 for answer in answers])
+    slo = {f"{name}_ms": after["objectives"][f"{name}_s"] * 1e3 for name in ("ttft", "tpot")}
     link_bytes = after["link_bytes"] - before["link_bytes"]
     busy_s = after["link_busy_s"] - before["link_busy_s"]
     same_keys = ("unit", "num_layers", "num_units", "num_offloaded", "num_slots")
@@ -70,17 +72,15 @@ def build_report(
         device_capacity_bytes=after["device_capacity_bytes"],
         kv_bytes=after["kv_bytes"],
         memory=after["memory"],
+        steering=after["steering"],
         step_over_bound=round(after["step_over_bound"], 4),
         answers=[_with_reference(answer, other) for answer, other in zip(answers, reference, strict=True)],
         tokens_equal_reference=all(
             (answer.text, answer.num_tokens) == (other.text, other.num_tokens)
             for answer, other in zip(answers, reference, strict=True)
         ),
-        slo={"ttft_ms": args.slo.ttft_ms, "tpot_ms": args.slo.tpot_ms},
-        slo_attained={
-            "ttft": ttft_ms["max"] <= args.slo.ttft_ms,
-            "tpot": tpot_ms["max"] <= args.slo.tpot_ms,
-        },
+        slo=slo,
+        slo_attained={"ttft": ttft_ms["max"] <= slo["ttft_ms"], "tpot": tpot_ms["max"] <= slo["tpot_ms"]},
         ttft_ms=ttft_ms,
         tpot_ms=tpot_ms,
         link_busy_share=round(busy_s / generating_s, 4),
@@ -107,13 +107,19 @@ def render(report: Report) -> str:
 
 
 def _rows(report: Report) -> list[tuple[str, str]]:
-    history = ", ".join(f"{count} from step {step}" for step, count in report.interval_history)
+    counts = [count for _, count in report.interval_history]
+    history = f"{min(counts)} to {max(counts)} of {report.num_units}, {len(counts) - 1} changes"
     same = "equal to those without offloading" if report.tokens_equal_reference else "DIFFERENT without offloading"
     return [
         ("answers", same),
         ("TTFT", _against(report.ttft_ms, report.slo["ttft_ms"], report.slo_attained["ttft"])),
         ("TPOT", _against(report.tpot_ms, report.slo["tpot_ms"], report.slo_attained["tpot"])),
-        (f"{report.unit}s in host memory", f"{history} of {report.num_units}, through {report.num_slots} slots"),
+        (
+            "policy",
+            f"{report.steering['policy']}: step times predicted to within {report.steering['prediction_error']:.1%} "
+            f"(mean), deciding took {report.steering['controller_share']:.2%} of the time",
+        ),
+        (f"{report.unit}s in host memory", f"{history}; now through {report.num_slots} slots"),
         ("host memory", f"{_mib(report.host_bytes)} of weights, {_mib(report.offloaded_bytes)} only there"),
         (
             "device memory",

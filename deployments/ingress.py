@@ -91,7 +91,12 @@ class Service:
         await self.model(body.model)
         request_id = f"{id_prefix}-{uuid.uuid4().hex}"
         request = GenerateRequest(
-            request_id=request_id, prompt=prompt, sampling=body.sampling(max_tokens), stop=body.stop
+            request_id=request_id,
+            prompt=prompt,
+            sampling=body.sampling(max_tokens),
+            stop=body.stop,
+            ttft_ms=body.slo.ttft_ms if body.slo is not None else None,
+            tpot_ms=body.slo.tpot_ms if body.slo is not None else None,
         )
         generation = await self._replicas.generate(request)
         writer = writer_type(request_id, body.model)

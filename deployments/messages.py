@@ -38,12 +38,17 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One generation. `prompt` is text, token ids, or a conversation for the chat template."""
+    """One generation. `prompt` is text, token ids, or a conversation for the chat template.
+
+    `ttft_ms` and `tpot_ms` are the request's own latency objectives; None: the server's.
+    """
 
     request_id: str
     prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

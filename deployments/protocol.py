@@ -47,7 +47,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 class Request(BaseModel):
-    """What the two generation requests share. `top_k` and `ignore_eos` are extensions."""
+    """What the two generation requests share. `top_k`, `ignore_eos` and `slo` are extensions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -62,6 +62,7 @@ class Request(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    slo: RequestSlo | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -99,6 +100,15 @@ class Request(BaseModel):
             seed=self.seed,
             ignore_eos=self.ignore_eos,
         )
+
+
+class RequestSlo(BaseModel):
+    """`slo`: this request's latency objectives in milliseconds, within what the server allows; null: the server's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ttft_ms: float | None = Field(default=None, gt=0)
+    tpot_ms: float | None = Field(default=None, gt=0)
 
 
 class StreamOptions(BaseModel):

@@ -29,7 +29,7 @@ from deployments.messages import (
 )
 from deployments.prompting import encode_prompt
 from deployments.ray_private import bind_replica_to_node_address
-from selectn_core.config import EngineConfig
+from selectn_core.config import EngineConfig, SloConfig
 from selectn_core.errors import EngineOverloaded, EngineUnavailable, RequestError, UnsupportedModel
 
 # torch and transformers are imported when a replica starts: building the application, which imports this
@@ -97,8 +97,16 @@ class SelectNReplica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's hook for a changed `user_config`: the replica goes on running."""
         wanted = parse(ReplicaUserConfig, user_config, where="user_config")
+        if wanted.slo is not None:
+            await self.set_objectives(wanted.slo)
         if wanted.offload is not None:
             await self.set_num_offloaded(wanted.offload.num_offloaded, wanted.offload.num_slots)
+        elif self._engine.steering is None:
+            self._engine.resume_policy()
+
+    async def set_objectives(self, slo: SloConfig) -> None:
+        """Changes the objectives from the next iteration on, for requests in flight too."""
+        self._engine.set_objectives(slo)
 
     async def check_health(self) -> None:
         """Serve's health check: raising has this replica replaced."""
@@ -114,7 +122,12 @@ class SelectNReplica:
 
     def _submit(self, request: GenerateRequest, prompt_ids: list[int]) -> RequestHandle:
         params = self._sampling_params(request.sampling, len(prompt_ids))
-        return self._engine.submit(prompt_ids, params, request_id=request.request_id)
+        return self._engine.submit(
+            prompt_ids,
+            params,
+            request_id=request.request_id,
+            objectives=self._engine.objectives_for(ttft_ms=request.ttft_ms, tpot_ms=request.tpot_ms),
+        )
 
     def _sampling_params(self, sampling: Sampling, num_prompt_tokens: int) -> SamplingParams:
         from selectn_core.sampling import SamplingParams

@@ -24,14 +24,24 @@ from selectn_core.steps import StepRecord, StepShape
 
 # Of a TPOT objective, what steps are planned to take: the rest is for what nobody can predict.
 PLANNED_SHARE = 0.92
-# A request that is behind may catch up over this many tokens; one that is ahead does not make steps longer than this.
+# A request whose average exceeds this share is behind, and catches up over so many tokens.
+_BEHIND_SHARE = 0.97
 _HORIZON_TOKENS = 8
-_MOST_SHARE = 0.96
 # Of the time to a waiting request's deadline, what its prefill is planned to take.
 _TTFT_SHARE = 0.8
 _SMALLEST_CHUNK = 16
+# Of a step that decodes, what its compute may take with a chunk of prefill in it: what is left hides copies.
+_CHUNK_SHARE = 0.85
+# While requests wait for memory, what a step may take at most in unloaded steps: they need speed, not more memory.
+_BUSY_STRETCH = 1.1
 _RAISE_AFTER_STEPS = 4
 _TOLERANCE = 0.02
+# Copies of one step that are believed without a second step; otherwise two steps must agree.
+_COPIES_TO_BELIEVE = 4
+# Shares of the way to a higher bandwidth: when it was seen, and per step in which nothing was copied.
+_UPWARD, _DRIFT = 0.5, 0.02
+_GOOD_SHARE = 0.98
+_FEWEST_COPIED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +56,15 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
-    """A request without a token yet: tokens of prefill that are left, and the instant by which TTFT wants its first."""
+    """A request without a token yet: tokens of prefill that are left, and the instant by which TTFT wants its first.
+
+    `fits`: whether it has KV cache or may have: of the others none begins, however many tokens a step has room for.
+    """
 
     prefill_tokens: int
     deadline_s: float
+    tpot_s: float
+    fits: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +75,12 @@ class Load:
     decoding: Sequence[Decoding]
     waiting: Sequence[Waiting]
     mean_kv_tokens: int  # keys of a decoding request, on average
+
+    @property
+    def tightest_tpot_s(self) -> float:
+        """The smallest TPOT objective; infinite without requests."""
+        objectives_s = [each.tpot_s for each in self.decoding] + [each.tpot_s for each in self.waiting]
+        return min(objectives_s, default=math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +107,31 @@ class Decision:
 class Controller:
     """Called by the engine's thread, in the order of a step: `admit`, `decide`, `learn`."""
 
-    def __init__(self, times: StepTimes, link: Link, policy: Policy, *, slowdown: float = 0.0, max_tokens: int) -> None:
-        """`link` is the record's; `slowdown` how much a link that is always busy slows compute."""
+    def __init__(
+        self,
+        times: StepTimes,
+        link: Link,
+        policy: Policy,
+        *,
+        slowdown: float = 0.0,
+        max_tokens: int,
+        guaranteed_share: float = 1.0,
+    ) -> None:
+        """`link` is the record's, `slowdown` how much a link that is always busy slows compute.
+
+        `guaranteed_share` of the link is there whatever others on its bus do.
+        """
         self.times, self.policy = times, policy
-        self.link = LinkEstimate(link)
+        self.link = LinkEstimate(link, guaranteed_share)
         self.min_offloaded, self.max_offloaded = 0, None  # type: int, int | None
         self.is_feasible = True
         self.spent_s = 0.0
         self._slowdown, self._max_tokens = slowdown, max_tokens
         self._scales = {True: ComputeScale(), False: ComputeScale()}  # of steps that only decode, and others
-        self._decode_limit_s, self._prefill_s_per_token = math.inf, math.inf
+        self._tpot_s, self._limit_s, self._prefill_s_per_token = math.inf, math.inf, math.inf
+        self._planned = StepShape.decode(1, 1)
+        self._is_busy = False
         self._may_raise = 0
-        self._urgent_wait = False
         self._last_usage: LinkUsage | None = None
         self._remembered = Remembered()
 
@@ -106,35 +140,54 @@ class Controller:
     def admit(self, load: Load, plan: OffloadPlan) -> Admission:
         """What may join the next step, while `plan` holds."""
         began_s = time.perf_counter()
-        self._decode_limit_s = min((_limit_s(each, load.now_s) for each in load.decoding), default=math.inf)
+        batch = len(load.decoding)
+        decode = StepShape.decode(max(1, batch), load.mean_kv_tokens)
+        unloaded_s = self._unloaded_s(decode)
+        self._tpot_s = load.tightest_tpot_s
+        limits_s = [_limit_s(each, load.now_s, unloaded_s) for each in load.decoding]
+        self._limit_s = min([PLANNED_SHARE * self._tpot_s, *limits_s])
         self._prefill_s_per_token = _prefill_pace(load)
-        self._urgent_wait = bool(load.waiting)
-        admission = self._admission(load, plan)
+        self._is_busy = any(not each.fits for each in load.waiting)
+        tokens = self._chunk(load)
+        may_begin = not batch or self._unloaded_s(StepShape.decode(batch + 1, load.mean_kv_tokens)) <= self._limit_s
+        self._planned = decode
+        if tokens and batch:
+            self._planned = StepShape.of([(tokens, 0)], [load.mean_kv_tokens] * batch)
         self.spent_s += time.perf_counter() - began_s
-        return admission
+        return Admission(prefill_tokens=tokens, may_begin=may_begin)
 
-    def _admission(self, load: Load, plan: OffloadPlan) -> Admission:
-        batch, left = len(load.decoding), sum(each.prefill_tokens for each in load.waiting)
-        room = min(self._max_tokens - batch, left)
+    def _chunk(self, load: Load) -> int:
+        """Tokens of prefill for the next step: what its compute has room for, more where TTFT wants it, some if any."""
+        batch = len(load.decoding)
+        room = min(self._max_tokens - batch, sum(each.prefill_tokens for each in load.waiting if each.fits))
         if not batch or room <= 0:
-            return Admission(prefill_tokens=max(0, self._max_tokens - batch), may_begin=True)
-        fits_one_more = self._unloaded_s(StepShape.decode(batch + 1, load.mean_kv_tokens)) <= self._decode_limit_s
-        tokens = self._largest_chunk(load, room, plan)
-        return Admission(prefill_tokens=tokens, may_begin=fits_one_more)
-
-    def _largest_chunk(self, load: Load, room: int, plan: OffloadPlan) -> int:
-        """The most tokens that fit beside the decoding requests: under the plan, or under any if TTFT needs them."""
-        decodes = [load.mean_kv_tokens] * len(load.decoding)
-        limit_s = self._decode_limit_s
-        needed = math.ceil(limit_s / self._prefill_s_per_token) if math.isfinite(self._prefill_s_per_token) else 0
+            return max(0, room)
+        decodes = [load.mean_kv_tokens] * batch
+        needed = max(_SMALLEST_CHUNK, self._limit_s / self._prefill_s_per_token)
         for tokens in _chunks(room):
-            shape = StepShape.of(prefills=[(tokens, 0)], decodes=decodes)
-            unloaded_s = self._unloaded_s(shape)
-            if unloaded_s > limit_s:
-                continue
-            if tokens <= needed or self._predict(shape, plan) <= limit_s:
+            unloaded_s = self._unloaded_s(StepShape.of(prefills=[(tokens, 0)], decodes=decodes))
+            if unloaded_s <= (self._limit_s if tokens <= needed else _CHUNK_SHARE * self._limit_s):
                 return tokens
         return 0
+
+    def guaranteed_plan(self, load: Load) -> OffloadPlan:
+        """What could be offloaded if the link fell to what is guaranteed: requests must fit the memory that this frees.
+
+        Whatever more is offloaded while the link is better can come home at any moment, over a link that has just
+        become slow, without taking memory from anybody.
+        """
+        shape = StepShape.decode(len(load.decoding) + 1, load.mean_kv_tokens)
+        costs = scaled(self.times.expected(shape), self._scales[True].high)
+        limit_s = PLANNED_SHARE * load.tightest_tpot_s
+        return self.policy.choose(
+            Situation(
+                costs=costs,
+                link=self.link.guaranteed,
+                limit_s=limit_s,
+                min_offloaded=self.min_offloaded,
+                max_offloaded=self.max_offloaded,
+            )
+        )
 
     # -- before the step ----------------------------------------------------------------------------------------
 
@@ -142,19 +195,29 @@ class Controller:
         """The plan for this step."""
         began_s = time.perf_counter()
         limit_s = self._limit_of(shape)
-        wanted = self._choose(shape, current, limit_s)
-        plan = self._settle(shape, current, wanted, limit_s)
+        planned = self._planned  # not the step itself: a plan must be good for what follows, moving it takes a step
+        wanted = self._choose(planned, current, limit_s)
+        plan = self._settle(planned, current, wanted, limit_s)
         predicted_s = self._predict_first(shape, current, plan)
-        fewer = plan.num_offloaded < current.num_offloaded
-        self.is_feasible = predicted_s <= limit_s * (1 + _TOLERANCE) or not fewer
+        is_late = self._predict(planned, current) > self._tpot_s
+        self.is_feasible = self._unloaded_s(planned) <= self._tpot_s
         self.spent_s += time.perf_counter() - began_s
-        return Decision(plan=plan, urgent=fewer, predicted_s=predicted_s, limit_s=limit_s)
+        return Decision(
+            plan=plan,
+            urgent=is_late and plan.num_offloaded < current.num_offloaded,
+            predicted_s=predicted_s,
+            limit_s=limit_s,
+        )
 
     def _limit_of(self, shape: StepShape) -> float:
-        """Seconds that the step may take: for those who decode, and for those who wait for its prefill."""
-        prefill_tokens = shape.num_tokens - shape.num_decodes
-        waiting_s = prefill_tokens * self._prefill_s_per_token if prefill_tokens else math.inf
-        return min(self._decode_limit_s, waiting_s)
+        """Seconds that steps may take: for those who decode, for those who wait for prefill, or for memory."""
+        limit_s, prefill_tokens = self._limit_s, shape.num_tokens - shape.num_decodes
+        if prefill_tokens and self._prefill_s_per_token < math.inf:
+            planned_tokens = max(1, self._planned.num_tokens - self._planned.num_decodes)
+            limit_s = min(limit_s, max(planned_tokens, prefill_tokens) * self._prefill_s_per_token)
+        if self._is_busy:
+            limit_s = min(limit_s, _BUSY_STRETCH * self._unloaded_s(self._planned))
+        return limit_s
 
     def _choose(self, shape: StepShape, current: OffloadPlan, limit_s: float) -> OffloadPlan:
         return self.policy.choose(
@@ -162,11 +225,17 @@ class Controller:
                 costs=self._costs(shape, current, careful=True),
                 link=self.link.link,
                 limit_s=limit_s,
-                current=current,
                 min_offloaded=self.min_offloaded,
-                max_offloaded=self.max_offloaded,
+                max_offloaded=self._most_offloaded(current),
             )
         )
+
+    def _most_offloaded(self, current: OffloadPlan) -> int | None:
+        """While nothing is copied the link is not known: then it is tried with two units before more depend on it."""
+        if not self.link.is_stale or current.num_offloaded > _FEWEST_COPIED:
+            return self.max_offloaded
+        most = max(_FEWEST_COPIED, self.min_offloaded)
+        return most if self.max_offloaded is None else min(most, self.max_offloaded)
 
     def _settle(self, shape: StepShape, current: OffloadPlan, wanted: OffloadPlan, limit_s: float) -> OffloadPlan:
         """Between the plan that holds and the one that is wanted: no moving to and fro for a hair's breadth."""
@@ -178,7 +247,7 @@ class Controller:
                 return current
         elif wanted.num_offloaded > current.num_offloaded:
             self._may_raise += 1
-            if self._may_raise < _RAISE_AFTER_STEPS and not self._urgent_wait:
+            if self._may_raise < _RAISE_AFTER_STEPS and not self._is_busy:
                 return current
         elif wanted.num_slots >= current.num_slots:
             return current
@@ -238,20 +307,28 @@ class LinkEstimate:
     nothing is seen, and the estimate drifts back to the record's.
     """
 
-    def __init__(self, nominal: Link) -> None:
+    def __init__(self, nominal: Link, guaranteed_share: float = 1.0) -> None:
         self.nominal = nominal
+        self.guaranteed_bytes_per_s = nominal.bytes_per_s * guaranteed_share
         self.share_bytes_per_s = math.inf  # what the coordinator allows
         self._now_bytes_per_s = nominal.bytes_per_s
         self._recent: deque[float] = deque(maxlen=6)
         self._few: deque[float] = deque(maxlen=2)
+        self._is_stale = False
 
     @property
     def link(self) -> Link:
         """The link to plan with."""
         return Link(bytes_per_s=min(self._now_bytes_per_s, self.share_bytes_per_s), copy_s=self.nominal.copy_s)
 
+    @property
+    def guaranteed(self) -> Link:
+        """What will be there whatever others do."""
+        return Link(bytes_per_s=self.guaranteed_bytes_per_s, copy_s=self.nominal.copy_s)
+
     def add(self, usage: LinkUsage) -> None:
         """Takes in the copies of one step."""
+        self._is_stale = usage.num_copies == 0 and self._now_bytes_per_s < _GOOD_SHARE * self.nominal.bytes_per_s
         if usage.num_copies == 0:
             self._drift_back()
             return
@@ -271,10 +348,10 @@ class LinkEstimate:
         missing = self.nominal.bytes_per_s - self._now_bytes_per_s
         self._now_bytes_per_s += max(0.0, _DRIFT * missing)
 
-
-_COPIES_TO_BELIEVE = 4
-_UPWARD = 0.5
-_DRIFT = 0.05
+    @property
+    def is_stale(self) -> bool:
+        """Whether it was once slower than it should be, and has not been seen since."""
+        return self._is_stale
 
 
 class ComputeScale:
@@ -292,20 +369,31 @@ class ComputeScale:
         self.high = ordered[len(ordered) * 4 // 5]
 
 
-def _limit_s(request: Decoding, now_s: float) -> float:
-    """Seconds that steps may take so that this request keeps its TPOT, over the next few tokens on average."""
-    horizon = max(1, min(_HORIZON_TOKENS, request.num_left))
-    planned_s = (request.num_tokens - 1 + horizon) * PLANNED_SHARE * request.tpot_s
-    return min(_MOST_SHARE * request.tpot_s, (request.first_token_s + planned_s - now_s) / horizon)
+def _limit_s(request: Decoding, now_s: float, unloaded_s: float) -> float:
+    """Seconds that steps may take so that this request keeps its TPOT: less for a while where it is behind.
+
+    A request that cannot catch up at all, even with nothing offloaded, makes nobody hurry.
+    """
+    for horizon in (min(_HORIZON_TOKENS, request.num_left), request.num_left):
+        tokens = max(1, horizon)
+        due_s = request.first_token_s + (request.num_tokens - 1 + tokens) * _BEHIND_SHARE * request.tpot_s
+        limit_s = (due_s - now_s) / tokens
+        if limit_s >= unloaded_s:
+            return min(PLANNED_SHARE * request.tpot_s, limit_s)
+    return PLANNED_SHARE * request.tpot_s
 
 
 def _prefill_pace(load: Load) -> float:
-    """Seconds per token of prefill with which every waiting request still has its first token in time."""
+    """Seconds per token of prefill with which every waiting request has its first token in time.
+
+    Those that are late already have their turn, but nobody hurries for them.
+    """
     pace_s, tokens = math.inf, 0
     for request in load.waiting:
-        tokens += request.prefill_tokens
-        if tokens:
-            pace_s = min(pace_s, _TTFT_SHARE * max(0.0, request.deadline_s - load.now_s) / tokens)
+        tokens += max(1, request.prefill_tokens)
+        left_s = request.deadline_s - load.now_s
+        if left_s > 0:
+            pace_s = min(pace_s, _TTFT_SHARE * left_s / tokens)
     return pace_s
 
 

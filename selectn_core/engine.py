@@ -11,7 +11,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from selectn_core.host_store import HostStore
 from selectn_core.kv_geometry import KvGeometry
 from selectn_core.latency import Link, recompute_s, swap_s
 from selectn_core.loading import LoadedModel
-from selectn_core.objectives import Objectives, configured_objectives, resolve_objectives
+from selectn_core.objectives import Objectives, configured_objectives, requested_objectives
 from selectn_core.placement import OffloadPlan
 from selectn_core.planner import fewest_offloaded, most_bytes, plan_bytes, unmeasured_plan
 from selectn_core.profiler import OnProgress
@@ -81,6 +81,7 @@ class Engine:
         # Called on the generation thread when a step is planned and has not begun: the iteration controller's place.
         self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
         self.steering: Steering | None = None
+        self._record: PerformanceRecord | None = None
         self._handles: dict[str, RequestHandle] = {}
         self._lock = threading.Lock()
         self._state = "loaded"  # loaded -> running -> closed, or failed
@@ -151,8 +152,8 @@ class Engine:
     def steer(self, record: PerformanceRecord) -> None:
         """Lets the configured policy decide from now on. Raises RecordRefused for a record of something else."""
         record.require(fingerprint_of(self))
-        objectives = resolve_objectives(self.config.slo, record.step_times(), self.config.batch)
-        self.steering = Steering(self, record, objectives)
+        self._record = record
+        self.steering = Steering(self, record)
 
     @property
     def objectives(self) -> Objectives | None:
@@ -163,7 +164,21 @@ class Engine:
         """Changes the objectives from the next step on, for requests in flight too."""
         self.config = replace(self.config, slo=slo)
         if self.steering is not None:
-            self.steer(self.steering.record)
+            self.steering.set_objectives(slo)
+
+    def resume_policy(self) -> None:
+        """Lets the policy decide again after a plan by hand, if there has been one."""
+        if self._record is not None:
+            self.steer(self._record)
+
+    def objectives_for(self, *, ttft_ms: float | None, tpot_ms: float | None) -> Objectives | None:
+        """A request's objectives: its own where it names them, else the engine's. Raises RequestError."""
+        default = self.objectives
+        if ttft_ms is None and tpot_ms is None:
+            return None
+        if default is None:
+            raise RequestError("slo: this server has no latency objectives: none was configured", field="slo")
+        return requested_objectives(default, self.config.slo, ttft_ms=ttft_ms, tpot_ms=tpot_ms)
 
     def _make_batching(self, geometry: KvGeometry) -> ContinuousBatching:
         return ContinuousBatching(
@@ -259,7 +274,7 @@ class Engine:
     @property
     def most_kv_sectors(self) -> int:
         """Sectors that the KV cache has with everything offloaded."""
-        return self._kv_sectors(unmeasured_plan(self.units, len(self.units), self._target.num_slots))
+        return self.kv_sectors(unmeasured_plan(self.units, len(self.units), self._target.num_slots))
 
     @property
     def _model_limit(self) -> int | None:
@@ -386,6 +401,8 @@ class Engine:
         An `urgent` plan does not wait for running requests to release the memory that it needs: before the next step
         is scheduled the newest are preempted until it fits or one is left. They go on later, their tokens the same.
         """
+        allowed = f"{len(self.units)}, the model's {self.config.offload.unit}s"
+        require(plan.num_units == len(self.units), "plan.num_units", plan.num_units, allowed)
         self._aim_at(self._checked("the plan", plan), urgent=urgent)
         self.steering = None
 
@@ -423,7 +440,7 @@ class Engine:
     def _plan_bytes(self, plan: OffloadPlan) -> int:
         return plan_bytes(self.units, plan, self.arena.round_up)
 
-    def _kv_sectors(self, plan: OffloadPlan) -> int:
+    def kv_sectors(self, plan: OffloadPlan) -> int:
         """Sectors that the KV cache has under `plan`."""
         return self.arena.num_sectors - self._plan_bytes(plan) // self.arena.sector_bytes
 
@@ -465,7 +482,7 @@ class Engine:
         self.executor.apply_plan()
 
     def _preempt_for(self, plan: OffloadPlan) -> None:
-        while self.batching.pages.num_in_use > self._kv_sectors(plan) and self.batching.preempt_newest():
+        while self.batching.pages.num_in_use > self.kv_sectors(plan) and self.batching.preempt_newest():
             pass
 
     def _wanted_plan(self) -> OffloadPlan:
@@ -474,7 +491,7 @@ class Engine:
         with self._lock:
             longest = max((handle.max_total_tokens for handle in self._handles.values()), default=0)
         needed = self.batching.geometry.sectors_for_request(longest)
-        if needed <= self._kv_sectors(target):
+        if needed <= self.kv_sectors(target):
             return target
         return self._plan_with_kv(needed, target)
 
@@ -559,6 +576,7 @@ class Engine:
             "link_bytes": usage.copied_bytes,
             "link_busy_s": usage.busy_s,
             "stall_s": self.executor.stats.stall_s,
+            "objectives": asdict(self.objectives) if self.objectives is not None else None,
             "steering": self.steering.snapshot() if self.steering is not None else None,
             "preemptions": self.batching.swap.num_preemptions,
             "preemptions_swapped": self.batching.swap.num_swapped,

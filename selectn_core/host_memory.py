@@ -12,10 +12,27 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
-    """Bytes that may still be used, and what sets that limit."""
+    """Bytes that may still be used, what sets that limit, and how much it allows in all."""
 
     available_bytes: int
+    limit_bytes: int
     limited_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPressure:
+    """How long tasks have waited for memory (the kernel's PSI): percent of the last 10 and 60 s, seconds in all.
+
+    "some": at least one task waited; "full": all of them did. `scope` is the file that says so.
+    """
+
+    some_avg10_percent: float
+    some_avg60_percent: float
+    some_total_s: float
+    full_avg10_percent: float
+    full_avg60_percent: float
+    full_total_s: float
+    scope: str
 
 
 def available_host_memory(proc: Path = _PROC) -> HostMemory:
@@ -28,6 +45,17 @@ def available_host_memory(proc: Path = _PROC) -> HostMemory:
     return min(limits, key=lambda limit: limit.available_bytes)
 
 
+def memory_pressure(proc: Path = _PROC) -> MemoryPressure:
+    """The pressure in this process's v2 cgroup where it has one, else the machine's.
+
+    Raises OSError where the kernel does not keep count of it (built without PSI, or started with psi=0).
+    """
+    own = next(_cgroup_directories(proc, "cgroup2", ""), None)
+    paths = [*([own / "memory.pressure"] if own else []), proc / "pressure" / "memory"]
+    path = next((each for each in paths if each.exists()), paths[-1])
+    return _parse_pressure(path.read_text(), scope=str(path))
+
+
 def free_bytes(directory: Path) -> int:
     """Bytes that the file system of `directory` (a tmpfs has a size too) can still take."""
     status = os.statvfs(directory)
@@ -36,8 +64,27 @@ def free_bytes(directory: Path) -> int:
 
 def _machine(proc: Path) -> HostMemory:
     values = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
-    available_kib = int(values["MemAvailable"].split()[0])
-    return HostMemory(available_bytes=available_kib << 10, limited_by="the machine's free memory")
+    total_bytes, available_bytes = (int(values[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
+    return HostMemory(available_bytes=available_bytes, limit_bytes=total_bytes, limited_by="the machine's free memory")
+
+
+def _parse_pressure(text: str, *, scope: str) -> MemoryPressure:
+    """Two lines such as `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, the total in microseconds."""
+    values: dict[str, float] = {}
+    for line in text.splitlines():
+        kind, *fields = line.split()
+        for field in fields:
+            name, _, value = field.partition("=")
+            values[f"{kind}_{name}"] = float(value)
+    return MemoryPressure(
+        some_avg10_percent=values["some_avg10"],
+        some_avg60_percent=values["some_avg60"],
+        some_total_s=values["some_total"] / 1e6,
+        full_avg10_percent=values["full_avg10"],
+        full_avg60_percent=values["full_avg60"],
+        full_total_s=values["full_total"] / 1e6,
+        scope=scope,
+    )
 
 
 def _cgroup_v2(proc: Path) -> Iterator[HostMemory]:
@@ -63,7 +110,9 @@ def _headroom(directory: Path, limit: str, usage: str, cached: tuple[str, ...]) 
         return
     reclaimable_bytes = sum(int(statistics.get(name, 0)) for name in cached)
     yield HostMemory(
-        available_bytes=max(0, int(text) - used_bytes + reclaimable_bytes), limited_by=f"{directory / limit}"
+        available_bytes=max(0, int(text) - used_bytes + reclaimable_bytes),
+        limit_bytes=int(text),
+        limited_by=f"{directory / limit}",
     )
 
 

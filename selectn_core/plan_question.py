@@ -141,11 +141,11 @@ def _source(record: PerformanceRecord, device_bytes: int | None, host_bytes: int
             host_store_bytes=sum(record.unit_bytes) + memory.resident_bytes,
             max_slots=max_slots,
         ),
-        sets=_sets([record.kinds[kind].name for kind in record.unit_kinds], record.fingerprint.unit),
+        sets=offloadable_sets([record.kinds[kind].name for kind in record.unit_kinds], record.fingerprint.unit),
     )
 
 
-def _sets(kind_names: Sequence[str], granularity: str) -> dict[str, tuple[int, ...] | None]:
+def offloadable_sets(kind_names: Sequence[str], granularity: str) -> dict[str, tuple[int, ...] | None]:
     """All units, and those of each class of module where there are several: "LlamaMLP", of "LlamaMLP/sliding#2" too."""
     classes = [name.split("/")[0].split("#")[0] for name in kind_names]
     sets: dict[str, tuple[int, ...] | None] = {f"every {granularity}": None}

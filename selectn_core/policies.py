@@ -16,7 +16,7 @@ A policy sees what a step costs now, the link it may use and the time the step m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,12 +29,11 @@ MOST_SLOTS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """One step to be planned: its costs, the link, the seconds it may take, and the plan that holds now."""
+    """One step to be planned: its costs, the link, the seconds it may take, and how many units may be offloaded."""
 
     costs: StepCosts
     link: Link
     limit_s: float
-    current: OffloadPlan
     min_offloaded: int = 0
     max_offloaded: int | None = None
 
@@ -87,20 +86,23 @@ class SelectN(Policy):
 class Frontier:
     """Every candidate plan and what its step takes, from the most device memory freed down."""
 
-    def __init__(self, num_units: int, among: Sequence[int] | None = None, max_slots: int = MOST_SLOTS) -> None:
-        """`among`: only these units may be offloaded (None: all)."""
-        self.num_units, self.among = num_units, tuple(range(num_units)) if among is None else tuple(among)
-        most = len(self.among)
-        # (k, S, N): N is None for even placement. Of equally many freed the most on the host come first.
-        pairs = [(k, s, None) for k in range(1, most + 1) for s in range(1, max_slots + 1) if s < k or s == 1]
-        self.integer_intervals: list[_Candidate] = [(most // n, 1, n) for n in range(1, most + 1)]
-        self.every_plan: list[_Candidate] = sorted(
-            [*pairs, *self.integer_intervals], key=lambda c: (c[0] - c[1], c[0], c[2] is None), reverse=True
-        )
-        nothing: _Candidate = (0, 1, None)
-        self.every_plan.append(nothing)
-        self.integer_intervals.append(nothing)
+    def __init__(
+        self, unit_bytes: Sequence[int], sets: Sequence[Sequence[int]] = (), max_slots: int = MOST_SLOTS
+    ) -> None:
+        """`sets`: units of which a plan offloads some and no others, e.g. all MLP blocks; all units are one too."""
+        self.num_units = len(unit_bytes)
+        everything = tuple(range(self.num_units))
         self._remembered = Remembered()
+        nothing = _Candidate(among=everything, num_offloaded=0, num_slots=1, interval=None, freed_bytes=0)
+        self.integer_intervals = [*_integer_intervals(unit_bytes), nothing]
+        even = [each for among in (everything, *sets) for each in _even(tuple(among), unit_bytes, max_slots)]
+        # The most memory freed first; of equals those with most on the host.
+        self.every_plan = [
+            *sorted(
+                [*even, *self.integer_intervals[:-1]], key=lambda c: (c.freed_bytes, c.num_offloaded), reverse=True
+            ),
+            nothing,
+        ]
 
     def largest(self, situation: Situation, candidates: Sequence[_Candidate]) -> OffloadPlan:
         """The first of `candidates` within the limit and the range; the one with the fewest in the range if none is."""
@@ -108,16 +110,14 @@ class Frontier:
         high = self.num_units if situation.max_offloaded is None else situation.max_offloaded
         costs, link, limit_s = situation.costs, situation.link, situation.limit_s
         key, unit_s = alike(costs, link), costs.compute_s[0]
-        least_copy_s = link.seconds(min(costs.unit_bytes))
-        allowed = [c for c in candidates if low <= c[0] <= high]
+        allowed = [c for c in candidates if low <= c.num_offloaded <= high]
         for candidate in allowed if costs.unloaded_s <= limit_s else ():
-            k, slots, _ = candidate
-            if k > slots and k * least_copy_s > limit_s:
-                continue  # T_bound rules it out
+            if candidate.freed_bytes / link.bytes_per_s > limit_s:
+                continue  # T_bound rules it out: at least so much is copied
             ratio, plan = self._remembered.get((candidate, key), partial(self._step, candidate, costs, link))
             if ratio * unit_s <= limit_s:
                 return plan
-        fewest = min(allowed, key=lambda c: (c[0], c[1]), default=(min(low, len(self.among)), 1, None))
+        fewest = min(allowed, key=lambda c: (c.num_offloaded, -c.freed_bytes), default=self.every_plan[0])
         return self._step(fewest, costs, link)[1]
 
     def _step(self, candidate: _Candidate, costs: StepCosts, link: Link) -> tuple[float, OffloadPlan]:
@@ -126,14 +126,49 @@ class Frontier:
         return predict_step_s(costs, plan.offloaded, plan.num_slots, link) / costs.compute_s[0], plan
 
     def _plan(self, candidate: _Candidate, costs: StepCosts, link: Link) -> OffloadPlan:
-        k, slots, interval = candidate
-        if interval is not None:
-            chosen = tuple(self.among[i] for i in place_integer_interval(interval, len(self.among)))
-            return OffloadPlan(offloaded=chosen, num_slots=slots, num_units=self.num_units)
-        return best_placement(k, slots, costs, link, among=self.among)
+        if candidate.interval is not None:
+            chosen = place_integer_interval(candidate.interval, self.num_units)
+            return OffloadPlan(offloaded=chosen, num_slots=candidate.num_slots, num_units=self.num_units)
+        return best_placement(candidate.num_offloaded, candidate.num_slots, costs, link, among=candidate.among)
 
 
-_Candidate = tuple[int, int, int | None]
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """k of the units in `among` through S slots: evenly placed, or of every `interval` units the last.
+
+    `freed_bytes` is what that frees where units of one set are alike; otherwise about as much.
+    """
+
+    among: tuple[int, ...]
+    num_offloaded: int
+    num_slots: int
+    interval: int | None
+    freed_bytes: float
+
+
+def _even(among: tuple[int, ...], unit_bytes: Sequence[int], max_slots: int) -> list[_Candidate]:
+    sizes = [unit_bytes[unit] for unit in among]
+    average, largest = sum(sizes) / len(sizes), max(sizes)
+    return [
+        _Candidate(among=among, num_offloaded=k, num_slots=s, interval=None, freed_bytes=k * average - s * largest)
+        for k in range(1, len(among) + 1)
+        for s in range(1, max_slots + 1)
+        if s < k or s == 1
+    ]
+
+
+def _integer_intervals(unit_bytes: Sequence[int]) -> list[_Candidate]:
+    num_units, average = len(unit_bytes), sum(unit_bytes) / len(unit_bytes)
+    return [
+        _Candidate(
+            among=tuple(range(num_units)),
+            num_offloaded=num_units // n,
+            num_slots=1,
+            interval=n,
+            freed_bytes=num_units // n * average - max(unit_bytes),
+        )
+        for n in range(1, num_units + 1)
+    ]
 
 
 def every_unit_one_ahead(num_units: int) -> OffloadPlan:
@@ -146,19 +181,13 @@ def last_of_every_group(interval: int, num_units: int) -> OffloadPlan:
     return OffloadPlan(offloaded=place_integer_interval(interval, num_units), num_slots=1, num_units=num_units)
 
 
-def worst_case_share(
-    costs: StepCosts, link: Link, num_sharing: int, limit_s: float, plan_for: Callable[[int], OffloadPlan]
-) -> OffloadPlan:
+def worst_case_share(costs: StepCosts, link: Link, num_sharing: int, limit_s: float) -> OffloadPlan:
     """FlexGen's share as arXiv 2502.08182 adapted it: fixed offline, for the worst bandwidth there may be.
 
     That is a bus which `num_sharing` replicas use, all of them copying. `costs` are those of the largest decode step.
-    The largest k whose step meets `limit_s` so; the next layer is fetched while one computes.
+    Of the plans whose step meets `limit_s` so, through one slot or two (the next layer is fetched while one computes),
+    the one that frees most.
     """
     worst = Link(bytes_per_s=link.bytes_per_s / num_sharing, copy_s=link.copy_s)
-    best = plan_for(0)
-    for k in range(1, len(costs.compute_s) + 1):
-        plan = plan_for(k)
-        if predict_step_s(costs, plan.offloaded, plan.num_slots, worst) > limit_s:
-            break
-        best = plan
-    return best
+    frontier = Frontier(costs.unit_bytes, max_slots=2)
+    return frontier.largest(Situation(costs=costs, link=worst, limit_s=limit_s), frontier.every_plan)

@@ -232,7 +232,10 @@ def _check_rebuilds(model: PreTrainedModel, description: dict[str, Any]) -> None
 
 
 def _layout(model: PreTrainedModel) -> tuple[list[Section], dict[str, list[torch.Tensor]]]:
-    """The sections of the model's store, one per unit and one for the rest, and the tensors of each."""
+    """The sections of the model's store, one per decoder layer and one for the rest, and the tensors of each.
+
+    Blocks are pieces of them: processes that offload layers and processes that offload blocks share a store.
+    """
     names: dict[int, list[str]] = {}
     for name, tensor in _named_tensors(model):
         names.setdefault(id(tensor), []).append(name)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from selectn_core.config import OffloadConfig
+from selectn_core.config import SloConfig
 from selectn_core.controller import PLANNED_SHARE, Admission, Controller, Decision, Decoding, Load, Waiting
-from selectn_core.objectives import Objectives
-from selectn_core.placement import OffloadPlan, best_placement
-from selectn_core.planner import fewest_offloaded
+from selectn_core.objectives import Objectives, resolve_objectives
+from selectn_core.placement import OffloadPlan
+from selectn_core.plan_question import offloadable_sets
 from selectn_core.policies import (
     MOST_SLOTS,
     Fixed,
@@ -37,32 +38,56 @@ logger = logging.getLogger(__name__)
 class Steering:
     """An engine's online stage. Its methods are called on the generation thread, in the order of a step."""
 
-    def __init__(self, engine: Engine, record: PerformanceRecord, objectives: Objectives) -> None:
-        self.objectives, self.record = objectives, record
-        self._engine = engine
-        times = record.step_times()
-        least = fewest_offloaded(
-            engine.units, MOST_SLOTS, engine.arena.reachable_bytes(0), round_up=engine.arena.round_up
-        )
-        policy = make_policy(engine.config.offload, engine, times, record, objectives)
+    def __init__(self, engine: Engine, record: PerformanceRecord) -> None:
+        self.record, self._engine = record, engine
+        self._times = record.step_times()
+        self.objectives = resolve_objectives(engine.config.slo, self._times, engine.config.batch)
         self.controller = Controller(
-            times,
+            self._times,
             record.link.link,
-            policy,
+            make_policy(engine, self._times, record, self.objectives),
             slowdown=record.link.slowdown,
             max_tokens=engine.config.batch.max_batch_tokens,
+            guaranteed_share=1 / engine.config.offload.num_sharing,
         )
-        self.controller.min_offloaded = least.num_offloaded if least is not None else len(engine.units)
+        self.controller.min_offloaded = engine.fewest_offloaded(MOST_SLOTS).num_offloaded
         self._decision: Decision | None = None
         self._admission = Admission(prefill_tokens=0, may_begin=True)
-        self._num_decoding = 0
+        self._num_decoding = self._num_that_may_begin = 0
+
+    def set_objectives(self, slo: SloConfig) -> None:
+        """Aims at other objectives from the next step on; what was learned of the machine stays."""
+        self.objectives = resolve_objectives(slo, self._times, self._engine.config.batch)
+        self.controller.policy = make_policy(self._engine, self._times, self.record, self.objectives)
 
     def admit(self, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]) -> bool:
         """Looks at every request; whether one that has no KV yet may begin."""
         load = load_of(handles, progress, self.objectives)
+        load = self._with_room(load, handles, progress)
         self._num_decoding = len(load.decoding)
         self._admission = self.controller.admit(load, self._engine.executor.plan)
-        return self._admission.may_begin
+        return self._admission.may_begin and self._num_that_may_begin > 0
+
+    def _with_room(self, load: Load, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]) -> Load:
+        """The load, with the waiting requests marked that no memory is left for, to the end of their output."""
+        engine = self._engine
+        sectors_for = engine.batching.geometry.sectors_for_request
+        held = sum(sectors_for(handles[ticket].max_total_tokens) for ticket in progress if ticket in handles)
+        room = engine.kv_sectors(self.controller.guaranteed_plan(load)) - held
+        places = engine.config.batch.max_requests - len(progress)
+        new = [handle for ticket, handle in handles.items() if ticket not in progress]
+        num_fitting = 0
+        for handle in new:
+            room -= sectors_for(handle.max_total_tokens)
+            # One that runs alone has all the memory there is: more is offloaded for it.
+            if (room < 0 and (progress or num_fitting)) or num_fitting >= places:
+                break
+            num_fitting += 1
+        self._num_that_may_begin = num_fitting
+        num_begun = len(load.waiting) - sum(not handle.num_tokens for handle in new)
+        allowed = num_begun + num_fitting
+        waiting = [replace(each, fits=i < allowed) for i, each in enumerate(load.waiting)]
+        return replace(load, waiting=waiting)
 
     def token_budget(self, most: int) -> int:
         """Tokens for the step that is about to be scheduled."""
@@ -98,15 +123,13 @@ class Steering:
         }
 
 
-def make_policy(
-    config: OffloadConfig, engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives
-) -> Policy:
+def make_policy(engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives) -> Policy:
     """The configured policy for this engine."""
-    num_units = len(engine.units)
+    num_units, config = len(engine.units), engine.config.offload
     makers: dict[str, Callable[[], Policy]] = {
-        "select-n": lambda: SelectN(Frontier(num_units)),
-        "paper": lambda: Paper(Frontier(num_units)),
-        "static": lambda: Fixed("static", _static_plan(config, engine, times, record, objectives)),
+        "select-n": lambda: SelectN(Frontier(record.unit_bytes, _sets(record))),
+        "paper": lambda: Paper(Frontier(record.unit_bytes)),
+        "static": lambda: Fixed("static", _static_plan(engine, times, record, objectives)),
         "group": lambda: Fixed("group", last_of_every_group(config.interval or num_units, num_units)),
         "all": lambda: Fixed("all", every_unit_one_ahead(num_units)),
         "none": lambda: Fixed("none", engine.fewest_offloaded(1)),
@@ -114,18 +137,20 @@ def make_policy(
     return makers[config.policy]()
 
 
-def _static_plan(
-    config: OffloadConfig, engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives
-) -> OffloadPlan:
-    batch = engine.config.batch
+def _static_plan(engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives) -> OffloadPlan:
+    batch, num_sharing = engine.config.batch, engine.config.offload.num_sharing
     costs = times.expected(StepShape.decode(batch.max_requests, max(1, batch.kv_tokens // batch.max_requests)))
     link = record.link.link
     limit_s = PLANNED_SHARE * objectives.tpot_s
-    plan = worst_case_share(
-        costs, link, config.num_sharing, limit_s, lambda k: best_placement(k, max(1, min(2, k)), costs, link)
-    )
+    plan = worst_case_share(costs, link, num_sharing, limit_s)
     least = engine.fewest_offloaded(plan.num_slots)
     return plan if plan.num_offloaded >= least.num_offloaded else least
+
+
+def _sets(record: PerformanceRecord) -> list[tuple[int, ...]]:
+    """The sets of units that a plan may be confined to, beside all of them."""
+    names = [record.kinds[kind].name for kind in record.unit_kinds]
+    return [among for among in offloadable_sets(names, record.fingerprint.unit).values() if among is not None]
 
 
 def load_of(handles: Mapping[str, RequestHandle], progress: Mapping[str, int], default: Objectives) -> Load:
@@ -150,7 +175,8 @@ def load_of(handles: Mapping[str, RequestHandle], progress: Mapping[str, int], d
             )
         elif not handle.num_tokens:
             tokens = handle.num_prompt_tokens if left is None else left
-            waiting.append(Waiting(prefill_tokens=tokens, deadline_s=handle.submitted_s + objectives.ttft_s))
+            deadline_s = handle.submitted_s + objectives.ttft_s
+            waiting.append(Waiting(prefill_tokens=tokens, deadline_s=deadline_s, tpot_s=objectives.tpot_s))
     return Load(
         now_s=time.perf_counter(),
         decoding=decoding,

@@ -1,18 +1,32 @@
-"""Devices behind one contract (`base`); `open_device` picks and imports the implementation."""
+"""Devices behind one contract (`base`); `open_device` picks and imports the implementation.
+
+torch is imported with the first name that needs it: a node agent wants `device.bus` alone, and has no use for torch.
+"""
 
 from __future__ import annotations
 
-import torch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from selectn_core.config import DeviceConfig
-from selectn_core.device.base import ALIGNMENT_BYTES, Device, Event, LinkUsage, align_up
 from selectn_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from selectn_core.device.base import ALIGNMENT_BYTES, Device, Event, LinkUsage, align_up
 
 __all__ = ["ALIGNMENT_BYTES", "Device", "Event", "LinkUsage", "align_up", "open_device", "resolve_kind"]
 
 
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("selectn_core.device.base"), name)
+
+
 def resolve_kind(config: DeviceConfig) -> str:
     """ "cuda" or "emulated": what `auto` means on this machine. Raises ConfigError for CUDA that is not there."""
+    import torch
+
     has_cuda = torch.cuda.is_available()
     if config.kind == "cuda" and not has_cuda:
         raise ConfigError(

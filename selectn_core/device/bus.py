@@ -90,6 +90,30 @@ class Bus:
         """Removes a named bus; processes that have it open keep it."""
         _path(name).unlink(missing_ok=True)
 
+    @staticmethod
+    def peek(name: str) -> float | None:
+        """The bandwidth of a named bus in bytes per second, without joining or creating it; None: there is none.
+
+        Takes no lock, so a process that was stopped while it held one cannot delay the caller: the number is one
+        aligned word, which is written whole.
+        """
+        try:
+            with _path(name).open("rb") as file:
+                state = file.read(_STATE.size)
+        except FileNotFoundError:
+            return None
+        if len(state) < _STATE.size:
+            return None
+        magic, bytes_per_s, _, _ = _STATE.unpack_from(state)
+        return bytes_per_s if magic == _MAGIC and bytes_per_s > 0 else None
+
+    @staticmethod
+    def names() -> list[str]:
+        """The named buses that this user has on this machine, whether anybody has them open or not."""
+        prefix = _prefix()
+        found = (path.name.removeprefix(prefix) for path in _SHARED_MEMORY.glob(f"{prefix}*"))
+        return sorted(name for name in found if _NAME.fullmatch(name))
+
     @contextlib.contextmanager
     def _locked_file(self) -> Iterator[None]:
         # flock belongs to the open file, not to the thread: the second lock keeps threads of this process apart.
@@ -113,7 +137,11 @@ class Bus:
 def _path(name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"device.bus={name!r} is not allowed: expected 1 to 64 of A-Z a-z 0-9 . _ -")
-    return _SHARED_MEMORY / f"selectn-bus-{os.getuid()}-{name}"
+    return _SHARED_MEMORY / f"{_prefix()}{name}"
+
+
+def _prefix() -> str:
+    return f"selectn-bus-{os.getuid()}-"
 
 
 def _open_file(name: str | None) -> int:

@@ -55,6 +55,18 @@ def test_promises_follow_one_another_at_the_bandwidth() -> None:
     bus.close()
 
 
+def test_a_named_bus_can_be_looked_at_without_joining_it(bus_name) -> None:
+    assert Bus.peek(bus_name) is None
+    assert bus_name not in Bus.names()
+    bus = Bus(bus_name, BYTES_PER_S)
+    assert Bus.peek(bus_name) == BYTES_PER_S
+    assert bus_name in Bus.names()
+    bus.bytes_per_s = 2 * BYTES_PER_S
+    with bus._locked_file():  # a process that was stopped there holds nobody up
+        assert Bus.peek(bus_name) == 2 * BYTES_PER_S
+    bus.close()
+
+
 def test_a_copy_is_not_done_before_its_bytes_could_have_arrived() -> None:
     with EmulatedDevice(8 * MIB, bytes_per_s=BYTES_PER_S) as device:
         source, target = device.allocate_host(6 * MIB), device.allocate(6 * MIB, "target")

@@ -7,6 +7,7 @@ import torch
 
 from selectn_core.executor import OverlappedExecutor, SynchronousExecutor
 from tests.tiny_models import FAMILIES, NUM_LAYERS
+from tests.unit import test_block_units as blocks
 from tests.unit.engines import engine_config, generate
 from tests.unit.test_engine_identity import random_plans
 
@@ -35,3 +36,15 @@ def test_tokens_with_random_plans_in_mid_generation(seed, executor_class) -> Non
         "llama", engine_config(2, 1, kind="cuda"), before_step=random_plans(seed), executor_class=executor_class
     )
     assert tokens == expected
+
+
+@pytest.mark.parametrize("executor_class", [OverlappedExecutor, SynchronousExecutor])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_with_random_plans_of_blocks(family, executor_class) -> None:
+    tokens = generate(
+        family,
+        engine_config(3, 1, kind="cuda", unit="block"),
+        before_step=blocks.random_plans(11, blocks.is_attention, blocks.is_not_attention, blocks.anything),
+        executor_class=executor_class,
+    )
+    assert tokens == generate(family, engine_config(0, kind="cuda"))

@@ -16,7 +16,7 @@ from selectn_core.planner import fewest_offloaded, plan_bytes
 from selectn_core.units import Unit
 from tests.tiny_models import FAMILIES, NUM_LAYERS, tiny_model
 from tests.unit.engines import BeforeStep, CheckedEngine, engine_config, generate, greedy, make_prompts
-from tests.unit.test_engine_identity import DTYPES, FAMILY_DTYPES, unloaded_tokens
+from tests.unit.test_engine_identity import DTYPES, FAMILY_DTYPES, flaky_engine, unloaded_tokens
 
 BOTH_EXECUTORS = pytest.mark.parametrize("executor_class", [OverlappedExecutor, SynchronousExecutor])
 
@@ -85,6 +85,20 @@ def test_tokens_with_many_sequences_of_plans(seed: int) -> None:
     assert generate("opt", config, before_step=random_plans(seed, anything)) == unloaded_tokens("opt")
 
 
+@BOTH_EXECUTORS
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_with_copies_that_fail_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, executor_class: type[Executor], seed: int
+) -> None:
+    engine, device = flaky_engine(monkeypatch, 3, executor_class=executor_class, seed=seed, unit="block")
+    engine.before_step = random_plans(seed, is_attention, is_not_attention, anything)
+    device.failure_rate = 0.1
+    handles = [engine.submit(prompt, greedy()) for prompt in make_prompts()]
+    with engine:
+        assert [handle.result() for handle in handles] == unloaded_tokens("llama")
+    assert device.num_failures >= 2
+
+
 # -- memory -------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +152,14 @@ def test_a_model_that_does_not_fit_has_its_blocks_offloaded() -> None:
     assert engine.executor.wanted == fewest_offloaded(engine.units, 1, budget, round_up=engine.arena.round_up)
     assert engine.executor.wanted.num_offloaded >= 3
     assert tokens == unloaded_tokens("llama")
+
+
+def test_a_plan_of_layers_is_refused_by_an_engine_of_blocks() -> None:
+    with (
+        CheckedEngine(tiny_model(), engine_config(2, unit="block")) as engine,
+        pytest.raises(ConfigError, match=f"plan.num_units={NUM_LAYERS} .* {2 * NUM_LAYERS}, the model's blocks"),
+    ):
+        engine.set_plan(OffloadPlan(offloaded=(1, 3), num_slots=1, num_units=NUM_LAYERS))
 
 
 # -- what blocks take for granted ---------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def come_home_under_load(engine: CheckedEngine, family: str, *, urgent: bool) ->
     seen: list[tuple[int, int]] = []
 
     def watch(_: object) -> None:
-        if seen or engine.batching.pages.num_in_use > engine._kv_sectors(at_home):
+        if seen or engine.batching.pages.num_in_use > engine.kv_sectors(at_home):
             seen.append((engine.batching.num_active, engine.executor.plan.num_offloaded))
             if len(seen) == 1:
                 engine.set_plan(at_home, urgent=urgent)

@@ -151,11 +151,17 @@ class FlakyDevice(EmulatedDevice):
 
 
 def flaky_engine(
-    monkeypatch: pytest.MonkeyPatch, num_offloaded: int, *, executor_class: type[Executor], seed: int = 0
+    monkeypatch: pytest.MonkeyPatch,
+    num_offloaded: int,
+    *,
+    executor_class: type[Executor],
+    seed: int = 0,
+    unit: str = "layer",
 ) -> tuple[CheckedEngine, FlakyDevice]:
     device = FlakyDevice(8 << 20, seed, failure_rate=0.0)
     monkeypatch.setattr("selectn_core.engine.open_device", lambda *_, **__: device)
-    engine = CheckedEngine(tiny_model(), engine_config(num_offloaded, 1), executor_class=executor_class)
+    config = engine_config(num_offloaded, 1, unit=unit)
+    engine = CheckedEngine(tiny_model(), config, executor_class=executor_class)
     return engine, device
 
 

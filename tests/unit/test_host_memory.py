@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from selectn_core.host_memory import available_host_memory, free_bytes
+from selectn_core.host_memory import available_host_memory, free_bytes, memory_pressure
 
 GIB = 1 << 30
+MACHINE_TOTAL_BYTES = 128 * GIB
 NO_LIMIT_V1 = 9223372036854771712
 
 
@@ -18,7 +19,9 @@ class FakeMachine:
     def __init__(self, root: Path, *, available_bytes: int) -> None:
         self.proc, self.mounts = root / "proc", root / "cgroup"
         (self.proc / "self").mkdir(parents=True)
-        (self.proc / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {available_bytes >> 10} kB\n")
+        (self.proc / "meminfo").write_text(
+            f"MemTotal: {MACHINE_TOTAL_BYTES >> 10} kB\nMemAvailable: {available_bytes >> 10} kB\n"
+        )
         (self.proc / "self" / "mountinfo").write_text("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n")
         (self.proc / "self" / "cgroup").write_text("")
 
@@ -65,13 +68,14 @@ def machine(tmp_path) -> FakeMachine:
 def test_without_cgroups_it_is_what_the_machine_has_left(machine) -> None:
     memory = available_host_memory(machine.proc)
     assert (memory.available_bytes, memory.limited_by) == (100 * GIB, "the machine's free memory")
+    assert memory.limit_bytes == MACHINE_TOTAL_BYTES
 
 
 def test_a_v2_limit_counts_less_what_is_used_page_cache_aside(machine) -> None:
     machine.v2("/pod/container")
     machine.limit_v2("/pod/container", 8 * GIB, 6 * GIB, cached_bytes=3 * GIB)
     memory = available_host_memory(machine.proc)
-    assert memory.available_bytes == 5 * GIB
+    assert (memory.available_bytes, memory.limit_bytes) == (5 * GIB, 8 * GIB)
     assert memory.limited_by.endswith("/pod/container/memory.max")
 
 
@@ -119,6 +123,32 @@ def test_on_a_mixed_machine_the_tightest_counts(machine) -> None:
     machine.limit_v1("/a", 30 * GIB, 0)
     machine.limit_v2("/b", 20 * GIB, 0)
     assert available_host_memory(machine.proc).available_bytes == 20 * GIB
+
+
+class TestPressure:
+    MACHINES = "some avg10=1.50 avg60=0.50 avg300=0.00 total=2500000\nfull avg10=0.25 avg60=0.00 avg300=0.00 total=9\n"
+    OWN = MACHINES.replace("avg10=1.50", "avg10=7.00")
+
+    def test_it_is_the_machines_where_the_cgroup_has_none(self, machine) -> None:
+        machine.v1("/a")
+        (machine.proc / "pressure").mkdir()
+        (machine.proc / "pressure" / "memory").write_text(self.MACHINES)
+        pressure = memory_pressure(machine.proc)
+        assert (pressure.some_avg10_percent, pressure.some_avg60_percent, pressure.some_total_s) == (1.5, 0.5, 2.5)
+        assert (pressure.full_avg10_percent, pressure.full_total_s) == (0.25, 9e-6)
+        assert pressure.scope.endswith("/pressure/memory")
+
+    def test_a_v2_cgroups_own_comes_first(self, machine) -> None:
+        machine.v2("/a")
+        machine.limit_v2("/a", "max", 0)
+        (machine.mounts / "v2" / "a" / "memory.pressure").write_text(self.OWN)
+        pressure = memory_pressure(machine.proc)
+        assert pressure.some_avg10_percent == 7
+        assert pressure.scope.endswith("/v2/a/memory.pressure")
+
+    def test_a_kernel_without_it_is_an_error_that_names_the_file(self, machine) -> None:
+        with pytest.raises(FileNotFoundError, match="pressure/memory"):
+            memory_pressure(machine.proc)
 
 
 def test_this_machine_can_be_asked(tmp_path) -> None:

@@ -330,7 +330,7 @@ def test_small_shared_memory_that_was_asked_for_is_an_error(checkpoint_of, small
 
 
 def test_the_cgroups_limit_is_honoured(checkpoint_of, host, files, monkeypatch, caplog) -> None:
-    little = HostMemory(available_bytes=4096, limited_by="/sys/fs/cgroup/pod/memory.max")
+    little = HostMemory(available_bytes=4096, limit_bytes=8192, limited_by="/sys/fs/cgroup/pod/memory.max")
     monkeypatch.setattr(shared_model, "available_host_memory", lambda: little)
     config = ModelConfig(source=checkpoint_of())
     with pytest.raises(HostMemoryExceeded, match=r"4,096 are left by /sys/fs/cgroup/pod/memory.max: raise that limit"):

@@ -1,0 +1,236 @@
+"""The controller in a closed loop: it keeps the objective, offloads as far as that allows, and follows the machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import mean
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selectn_core.controller import PLANNED_SHARE, ComputeScale, Decoding, LinkEstimate, Load, Waiting
+from selectn_core.device import LinkUsage
+from selectn_core.latency import Link
+from selectn_core.policies import Paper
+from selectn_core.steps import StepShape
+from tests.unit.controlled import BATCH, LENGTH, LINK, MAX_TOKENS, NUM_UNITS, UNIT_BYTES, Machine, frontier, step_times
+
+UNLOADED_S = step_times().expected_s(StepShape.decode(BATCH, LENGTH))
+
+
+def quarter(link: Link) -> Link:
+    return replace(link, bytes_per_s=link.bytes_per_s / 4)
+
+
+@pytest.mark.parametrize("multiple", [1.1, 1.5, 2.0, 3.0])
+def test_steady_steps_meet_the_objective_and_use_most_of_it(multiple: float) -> None:
+    machine = Machine(step_times(), tpot_s=multiple * UNLOADED_S).run(60)
+    settled = machine.durations_s[20:]
+    assert max(settled) <= machine.tpot_s
+    # One unit more would not have fitted: its copy alone would exceed what is left.
+    left_s = machine.tpot_s - mean(settled)
+    k = machine.plan.num_offloaded
+    assert k == NUM_UNITS or left_s < 2 * UNIT_BYTES / LINK.bytes_per_s + 0.08 * machine.tpot_s
+    assert k > 0
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_record_that_is_wrong_by_two_is_found_out(factor: float) -> None:
+    machine = Machine(step_times(factor=factor), tpot_s=1.6 * UNLOADED_S).run(60)
+    assert max(machine.durations_s[30:]) <= machine.tpot_s
+    right = Machine(step_times(), tpot_s=1.6 * UNLOADED_S).run(60)
+    assert abs(machine.plan.num_offloaded - right.plan.num_offloaded) <= 1
+
+
+def test_a_link_that_drops_to_a_quarter_costs_three_steps_at_most_and_comes_back() -> None:
+    machine = Machine(step_times(), tpot_s=2 * UNLOADED_S).run(40)
+    before = machine.plan.num_offloaded
+    machine.forget()
+    machine.link = quarter(LINK)
+    machine.run(40)
+    late = [duration_s > machine.tpot_s for duration_s in machine.durations_s[40:]]
+    assert sum(late) <= 3
+    assert not any(late[3:])
+    assert 0 < machine.plan.num_offloaded < before
+    machine.link = LINK
+    machine.run(60)
+    assert machine.plan.num_offloaded == before
+
+
+def test_a_record_whose_link_is_too_fast_is_corrected_by_what_is_seen() -> None:
+    machine = Machine(step_times(), tpot_s=2 * UNLOADED_S, link=replace(LINK, bytes_per_s=4 * LINK.bytes_per_s))
+    machine.run(60)
+    assert max(machine.durations_s[20:]) <= machine.tpot_s
+
+
+def test_a_shape_outside_of_the_grid_is_planned_all_the_same() -> None:
+    machine = Machine(step_times(), tpot_s=3 * UNLOADED_S)
+    machine.shape = StepShape.decode(40, 3000)
+    machine.run(30)
+    true_s = machine.true.expected_s(machine.shape)
+    assert machine.durations_s[-1] >= true_s * (1 - 1e-9)
+    if true_s > machine.tpot_s:  # nothing helps: then as fast as it goes
+        assert machine.plan.num_offloaded == machine.controller.min_offloaded
+
+
+def test_an_objective_below_the_unloaded_step_is_reported_and_everything_stays_resident() -> None:
+    machine = Machine(step_times(), tpot_s=0.9 * UNLOADED_S).run(20)
+    assert machine.plan.num_offloaded == 0
+    assert machine.durations_s[-1] == pytest.approx(UNLOADED_S, rel=0.02)
+
+
+def test_requests_that_are_behind_get_shorter_steps_until_they_have_caught_up() -> None:
+    machine = Machine(step_times(), tpot_s=2 * UNLOADED_S).run(30)
+    steady = machine.durations_s[-1]
+    machine.forget()
+    machine.now_s = 1.5 * machine.tpot_s  # their second token is late already
+    machine.run(10)
+    assert min(machine.durations_s[30:]) < steady
+    assert machine.now_s / (machine.num_tokens - 1) <= machine.tpot_s
+
+
+def test_the_plan_does_not_swing_when_nothing_changes() -> None:
+    machine = Machine(step_times(), tpot_s=1.7 * UNLOADED_S).run(100)
+    changes = sum(a != b for a, b in zip(machine.plans[30:], machine.plans[31:], strict=False))
+    assert changes <= 2
+
+
+def test_ours_offloads_at_least_as_much_as_the_papers_integer_interval() -> None:
+    for multiple in (1.2, 1.5, 2.0, 2.5, 3.0):
+        ours = Machine(step_times(), tpot_s=multiple * UNLOADED_S).run(50)
+        paper = Machine(step_times(), policy=Paper(frontier()), tpot_s=multiple * UNLOADED_S).run(50)
+        assert ours.plan.num_offloaded >= paper.plan.num_offloaded
+        assert max(paper.durations_s[20:]) <= paper.tpot_s
+
+
+# -- what may join a step ------------------------------------------------------------------------------------------
+
+
+def waiting(tokens: int, deadline_s: float, *, fits: bool = True) -> Waiting:
+    return Waiting(prefill_tokens=tokens, deadline_s=deadline_s, tpot_s=1.0, fits=fits)
+
+
+def test_prefill_beside_decoding_is_cut_to_what_their_tpot_allows() -> None:
+    machine = Machine(step_times(), tpot_s=1.3 * UNLOADED_S)
+    machine.waiting = [waiting(1000, 1000.0)]
+    admission = machine.controller.admit(machine.load(), machine.plan)
+    shape = StepShape.of([(admission.prefill_tokens, 0)], [LENGTH] * BATCH)
+    assert 0 < admission.prefill_tokens < MAX_TOKENS - BATCH
+    assert machine.true.expected_s(shape) <= machine.tpot_s
+
+
+def test_prefill_alone_is_not_cut() -> None:
+    machine = Machine(step_times(), tpot_s=1.3 * UNLOADED_S)
+    load = Load(now_s=0.0, decoding=(), waiting=[waiting(1000, 10.0)], mean_kv_tokens=1)
+    assert machine.controller.admit(load, machine.plan).prefill_tokens == MAX_TOKENS
+
+
+def test_a_prompt_in_a_hurry_brings_weights_home() -> None:
+    calm, hurried = (Machine(step_times(), tpot_s=4 * UNLOADED_S) for _ in range(2))
+    for machine, deadline_s in ((calm, 1e6), (hurried, 0.12)):
+        machine.waiting = [waiting(MAX_TOKENS, deadline_s)]
+        load = Load(now_s=0.0, decoding=(), waiting=machine.waiting, mean_kv_tokens=1)
+        for _ in range(8):
+            machine.controller.admit(load, machine.plan)
+            machine.plan = machine.controller.decide(StepShape.prefill(MAX_TOKENS), machine.plan).plan
+    assert hurried.plan.num_offloaded < calm.plan.num_offloaded
+
+
+def test_while_requests_wait_for_memory_steps_are_not_stretched_to_the_objective() -> None:
+    calm, busy = (Machine(step_times(), tpot_s=3 * UNLOADED_S) for _ in range(2))
+    busy.waiting = [waiting(100, 1000.0, fits=False)]
+    assert max(busy.run(40).durations_s[20:]) <= 1.2 * UNLOADED_S < min(calm.run(40).durations_s[20:])
+    assert 0 < busy.plan.num_offloaded < calm.plan.num_offloaded
+
+
+def test_what_is_guaranteed_holds_when_the_link_falls_to_it() -> None:
+    machine = Machine(step_times(), tpot_s=2 * UNLOADED_S)
+    machine.controller.link.guaranteed_bytes_per_s = LINK.bytes_per_s / 4
+    guaranteed = machine.controller.guaranteed_plan(machine.load())
+    machine.run(30)
+    assert machine.plan.num_offloaded > guaranteed.num_offloaded
+    machine.forget()
+    machine.link = quarter(LINK)
+    machine.run(30)
+    assert machine.plan.num_offloaded >= guaranteed.num_offloaded
+
+
+def test_a_request_that_is_late_already_hurries_nobody() -> None:
+    machine = Machine(step_times(), tpot_s=2 * UNLOADED_S)
+    load = Load(now_s=5.0, decoding=(), waiting=[waiting(64, 4.0)], mean_kv_tokens=1)
+    machine.controller.admit(load, machine.plan)
+    decision = machine.controller.decide(StepShape.prefill(64), machine.plan)
+    assert decision.limit_s == pytest.approx(PLANNED_SHARE * 1.0)
+
+
+def test_no_request_begins_that_would_make_the_batch_too_slow() -> None:
+    machine = Machine(step_times(), tpot_s=1.02 * UNLOADED_S / 0.92)
+    crowd = [Decoding(num_tokens=1, first_token_s=0.0, num_left=100, tpot_s=machine.tpot_s)] * (4 * BATCH)
+    load = Load(now_s=0.0, decoding=crowd, waiting=[waiting(16, 100.0)], mean_kv_tokens=LENGTH)
+    assert not machine.controller.admit(load, machine.plan).may_begin
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    decoding=st.lists(
+        st.builds(
+            Decoding,
+            num_tokens=st.integers(1, 500),
+            first_token_s=st.floats(0, 10),
+            num_left=st.integers(0, 500),
+            tpot_s=st.floats(1e-3, 1),
+        ),
+        max_size=40,
+    ),
+    queue=st.lists(st.builds(waiting, st.integers(0, 5000), st.floats(0, 30)), max_size=40),
+)
+def test_whatever_the_requests_are_the_controller_answers_within_its_limits(
+    decoding: list[Decoding], queue: list[Waiting]
+) -> None:
+    machine = Machine(step_times(), tpot_s=1.0)
+    load = Load(now_s=10.0, decoding=decoding, waiting=queue, mean_kv_tokens=100)
+    admission = machine.controller.admit(load, machine.plan)
+    assert 0 <= admission.prefill_tokens <= MAX_TOKENS
+    shape = StepShape.of([(max(1, admission.prefill_tokens), 0)], [100] * len(decoding))
+    plan = machine.controller.decide(shape, machine.plan).plan
+    assert 0 <= plan.num_offloaded <= NUM_UNITS
+
+
+# -- what is learned -----------------------------------------------------------------------------------------------
+
+
+def copies(count: int, bytes_per_s: float) -> LinkUsage:
+    return LinkUsage(copied_bytes=count * UNIT_BYTES, num_copies=count, busy_s=count * UNIT_BYTES / bytes_per_s)
+
+
+def test_one_slow_copy_is_not_believed_and_two_are() -> None:
+    estimate = LinkEstimate(LINK)
+    estimate.add(copies(1, LINK.bytes_per_s))
+    estimate.add(copies(1, LINK.bytes_per_s / 10))
+    assert estimate.link.bytes_per_s == LINK.bytes_per_s
+    estimate.add(copies(1, LINK.bytes_per_s / 5))
+    assert estimate.link.bytes_per_s == pytest.approx(LINK.bytes_per_s / 5)
+
+
+def test_a_share_from_the_coordinator_is_never_exceeded() -> None:
+    estimate = LinkEstimate(LINK)
+    estimate.share_bytes_per_s = LINK.bytes_per_s / 3
+    estimate.add(copies(10, LINK.bytes_per_s))
+    assert estimate.link.bytes_per_s == pytest.approx(LINK.bytes_per_s / 3)
+
+
+def test_an_estimate_without_traffic_drifts_back() -> None:
+    estimate = LinkEstimate(LINK)
+    estimate.add(copies(10, LINK.bytes_per_s / 10))
+    for _ in range(400):
+        estimate.add(copies(0, 1.0))
+    assert estimate.link.bytes_per_s == pytest.approx(LINK.bytes_per_s, rel=0.01)
+
+
+def test_one_odd_step_does_not_change_the_scale_of_compute() -> None:
+    scale = ComputeScale()
+    for _ in range(20):
+        scale.add(1.0)
+    scale.add(10.0)
+    assert scale.middle == scale.high == 1.0

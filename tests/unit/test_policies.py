@@ -1,0 +1,135 @@
+"""Policies: what each plans for the same step, and that ours is the best of all there are."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selectn_core.config import OffloadConfig
+from selectn_core.errors import ConfigError
+from selectn_core.latency import Link, StepCosts, predict_step_s
+from selectn_core.placement import best_placement, nearest_plan
+from selectn_core.policies import (
+    MOST_SLOTS,
+    Frontier,
+    Paper,
+    SelectN,
+    Situation,
+    every_unit_one_ahead,
+    last_of_every_group,
+    worst_case_share,
+)
+
+ALIKE = StepCosts(compute_s=(1.0,) * 12, unit_bytes=(100,) * 12, rest_s=1.0)
+
+costs_strategy = st.builds(
+    lambda compute, rest, size, n: StepCosts(compute_s=(compute,) * n, unit_bytes=(size,) * n, rest_s=rest),
+    st.floats(0.1, 10),
+    st.floats(0, 30),
+    st.integers(10, 1000),
+    st.integers(1, 10),
+)
+
+
+def situation(costs: StepCosts, bytes_per_s: float, stretch: float) -> Situation:
+    return Situation(costs=costs, link=Link(bytes_per_s=bytes_per_s), limit_s=stretch * costs.unloaded_s)
+
+
+@settings(max_examples=80, deadline=None)
+@given(costs=costs_strategy, bytes_per_s=st.floats(20, 2000), stretch=st.floats(1.0, 3.0))
+def test_select_n_frees_as_much_as_the_best_of_all_plans(costs: StepCosts, bytes_per_s: float, stretch: float) -> None:
+    asked = situation(costs, bytes_per_s, stretch)
+    plan = SelectN(Frontier(costs.unit_bytes)).choose(asked)
+    step_s = predict_step_s(costs, plan.offloaded, plan.num_slots, asked.link)
+    assert step_s <= asked.limit_s * 1.0001
+    freed = [
+        k - s
+        for k in range(1, len(costs.compute_s) + 1)
+        for s in range(1, MOST_SLOTS + 1)
+        for placed in [best_placement(k, s, costs, asked.link)]
+        if (s < k or s == 1) and predict_step_s(costs, placed.offloaded, s, asked.link) <= asked.limit_s
+    ]
+    assert plan.num_offloaded - plan.slots_used >= max(freed, default=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(costs=costs_strategy, bytes_per_s=st.floats(20, 2000), stretch=st.floats(1.0, 3.0))
+def test_select_n_has_at_least_as_much_on_the_host_as_the_paper(
+    costs: StepCosts, bytes_per_s: float, stretch: float
+) -> None:
+    asked = situation(costs, bytes_per_s, stretch)
+    frontier = Frontier(costs.unit_bytes)
+    ours, paper = SelectN(frontier).choose(asked), Paper(frontier).choose(asked)
+    assert ours.num_offloaded >= paper.num_offloaded
+    assert paper.num_slots == 1
+
+
+def test_the_paper_takes_the_smallest_integer_interval() -> None:
+    asked = situation(ALIKE, 50.0, 1.8)
+    plan = Paper(Frontier(ALIKE.unit_bytes)).choose(asked)
+    n = round(plan.interval)
+    assert plan.offloaded == tuple(range(n - 1, 12, n))
+    smaller = last_of_every_group(n - 1, 12)
+    assert predict_step_s(ALIKE, smaller.offloaded, 1, asked.link) > asked.limit_s
+
+
+def test_static_plans_for_a_bus_that_others_use_too() -> None:
+    link, limit_s = Link(bytes_per_s=100.0), 1.5 * ALIKE.unloaded_s
+    alone, shared = (worst_case_share(ALIKE, link, num_sharing, limit_s) for num_sharing in (1, 2))
+    assert 0 < shared.num_offloaded < alone.num_offloaded
+    worst = Link(bytes_per_s=50.0)
+    assert predict_step_s(ALIKE, shared.offloaded, shared.num_slots, worst) <= limit_s
+
+
+def test_the_fixed_ones_are_as_their_systems_have_them() -> None:
+    assert every_unit_one_ahead(6).num_offloaded == 6
+    assert every_unit_one_ahead(6).num_slots == 2
+    assert last_of_every_group(3, 7).offloaded == (2, 5)
+
+
+def test_a_range_is_kept_to() -> None:
+    frontier = Frontier(ALIKE.unit_bytes)
+    slow = Situation(costs=ALIKE, link=Link(bytes_per_s=1.0), limit_s=1.0, min_offloaded=5)
+    assert SelectN(frontier).choose(slow).num_offloaded == 5
+    fast = Situation(costs=ALIKE, link=Link(bytes_per_s=1e6), limit_s=1e9, max_offloaded=4)
+    assert SelectN(frontier).choose(fast).num_offloaded == 4
+
+
+def test_units_of_one_kind_compete_with_all() -> None:
+    """Small and large in turn, over a slow link: large ones alone free more than a large slot's worth of small ones."""
+    costs = StepCosts(compute_s=(1.0, 2.0) * 8, unit_bytes=(100, 300) * 8, rest_s=1.0)
+    large = tuple(range(1, 16, 2))
+    asked = situation(costs, 40.0, 1.2)
+    sizes = costs.unit_bytes
+
+    def freed(plan: object) -> int:
+        away = plan.offloaded  # type: ignore[attr-defined]
+        return sum(sizes[unit] for unit in away) - plan.slots_used * max((sizes[u] for u in away), default=0)  # type: ignore[attr-defined]
+
+    all_alone = SelectN(Frontier(sizes)).choose(asked)
+    competing = SelectN(Frontier(sizes, [large])).choose(asked)
+    assert freed(competing) >= freed(all_alone)
+
+
+@given(k=st.integers(0, 12), wanted=st.integers(0, 12))
+def test_the_nearest_plan_moves_no_more_units_than_it_must(k: int, wanted: int) -> None:
+    link = Link(bytes_per_s=100.0)
+    current, target = (best_placement(count, 2, ALIKE, link) for count in (k, wanted))
+    near = nearest_plan(current, target)
+    assert near.num_offloaded == wanted
+    assert len(set(current.offloaded) ^ set(near.offloaded)) == abs(k - wanted)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"policy": "selectn"}, "offload.policy='selectn' is not allowed: expected one of select-n, paper"),
+        ({"policy": "group"}, "offload.interval=None is not allowed"),
+        ({"interval": 3}, "offload.interval=3 is not allowed"),
+        ({"num_sharing": 0}, "offload.num_sharing=0 is not allowed: expected at least 1"),
+    ],
+)
+def test_a_wrong_policy_is_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OffloadConfig(**values)  # type: ignore[arg-type]

@@ -1,0 +1,146 @@
+"""Profiling a real engine on a tiny model, the record it gives, and the first start that makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from selectn_core.engine import Engine
+from selectn_core.errors import NotMeasured, RecordRefused
+from selectn_core.fingerprint import fingerprint_of
+from selectn_core.kv_geometry import BlockGeometry, KvGeometry
+from selectn_core.profiler import Extent, coarse_grid, fine_grid, profile
+from selectn_core.record import PerformanceRecord
+from selectn_core.record_cache import performance_record, record_path
+from selectn_core.record_table import derived_table
+from selectn_core.steps import StepShape
+from tests.tiny_models import tiny_model
+from tests.unit.engines import engine_config, generate, greedy, make_prompts
+
+BUDGET_S = 3.0
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def engine(cache: Path) -> Iterator[Engine]:
+    engine = Engine(tiny_model(), engine_config("auto"))
+    yield engine
+    engine.close()
+
+
+def test_a_profile_covers_what_the_engine_can_meet_and_leaves_it_as_it_was(engine: Engine) -> None:
+    plan, seen = engine.target_plan, []
+    record = profile(engine, budget_s=BUDGET_S, max_length=128, on_progress=lambda share, what: seen.append(share))
+    assert seen == sorted(seen)
+    assert engine.target_plan == plan
+    assert engine.steps.num_steps == 0
+    engine.batching.check_integrity()
+    times, batch = record.step_times(), engine.config.batch
+    for shape in (StepShape.decode(batch.max_requests, 16), StepShape.prefill(batch.max_batch_tokens)):
+        assert times.conservative(shape).unloaded_s >= max(s.low_s for s in record.steps if shape.covers(s.shape))
+    with pytest.raises(NotMeasured):
+        times.conservative(StepShape.decode(batch.max_requests + 1, 16))
+    assert all(step.low_s <= step.high_s and step.num_samples >= 1 for step in record.steps)
+    assert record.link.bytes_per_s > 0
+    assert [copy.num_bytes for copy in record.link.copies] == sorted(copy.num_bytes for copy in record.link.copies)
+
+
+def test_a_record_survives_its_file(engine: Engine, tmp_path: Path) -> None:
+    record = profile(engine, budget_s=BUDGET_S, max_length=64)
+    record = record.with_table(derived_table(record, engine.device.capacity_bytes))
+    record.save(tmp_path / "record.yaml")
+    loaded = PerformanceRecord.load(tmp_path / "record.yaml")
+    assert loaded.fingerprint == record.fingerprint
+    assert loaded.unit_bytes == record.unit_bytes
+    assert loaded.memory == record.memory
+    assert loaded.table == record.table
+    assert len(record.table) > 0
+    shape = StepShape.decode(2, 20)
+    assert loaded.step_times().expected_s(shape) == pytest.approx(record.step_times().expected_s(shape), rel=0.02)
+    assert list(tmp_path.glob(".record*")) == []
+
+
+def test_an_incomplete_record_is_gone_on_with(engine: Engine) -> None:
+    first = profile(engine, budget_s=0.01, max_length=64)
+    assert not first.is_complete
+    again = profile(engine, budget_s=BUDGET_S, max_length=64, earlier=first)
+    assert again.steps[: len(first.steps)] == first.steps
+    assert len(again.steps) > len(first.steps)
+    assert again.link == first.link
+
+
+def test_the_first_start_measures_and_the_second_finds_the_record(engine: Engine) -> None:
+    record = performance_record(engine, budget_s=BUDGET_S)
+    assert record_path(fingerprint_of(engine)).exists()
+    assert performance_record(engine, budget_s=0.0).created == record.created
+
+
+def test_a_record_of_something_else_is_refused_with_what_differs(engine: Engine) -> None:
+    record = profile(engine, budget_s=0.01, max_length=64)
+    other = replace(record, fingerprint=replace(record.fingerprint, dtype="bfloat16", max_requests=99))
+    with pytest.raises(
+        RecordRefused, match=r"(?s)dtype: the record has 'bfloat16', running is 'float32'.*max_requests"
+    ):
+        engine.steer(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "selectn profile"),
+        ("version: 0\n", "version=0 is not allowed: expected 1"),
+        ("- a list\n", "version=None is not allowed"),
+        ("version: 1\nfingerprint: {}\n", "is damaged"),
+        ("version: [1\n", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_record_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "record.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecordRefused, match=message):
+        PerformanceRecord.load(path)
+
+
+def test_a_damaged_record_in_the_cache_is_measured_again(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    path = record_path(fingerprint_of(engine))
+    path.parent.mkdir(parents=True)
+    path.write_text("version: 7\n")
+    record = performance_record(engine, budget_s=0.01)
+    assert PerformanceRecord.load(path).steps
+    assert record.steps
+    assert "measuring again" in caplog.text
+
+
+@pytest.mark.parametrize("policy", ["select-n", "paper", "static", "all", "none"])
+def test_tokens_do_not_depend_on_the_policy(cache: Path, policy: str) -> None:
+    prompts = make_prompts()
+    config = engine_config("auto")
+    config = replace(config, offload=replace(config.offload, policy=policy))
+    engine = Engine(tiny_model(), config)
+    engine.steer(performance_record(engine, budget_s=BUDGET_S))
+    with engine:
+        # One after the other: what joins a step depends on measured times, and batches must be equal.
+        tokens = [engine.submit(prompt, greedy()).result() for prompt in prompts]
+    alone = [generate("llama", engine_config(0), prompts=[prompt])[0] for prompt in prompts]
+    assert tokens == alone
+
+
+def test_the_grid_has_its_corners_and_nothing_beyond() -> None:
+    extent = Extent(max_tokens=64, max_requests=8, max_length=256, kv_tokens=1024)
+    geometry = KvGeometry(
+        sector_bytes=1024, types=(BlockGeometry(page_size=16, blocks_per_sector=1, sliding_window=None),)
+    )
+    shapes = [each for each in [*coarse_grid(extent), *fine_grid(extent)] if extent.fits(each, geometry, 64)]
+    assert len(set(coarse_grid(extent))) == len(coarse_grid(extent))
+    assert max(len(each) for each in shapes) == 8
+    assert max(sum(tokens for tokens, _ in each) for each in shapes) == 64
+    assert all(sum(request) <= 256 for each in shapes for request in each)

@@ -1,0 +1,69 @@
+"""Step times of any shape: near what was measured, and never promised below it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selectn_core.errors import NotMeasured
+from selectn_core.latency import Link, StepCosts
+from selectn_core.step_times import StepTimes, while_copying
+from selectn_core.steps import StepShape
+from tests.unit.controlled import NUM_UNITS, UNIT_BYTES, grid, measured, rest_s, step_times, unit_s
+
+SHAPES = st.one_of(
+    st.builds(StepShape.decode, st.integers(1, 8), st.integers(1, 512)),
+    st.builds(StepShape.prefill, st.integers(1, 128), st.integers(0, 256)),
+)
+
+
+def true_s(shape: StepShape) -> float:
+    return rest_s(shape) + NUM_UNITS * unit_s(shape)
+
+
+@given(shape=SHAPES)
+def test_expected_times_are_near_those_of_the_machine(shape: StepShape) -> None:
+    assert step_times().expected_s(shape) == pytest.approx(true_s(shape), rel=0.1)
+
+
+@given(shape=SHAPES)
+def test_nothing_is_promised_below_what_the_machine_takes(shape: StepShape) -> None:
+    assert step_times().conservative(shape).unloaded_s >= true_s(shape)
+
+
+@settings(max_examples=40)
+@given(shape=SHAPES, other=SHAPES)
+def test_a_larger_step_is_never_promised_to_be_faster(shape: StepShape, other: StepShape) -> None:
+    times = step_times()
+    if shape.covers(other):
+        assert times.conservative(shape).unloaded_s >= times.conservative(other).unloaded_s
+
+
+@given(held_out=st.sampled_from(grid()))
+def test_a_measured_step_that_is_held_out_is_not_promised_below_its_own_measurement(held_out: StepShape) -> None:
+    others = tuple(measured(shape) for shape in grid() if shape != held_out)
+    times = StepTimes(others, [0] * NUM_UNITS, [UNIT_BYTES] * NUM_UNITS)
+    step = measured(held_out)
+    try:
+        promised_s = times.conservative(held_out).unloaded_s
+    except NotMeasured:
+        return  # a corner of the grid: nothing covers it
+    assert promised_s >= step.low_s
+
+
+def test_outside_of_the_grid_nothing_is_promised() -> None:
+    with pytest.raises(NotMeasured, match="selectn profile"):
+        step_times().conservative(StepShape.decode(9, 1))
+
+
+def test_the_parts_add_up() -> None:
+    times, shape = step_times(), StepShape.decode(3, 77)
+    assert times.expected(shape).unloaded_s == pytest.approx(times.expected_s(shape))
+
+
+def test_a_busy_link_slows_compute_by_its_share_of_the_time() -> None:
+    costs = StepCosts(compute_s=(1.0, 1.0), unit_bytes=(10, 10))
+    assert while_copying(costs, 10, Link(bytes_per_s=10.0), 0.4).unloaded_s == pytest.approx(2 * 1.2)
+    assert while_copying(costs, 1000, Link(bytes_per_s=10.0), 0.4).unloaded_s == pytest.approx(2 * 1.4)
+    assert while_copying(costs, 0, Link(bytes_per_s=10.0), 0.4) is costs
