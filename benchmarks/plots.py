@@ -63,6 +63,43 @@ def plot_capacity(rows: list[dict[str, Any]], objective_ms: float, path: Path) -
     plt.close(figure)
 
 
+def plot_enumeration(samples: list[dict[str, Any]], path: Path) -> None:
+    """Layers freed against copy over compute time for three sizes, and how far even placement is from T_bound."""
+    freed = [s for s in samples if s["what"] == "freed" and s["rest"] == 0]
+    bound = [s for s in samples if s["what"] == "bound"]
+    sizes = [n for n in (32, 40, 80) if any(s["num_layers"] == n for s in freed)]
+    figure, panels = plt.subplots(1, len(sizes) + 1, figsize=(4 * len(sizes) + 4, 3.6))
+    lines = (
+        ("paper", "paper: integer N, one slot", "tab:grey", "s-"),
+        ("any_k_one_slot", "any k, one slot", "tab:orange", "^-"),
+        ("best_slots", "any k, best S", "tab:blue", "o-"),
+        ("blocks", "blocks, best S", "tab:green", "d--"),
+    )
+    for panel, size in zip(panels, sizes, strict=False):
+        mine = [s for s in freed if s["num_layers"] == size]
+        for key, label, color, style in lines:
+            panel.plot([s["copy_ratio"] for s in mine], [s[key] for s in mine], style, color=color, label=label, ms=4)
+        panel.set(title=f"L = {size}", xscale="log", ylim=(0, None), xlabel="r = copy / compute of a layer")
+    panels[0].set_ylabel("layers freed, step <= 1.1 x unloaded")
+    panels[0].legend(fontsize=7)
+    for rest, style in ((0.0, "-"), (4.0, "--")):
+        for slots, color in ((1, "tab:grey"), (2, "tab:blue"), (3, "tab:green")):
+            mine = [s for s in bound if (s["rest"], s["num_slots"]) == (rest, slots)]
+            label = f"S = {slots}, R = {rest:g} layers"
+            panels[-1].plot(
+                [s["copy_ratio"] for s in mine], [s["worst"] for s in mine], style, color=color, label=label
+            )
+    panels[-1].set(title="worst step over T_bound, every L and k", xscale="log", xlabel="r")
+    panels[-1].legend(fontsize=7)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    figure.suptitle("Even placement by the recurrence (modelled)", fontsize=10)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def plot_bandwidth_step(samples: list[dict[str, Any]], path: Path) -> None:
     """Every step's duration against TPOT, and the layers offloaded, while a second process takes half of the bus."""
     figure, panels = plt.subplots(len(samples), 1, figsize=(10, 2.6 * len(samples)), squeeze=False, sharex=True)

@@ -15,6 +15,7 @@ from selectn_core.errors import ConfigError, Infeasible
 if TYPE_CHECKING:
     from selectn_core.plan_question import Largest, Planner, Workload
     from selectn_core.plan_search import PlanRange
+    from selectn_core.record import PerformanceRecord
 
 EXIT_OK, EXIT_INFEASIBLE = 0, 3
 _GIB = 1 << 30
@@ -47,7 +48,7 @@ def register(commands: Any) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="a performance record; one per granularity of units",
+        help="a performance record, one per granularity of units (default: the only one in the cache)",
     )
     parser.add_argument("--tpot-ms", type=float, metavar="MS", help="time per output token at most")
     parser.add_argument("--ttft-ms", type=float, metavar="MS", help="time to first token at most, once it is its turn")
@@ -79,8 +80,9 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answers the question. Raises SelectNError for whatever the user can put right."""
     _check(args)
-    planner, provenance, default_chunk = _planner(args)
-    workload = _workload(args, default_chunk)
+    records = _records(args)
+    planner = _planner(args, records)
+    workload = _workload(args, records[0].fingerprint.max_batch_tokens)
     try:
         answer = _answer(args, planner, workload)
     except Infeasible as error:
@@ -89,14 +91,12 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"not feasible: {error}")
         return EXIT_INFEASIBLE
-    answer = {"feasible": True, "provenance": provenance, **answer}
-    print(json.dumps(_finite(answer), indent=2) if args.json else _table(answer, workload))
+    answer = {"feasible": True, "provenance": records[0].provenance, "notes": _notes(records), **answer}
+    print(json.dumps(_finite(answer), indent=2) if args.json else _table(answer))
     return EXIT_OK
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not args.record:
-        raise ConfigError("--record is missing: run `selectn profile` to make a performance record of this machine")
     for name in ("tpot_ms", "ttft_ms", "batch", "seq", "prompt", "chunk", "device_gib", "host_gib", "link_gbps"):
         value = getattr(args, name)
         require(value is None or value > 0, f"--{name.replace('_', '-')}", value, "more than 0")
@@ -104,20 +104,43 @@ def _check(args: argparse.Namespace) -> None:
     require(1 <= args.max_slots <= MAX_SLOTS, "--max-slots", args.max_slots, f"1 to {MAX_SLOTS}")
 
 
-def _planner(args: argparse.Namespace) -> tuple[Planner, str, int]:
-    """The planner, what its times are worth, and the tokens of a step that the record was measured with."""
-    from selectn_core.plan_question import planner_of  # late, as the imports of every command: `--help` needs none
-    from selectn_core.record import PerformanceRecord
+def _records(args: argparse.Namespace) -> list[PerformanceRecord]:
+    from selectn_core.record import PerformanceRecord  # late, as the imports of every command: `--help` needs none
 
-    records = [PerformanceRecord.load(path) for path in args.record]
-    planner = planner_of(
+    return [PerformanceRecord.load(path) for path in args.record or [_only_cached_record()]]
+
+
+def _planner(args: argparse.Namespace, records: list[PerformanceRecord]) -> Planner:
+    from selectn_core.plan_question import planner_of
+
+    return planner_of(
         records,
         device_bytes=_gib(args.device_gib),
         host_bytes=_gib(args.host_gib),
         bytes_per_s=None if args.link_gbps is None else args.link_gbps * 1e9,
         max_slots=args.max_slots,
     )
-    return planner, records[0].provenance, records[0].fingerprint.max_batch_tokens
+
+
+def _notes(records: list[PerformanceRecord]) -> list[str]:
+    """What a reader must know that no number shows."""
+    notes = []
+    if not all(record.is_complete for record in records):
+        notes.append("profiling was cut short: run `selectn profile` again for tighter times")
+    if any(record.memory.workspace.step_bytes == 0 for record in records):
+        notes.append("what activations take was not measured, as device.memory_gib was not set: leave room for them")
+    return notes
+
+
+def _only_cached_record() -> Path:
+    from selectn_core.record_cache import cached_records
+
+    paths = cached_records()
+    if len(paths) == 1:
+        return paths[0]
+    if not paths:
+        raise ConfigError("there is no performance record of this machine yet: run `selectn profile` to make one")
+    raise ConfigError("there are several performance records; choose with --record:\n  " + "\n  ".join(map(str, paths)))
 
 
 def _workload(args: argparse.Namespace, default_chunk: int) -> Workload:
@@ -138,19 +161,24 @@ def _answer(args: argparse.Namespace, planner: Planner, workload: Workload) -> d
     from selectn_core.plan_question import TPOT, TTFT
 
     if args.largest_batch:
-        return _largest("batch", planner.largest_batch(workload), planner)
+        return _largest("batch", planner.largest_batch(workload), planner, workload)
     if args.longest_input:
-        return _largest("seq", planner.longest_input(workload), planner)
+        return _largest("seq", planner.longest_input(workload), planner, workload)
     if args.tightest:
         names = [TPOT] if args.ttft_ms is None else [TPOT, TTFT]
         found = {name: planner.tightest(workload, name) for name in names}
         limits_ms = {f"tightest_{name.lower()}_ms": limit_s * 1e3 for name, (limit_s, _) in found.items()}
-        return {**limits_ms, **_plan(found[TPOT][1], planner)}
-    return _plan(planner.plan(workload), planner)
+        return {**limits_ms, **_asked(workload), **_plan(found[TPOT][1], planner)}
+    return {**_asked(workload), **_plan(planner.plan(workload), planner)}
 
 
-def _largest(name: str, found: Largest, planner: Planner) -> dict[str, Any]:
-    return {f"largest_{name}": found.value, "stopped_by": found.stopped_by, **_plan(found.plan, planner)}
+def _largest(name: str, found: Largest, planner: Planner, workload: Workload) -> dict[str, Any]:
+    asked = {**_asked(workload), name: found.value}
+    return {f"largest_{name}": found.value, "stopped_by": found.stopped_by, **asked, **_plan(found.plan, planner)}
+
+
+def _asked(workload: Workload) -> dict[str, Any]:
+    return {"batch": workload.batch, "seq": workload.length}
 
 
 def _plan(found: PlanRange, planner: Planner) -> dict[str, Any]:
@@ -185,7 +213,7 @@ def _plan(found: PlanRange, planner: Planner) -> dict[str, Any]:
     }
 
 
-def _table(answer: dict[str, Any], workload: Workload) -> str:
+def _table(answer: dict[str, Any]) -> str:
     """The answer for people; bytes in MiB, times in milliseconds."""
     rows: list[tuple[str, str]] = []
     for key, what in (("largest_batch", "largest batch"), ("largest_seq", "longest input")):
@@ -207,14 +235,19 @@ def _table(answer: dict[str, Any], workload: Workload) -> str:
         ("host memory for weights", _mib(answer["host_bytes"])),
     ]
     for each in answer["predictions"]:
-        limit = f" of {each['limit_ms']:.2f} (headroom {each['headroom_ms']:.2f})" if each["limit_ms"] < 1e12 else ""
+        limit = (
+            f" of {each['limit_ms']:.2f} (headroom {max(0.0, each['headroom_ms']):.2f})"
+            if each["limit_ms"] < 1e12
+            else ""
+        )
         rows.append((f"predicted {each['objective']}", f"{each['predicted_ms']:.2f}{limit} ms"))
     rows.append(("link", f"{answer['link_bytes_per_s'] / 1e9:.2f} GB/s"))
     rows.append(("smallest device", _mib(answer["smallest_device_bytes"])))
     rows += [(f"device: {owner.removesuffix('_bytes')}", _mib(count)) for owner, count in answer["device"].items()]
     width = max(len(name) for name, _ in rows)
-    title = f"{workload.batch} requests of {workload.length} tokens; times: {answer['provenance']}, at worst"
-    return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
+    title = f"{answer['batch']} requests of {answer['seq']} tokens; times: {answer['provenance']}, at worst"
+    notes = [f"note: {note}" for note in answer["notes"]]
+    return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows), *notes])
 
 
 def _changes(error: Infeasible) -> list[dict[str, Any]]:

@@ -22,7 +22,16 @@ logger = logging.getLogger(__name__)
 
 def record_path(fingerprint: Fingerprint) -> Path:
     """The file of the record with this fingerprint."""
-    return cache_directory() / "records" / f"{fingerprint.model_type}-{fingerprint.key()}.yaml"
+    return _directory() / f"{fingerprint.model_type}-{fingerprint.key()}.yaml"
+
+
+def cached_records() -> list[Path]:
+    """The files of all records in the cache."""
+    return sorted(_directory().glob("*.yaml"))
+
+
+def _directory() -> Path:
+    return cache_directory() / "records"
 
 
 def earlier_record(path: Path, fingerprint: Fingerprint, *, strict: bool = False) -> PerformanceRecord | None:

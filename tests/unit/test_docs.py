@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from benchmarks.enumerate_intervals import markdown_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -36,3 +39,12 @@ def test_the_readmes_make_targets_exist() -> None:
     targets = set(re.findall(r"`?make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert {"demo", "test"} <= targets
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+
+
+def test_the_tables_of_the_algorithm_are_those_of_the_committed_result() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "enumerate_intervals.json").read_text(encoding="utf-8"))
+    assert results["provenance"] == "modelled"
+    assert not results["quick"]
+    algorithm = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    for part in markdown_tables(results["samples"]).strip().split("\n\n"):
+        assert part in algorithm

@@ -14,7 +14,7 @@ from selectn_core.errors import Infeasible
 from selectn_core.latency import Link, StepCosts, predict_step_s
 from selectn_core.memory_model import MemoryModel, kv_of_tokens
 from selectn_core.placement import place_by_index, place_evenly
-from selectn_core.plan_candidates import Objective, UnitSet
+from selectn_core.plan_candidates import Objective, Pace, UnitSet, bound_s, candidates_of, predicted_s
 from selectn_core.plan_search import COMPUTE, DEVICE_MEMORY, HOST_MEMORY, LINK, PlanRange, least_limit_s, search
 from selectn_core.step_times import scaled, while_copying
 from selectn_core.workspace import Workspace
@@ -234,6 +234,26 @@ def test_more_of_anything_never_frees_less(case, data) -> None:
     except Infeasible:
         return
     assert more.search().device_bytes <= before.device_bytes
+
+
+@given(cases())
+def test_what_the_bound_rules_out_is_too_slow(case) -> None:
+    pace = Pace(link=replace(case.link, copy_s=0.5), slowdown=case.slowdown)
+    for units in case.unit_sets:
+        for candidate in candidates_of(units):
+            for objective in units.objectives:
+                assert bound_s(objective, candidate, pace) <= predicted_s(objective, candidate, pace) * (1 + 1e-9)
+
+
+def test_of_plans_alike_in_memory_the_fastest_is_taken() -> None:
+    """Three of six layers through one slot: even gaps are faster than those of the other placement."""
+    costs = StepCosts(compute_s=(1.0,) * 6, unit_bytes=(1024,) * 6)
+    memory = MemoryModel(resident_bytes=0, kv=kv_of_tokens(16), workspace=Workspace(), max_slots=1)
+    objective = Objective(name="TPOT", limit_s=1.2 * costs.unloaded_s, steps=(costs,))
+    found = search([UnitSet(name="layers", objectives=(objective,), memory=memory)], Link(bytes_per_s=1024.0))
+    slower = predict_step_s(costs, place_evenly(3, costs), 1, Link(bytes_per_s=1024.0))
+    assert found.predictions[0].predicted_s < slower <= objective.limit_s
+    assert found.plan.offloaded == place_by_index(3, 6)
 
 
 def is_feasible(case: Case) -> bool:
