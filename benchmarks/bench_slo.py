@@ -8,7 +8,8 @@ objective with the whole bus, by its own record: more than fits a device memory 
 Reported per policy and objective: the share of all offered requests that meet both objectives, tokens/s, bytes only in
 host memory (weighted by time), use of the link; for Select-N also the error of the predicted step times, what the
 controller costs, and how many steps were too long after the bandwidth fell. TTFT's objective is what a queue of a few
-requests takes. `static` plans for its bus shared by two replicas, both copying.
+requests takes. Two replicas share the bus: `static` plans for both copying, and no policy lets more requests begin than
+fit what half of the bus frees. Select-N's units are attention and MLP blocks, the others' are layers.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,6 +36,7 @@ from selectn_core.device.bus import Bus
 from selectn_core.engine import Engine
 from selectn_core.kv_geometry import KvGeometry
 from selectn_core.latency import Link
+from selectn_core.memory_model import MemoryModel
 from selectn_core.policies import Frontier, SelectN, Situation
 from selectn_core.record import PerformanceRecord
 from selectn_core.record_cache import measured_record
@@ -44,6 +47,7 @@ PROMPT_TOKENS, NEW_TOKENS = 96, 40
 MAX_REQUESTS = 12
 HELD_REQUESTS = 2  # what the KV cache holds with every layer resident
 PAGE_SIZE = 16
+ROOMY_GIB = 1.5
 LINK_GB_PER_S = 0.5
 LOAD_SHARE = 0.7
 TTFT_STEPS = 25  # the TTFT objective in TPOT objectives
@@ -83,12 +87,14 @@ def main() -> int:
     bus_name = f"bench-slo-{uuid.uuid4().hex[:8]}"
     samples = []
     try:
-        record = _record(arguments.model, bus_name, 15.0 if arguments.quick else 60.0)
-        print(record.link.slowdown, record.link.link)
-        cells = [_cell(record, multiple) for multiple in multiples]
+        budget_s = 15.0 if arguments.quick else 50.0
+        records = {unit: _record(arguments.model, bus_name, unit, budget_s) for unit in ("layer", "block")}
+        memory_gib = _device_bytes(records["layer"]) / 2**30
+        cells = [_cell(records["layer"], multiple) for multiple in multiples]
         runs = [(cell, policy) for cell in cells for policy in policies]
         for cell, policy in tqdm(runs, desc="runs"):
-            samples.append(_serve(arguments.model, bus_name, record, cell, policy, seconds))
+            config = partial(_config, arguments.model, bus_name, policy=policy, memory_gib=memory_gib)
+            samples.append(_serve(config, records[_unit(policy)], cell, policy, seconds))
     finally:
         Bus.unlink(bus_name)
     _print(samples)
@@ -99,32 +105,37 @@ def main() -> int:
     return finish(arguments, "emulated", samples, _checks(samples))
 
 
-def _config(source: str, bus_name: str, policy: str, slo: SloConfig) -> EngineConfig:
-    per_request = -(-(PROMPT_TOKENS + NEW_TOKENS) // PAGE_SIZE) * PAGE_SIZE
+def _unit(policy: str) -> str:
+    """Blocks are Select-N's; the others know layers."""
+    return "block" if policy == "select-n" else "layer"
+
+
+def _config(source: str, bus_name: str, *, policy: str, unit: str, memory_gib: float, slo: SloConfig) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(source=source),
-        # Without memory_gib an emulated device is as large as the resident model and `kv_tokens` take.
-        device=DeviceConfig(kind="emulated", link_gb_per_s=LINK_GB_PER_S, bus=bus_name),
+        device=DeviceConfig(kind="emulated", link_gb_per_s=LINK_GB_PER_S, bus=bus_name, memory_gib=memory_gib),
         batch=BatchConfig(
             max_requests=MAX_REQUESTS,
             max_waiting=4096,
             page_size=PAGE_SIZE,
-            kv_tokens=per_request * HELD_REQUESTS,
+            kv_tokens=PROMPT_TOKENS + NEW_TOKENS,
             prefix_sharing=False,
         ),
         offload=OffloadConfig(
             policy=policy,
-            num_sharing=NUM_SHARING if policy == "static" else 1,
+            unit=unit,
+            num_sharing=NUM_SHARING,
             interval=GROUP_INTERVAL if policy == "group" else None,
         ),
         slo=slo,
     )
 
 
-def _record(source: str, bus_name: str, budget_s: float) -> PerformanceRecord:
-    engine = Engine.unsteered(_config(source, bus_name, "select-n", SloConfig()))
+def _record(source: str, bus_name: str, unit: str, budget_s: float) -> PerformanceRecord:
+    config = _config(source, bus_name, policy="select-n", unit=unit, memory_gib=ROOMY_GIB, slo=SloConfig())
+    engine = Engine.unsteered(config)
     try:
-        with tqdm(total=100, desc="profiling", unit="%") as bar:
+        with tqdm(total=100, desc=f"profiling {unit}s", unit="%") as bar:
             return measured_record(
                 engine,
                 budget_s=budget_s,
@@ -133,6 +144,19 @@ def _record(source: str, bus_name: str, budget_s: float) -> PerformanceRecord:
             )
     finally:
         engine.close()
+
+
+def _device_bytes(record: PerformanceRecord) -> int:
+    """The device that holds every layer, and the KV cache of `HELD_REQUESTS`."""
+    memory = record.memory
+    model = MemoryModel(
+        resident_bytes=memory.resident_bytes,
+        kv=memory.geometry,
+        workspace=memory.workspace,
+        num_reserved_sectors=memory.num_reserved_sectors,
+    )
+    kv_sectors = HELD_REQUESTS * memory.geometry.sectors_for_request(PROMPT_TOKENS + NEW_TOKENS)
+    return model.device_bytes_for(sum(model.unit_sectors(record.unit_bytes)) + kv_sectors)
 
 
 # -- the load ----------------------------------------------------------------------------------------------------
@@ -217,11 +241,11 @@ class _Other:
 
 
 def _serve(
-    source: str, bus_name: str, record: PerformanceRecord, cell: Cell, policy: str, seconds: float
+    config: Callable[..., EngineConfig], record: PerformanceRecord, cell: Cell, policy: str, seconds: float
 ) -> dict[str, Any]:
     slo = SloConfig(ttft_ms=cell.ttft_s * 1e3, tpot_ms=cell.tpot_s * 1e3)
-    engine = Engine.unsteered(_config(source, bus_name, policy, slo))
-    other = _Other(bus_name)
+    engine = Engine.unsteered(config(unit=_unit(policy), slo=slo))
+    other = _Other(str(engine.config.device.bus))
     try:
         engine.steer(record)
         with engine:

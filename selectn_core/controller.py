@@ -34,6 +34,8 @@ _SMALLEST_CHUNK = 16
 _CHUNK_SHARE = 0.85
 # While requests wait for memory, what a step may take at most in unloaded steps: they need speed, not more memory.
 _BUSY_STRETCH = 1.1
+# For so many steps after the last one that waited: more are likely to follow, and moving weights costs steps.
+_BUSY_STEPS = 24
 _RAISE_AFTER_STEPS = 4
 _TOLERANCE = 0.02
 # Steps longer than this many objectives are reason to take memory from running requests.
@@ -43,6 +45,8 @@ _COPIES_TO_BELIEVE = 4
 # Shares of the way to a higher bandwidth: when it was seen, and per step in which nothing was copied.
 _UPWARD, _DRIFT = 0.5, 0.02
 _GOOD_SHARE = 0.98
+# Of a guaranteed share, what arrives while others use theirs.
+_SHARED_EFFICIENCY = 0.9
 _FEWEST_COPIED = 2
 
 
@@ -133,7 +137,7 @@ class Controller:
         self._tpot_s, self._limit_s, self._prefill_s_per_token = math.inf, math.inf, math.inf
         self._planned = StepShape.decode(1, 1)
         self._guaranteed: OffloadPlan | None = None
-        self._is_busy = False
+        self._busy_steps = 0
         self._may_raise = 0
         self._last_usage: LinkUsage | None = None
         self._remembered = Remembered()
@@ -150,7 +154,7 @@ class Controller:
         limits_s = [_limit_s(each, load.now_s, unloaded_s) for each in load.decoding]
         self._limit_s = min([PLANNED_SHARE * self._tpot_s, *limits_s])
         self._prefill_s_per_token = _prefill_pace(load)
-        self._is_busy = any(not each.fits for each in load.waiting)
+        self._busy_steps = _BUSY_STEPS if any(not each.fits for each in load.waiting) else max(0, self._busy_steps - 1)
         tokens = self._chunk(load)
         may_begin = not batch or self._unloaded_s(StepShape.decode(batch + 1, load.mean_kv_tokens)) <= self._limit_s
         self._planned = decode
@@ -221,7 +225,7 @@ class Controller:
         if prefill_tokens and self._prefill_s_per_token < math.inf:
             planned_tokens = max(1, self._planned.num_tokens - self._planned.num_decodes)
             limit_s = min(limit_s, max(planned_tokens, prefill_tokens) * self._prefill_s_per_token)
-        if self._is_busy and self._guaranteed is not None:
+        if self._busy_steps and self._guaranteed is not None:
             # Not below what the memory of those who run needs.
             fast_s = max(
                 _BUSY_STRETCH * self._unloaded_s(self._planned), self._predict(self._planned, self._guaranteed)
@@ -251,16 +255,16 @@ class Controller:
         """Between the plan that holds and the one that is wanted: no moving to and fro for a hair's breadth."""
         if not self.policy.adapts:
             return wanted
-        if wanted.num_offloaded < current.num_offloaded:  # weights come home: over the link, so only if they must
+        is_too_long = self._predict(shape, current) > limit_s * (1 + _TOLERANCE)
+        if wanted.num_offloaded <= current.num_offloaded:
             self._may_raise = 0
-            if self._predict(shape, current) <= limit_s * (1 + _TOLERANCE):
+            # Weights come home over the link, and slots take memory: only if they must.
+            if not is_too_long and wanted.num_slots >= current.num_slots:
                 return current
-        elif wanted.num_offloaded > current.num_offloaded:
+        else:
             self._may_raise += 1
-            if self._may_raise < _RAISE_AFTER_STEPS and not self._is_busy:
+            if self._may_raise < _RAISE_AFTER_STEPS:
                 return current
-        elif wanted.num_slots >= current.num_slots:
-            return current
         return self._with_few_moves(shape, current, wanted, limit_s)
 
     def _with_few_moves(
@@ -333,8 +337,10 @@ class LinkEstimate:
 
     @property
     def guaranteed(self) -> Link:
-        """What will be there whatever others do."""
-        return Link(bytes_per_s=self.guaranteed_bytes_per_s, copy_s=self.nominal.copy_s)
+        """What will be there whatever others do, less what sharing costs."""
+        is_shared = self.guaranteed_bytes_per_s < self.nominal.bytes_per_s
+        share = _SHARED_EFFICIENCY if is_shared else 1.0
+        return Link(bytes_per_s=share * self.guaranteed_bytes_per_s, copy_s=self.nominal.copy_s)
 
     def add(self, usage: LinkUsage) -> None:
         """Takes in the copies of one step."""
