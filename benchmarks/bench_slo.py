@@ -3,7 +3,7 @@
 The device holds the resident model and the KV cache of two requests. For each objective (TPOT as a multiple of the
 unloaded step of a full batch, from tight to loose) requests arrive at random (Poisson), and half-way a second process
 takes half of the bus and leaves again. The load is a share of what Select-N should be able to serve within the
-objective with the whole bus, by its own record: more than fits a device memory of which less is freed.
+objective, by its own record: more than fits a device memory of which less is freed.
 
 Reported per policy and objective: the share of all offered requests that meet both objectives, tokens/s, bytes only in
 host memory (weighted by time), use of the link; for Select-N also the error of the predicted step times, what the
@@ -41,15 +41,16 @@ from selectn_core.policies import Frontier, SelectN, Situation
 from selectn_core.record import PerformanceRecord
 from selectn_core.record_cache import measured_record
 from selectn_core.sampling import SamplingParams
+from selectn_core.steering import unit_sets
 from selectn_core.steps import StepRecord, StepShape
 
-PROMPT_TOKENS, NEW_TOKENS = 96, 40
-MAX_REQUESTS = 12
+PROMPT_TOKENS, NEW_TOKENS = 32, 48
+MAX_REQUESTS = 24
 HELD_REQUESTS = 2  # what the KV cache holds with every layer resident
 PAGE_SIZE = 16
 ROOMY_GIB = 1.5
 LINK_GB_PER_S = 0.5
-LOAD_SHARE = 0.7
+LOAD_SHARE = 0.85
 TTFT_STEPS = 25  # the TTFT objective in TPOT objectives
 NUM_SHARING = 2
 GROUP_INTERVAL = 6
@@ -90,7 +91,7 @@ def main() -> int:
         budget_s = 15.0 if arguments.quick else 50.0
         records = {unit: _record(arguments.model, bus_name, unit, budget_s) for unit in ("layer", "block")}
         memory_gib = _device_bytes(records["layer"]) / 2**30
-        cells = [_cell(records["layer"], multiple) for multiple in multiples]
+        cells = [_cell(records["block"], multiple) for multiple in multiples]
         runs = [(cell, policy) for cell in cells for policy in policies]
         for cell, policy in tqdm(runs, desc="runs"):
             config = partial(_config, arguments.model, bus_name, policy=policy, memory_gib=memory_gib)
@@ -169,29 +170,23 @@ def _cell(record: PerformanceRecord, multiple: float) -> Cell:
 
 
 def _capacity(record: PerformanceRecord, tpot_s: float) -> float:
-    """Requests per second that Select-N can serve: its batch within the objective, prefill included (modelled)."""
+    """Requests per second that Select-N can serve with the whole bus, out of what half of it frees (modelled)."""
     times, link = record.step_times(), record.link.link
-    limit_s = PLANNED_SHARE * tpot_s
-    best = 0.0
+    policy = SelectN(Frontier(record.unit_bytes, unit_sets(record)))
+    half = Link(bytes_per_s=link.bytes_per_s / NUM_SHARING, copy_s=link.copy_s)
+    limit_s, best = PLANNED_SHARE * tpot_s, 1 / (NEW_TOKENS * tpot_s)
     for batch in range(1, MAX_REQUESTS + 1):
-        shape = StepShape.decode(batch, PROMPT_TOKENS + NEW_TOKENS // 2)
-        freed = _freed_bytes(record, times.expected(shape), link, limit_s)
-        if freed is None or _needed_bytes(record.memory.geometry, batch) > freed:
-            break
+        costs = times.expected(StepShape.decode(batch, PROMPT_TOKENS + NEW_TOKENS // 2))
+        plan = policy.choose(Situation(costs=costs, link=half, limit_s=limit_s))
+        copied = [record.unit_bytes[unit] for unit in plan.offloaded]
+        freed_bytes = sum(copied) - plan.slots_used * max(copied, default=0)
         # In its NEW_TOKENS steps a batch takes in as many prompts as it has requests: so much of each step is prefill.
         prefill_s = times.expected_s(StepShape.prefill(PROMPT_TOKENS)) * batch / NEW_TOKENS
-        if times.expected_s(shape) + prefill_s > limit_s:
+        step_s = max(costs.unloaded_s + prefill_s, sum(copied) / link.bytes_per_s)
+        if _needed_bytes(record.memory.geometry, batch) > freed_bytes or step_s > limit_s:
             break
-        best = batch / (NEW_TOKENS * max(limit_s, times.expected_s(shape) + prefill_s))
-    return best or 1 / (NEW_TOKENS * tpot_s)
-
-
-def _freed_bytes(record: PerformanceRecord, costs: Any, link: Link, limit_s: float) -> int | None:
-    policy = SelectN(Frontier(record.unit_bytes))
-    if costs.unloaded_s > limit_s:
-        return None
-    plan = policy.choose(Situation(costs=costs, link=link, limit_s=limit_s))
-    return (plan.num_offloaded - plan.slots_used) * record.unit_bytes[0]
+        best = batch / (NEW_TOKENS * step_s)
+    return best
 
 
 def _needed_bytes(geometry: KvGeometry, batch: int) -> int:

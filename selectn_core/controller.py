@@ -46,7 +46,7 @@ _COPIES_TO_BELIEVE = 4
 _UPWARD, _DRIFT = 0.5, 0.02
 _GOOD_SHARE = 0.98
 # Of a guaranteed share, what arrives while others use theirs.
-_SHARED_EFFICIENCY = 0.9
+_SHARED_EFFICIENCY = 0.95
 _FEWEST_COPIED = 2
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 _MAX_WARM_UP_STEPS = 64
 _SAME_STATE_S = 1e-12
@@ -38,7 +39,7 @@ class StepCosts:
         if len(self.compute_s) != len(self.unit_bytes):
             raise ValueError(f"{len(self.compute_s)} compute times for {len(self.unit_bytes)} units")
 
-    @property
+    @cached_property
     def unloaded_s(self) -> float:
         """The step's time with every unit resident: R + sum c_l."""
         return self.rest_s + sum(self.compute_s)

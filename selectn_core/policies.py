@@ -110,13 +110,14 @@ class Frontier:
         high = self.num_units if situation.max_offloaded is None else situation.max_offloaded
         costs, link, limit_s = situation.costs, situation.link, situation.limit_s
         key, unit_s = alike(costs, link), costs.compute_s[0]
-        allowed = [c for c in candidates if low <= c.num_offloaded <= high]
-        for candidate in allowed if costs.unloaded_s <= limit_s else ():
-            if candidate.freed_bytes / link.bytes_per_s > limit_s:
-                continue  # T_bound rules it out: at least so much is copied
-            ratio, plan = self._remembered.get((candidate, key), partial(self._step, candidate, costs, link))
+        most_bytes = limit_s * link.bytes_per_s  # T_bound: at least what is freed is copied
+        for candidate in candidates if costs.unloaded_s <= limit_s else ():
+            if candidate.freed_bytes > most_bytes or not low <= candidate.num_offloaded <= high:
+                continue
+            ratio, plan = self._remembered.get((id(candidate), key), partial(self._step, candidate, costs, link))
             if ratio * unit_s <= limit_s:
                 return plan
+        allowed = [c for c in candidates if low <= c.num_offloaded <= high]
         fewest = min(allowed, key=lambda c: (c.num_offloaded, -c.freed_bytes), default=self.every_plan[0])
         return self._step(fewest, costs, link)[1]
 
@@ -132,7 +133,7 @@ class Frontier:
         return best_placement(candidate.num_offloaded, candidate.num_slots, costs, link, among=candidate.among)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Candidate:
     """k of the units in `among` through S slots: evenly placed, or of every `interval` units the last.
 

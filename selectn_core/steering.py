@@ -127,7 +127,7 @@ def make_policy(engine: Engine, times: StepTimes, record: PerformanceRecord, obj
     """The configured policy for this engine."""
     num_units, config = len(engine.units), engine.config.offload
     makers: dict[str, Callable[[], Policy]] = {
-        "select-n": lambda: SelectN(Frontier(record.unit_bytes, _sets(record))),
+        "select-n": lambda: SelectN(Frontier(record.unit_bytes, unit_sets(record))),
         "paper": lambda: Paper(Frontier(record.unit_bytes)),
         "static": lambda: Fixed("static", _static_plan(engine, times, record, objectives)),
         "group": lambda: Fixed("group", last_of_every_group(config.interval or num_units, num_units)),
@@ -147,7 +147,7 @@ def _static_plan(engine: Engine, times: StepTimes, record: PerformanceRecord, ob
     return plan if plan.num_offloaded >= least.num_offloaded else least
 
 
-def _sets(record: PerformanceRecord) -> list[tuple[int, ...]]:
+def unit_sets(record: PerformanceRecord) -> list[tuple[int, ...]]:
     """The sets of units that a plan may be confined to, beside all of them."""
     names = [record.kinds[kind].name for kind in record.unit_kinds]
     return [among for among in offloadable_sets(names, record.fingerprint.unit).values() if among is not None]

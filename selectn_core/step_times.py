@@ -11,6 +11,7 @@ from scipy.optimize import nnls
 
 from selectn_core.errors import NotMeasured
 from selectn_core.latency import Link, StepCosts
+from selectn_core.remembered import Remembered
 from selectn_core.steps import StepShape
 
 
@@ -48,17 +49,20 @@ class StepTimes:
         self._num_of_kind = [self._unit_kinds.count(kind) for kind in range(len(steps[0].kind_s))]
         self._knots = sorted({step.shape.num_tokens for step in steps})
         self._coefficients = self._fit()  # [num_features, num_kinds + 1]
+        self._known = Remembered()
         self._promised_s = [self._worst_covered_s(step.shape) for step in self.steps]
 
     def expected(self, shape: StepShape) -> StepCosts:
         """What a step of this shape probably costs; beyond the grid, the fit goes on as a straight line."""
+        return self._known.get(shape, lambda: self._expected(shape))
+
+    def _expected(self, shape: StepShape) -> StepCosts:
         times = self._features(shape) @ self._coefficients
         return self._costs(times[:-1].tolist(), float(times[-1]))
 
     def expected_s(self, shape: StepShape) -> float:
-        """Seconds of the whole step with every unit resident, as `expected`, without the parts."""
-        times = self._features(shape) @ self._coefficients
-        return float(times[-1]) + sum(n * float(t) for n, t in zip(self._num_of_kind, times[:-1], strict=True))
+        """Seconds of the whole step with every unit resident, as `expected`."""
+        return self.expected(shape).unloaded_s
 
     def conservative(self, shape: StepShape) -> StepCosts:
         """The costs of the cheapest measured step that covers `shape`, at the worst of all that it covers itself.
