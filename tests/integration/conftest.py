@@ -34,6 +34,7 @@ def application(name: str, route_prefix: str, source: str, **args: Any) -> dict[
             "model": {"source": source, "served_name": MODEL, "dtype": "float32"},
             "device": {"kind": "emulated", "link_gb_per_s": SLOW_LINK_GB_PER_S, "compute_threads": 1},
             "offload": {"num_offloaded": 0},
+            "slo": {"ttft_ms": 4000, "tpot_ms": 400, "tightest": 0.5},
             "shutdown_grace_s": 1,
             **args,
         },

@@ -104,6 +104,13 @@ def test_the_wire_format_of_a_stream(http):
     assert json.loads(lines[-2][6:])["choices"][0]["delta"] == {}
 
 
+def test_a_request_may_name_its_own_objectives(client):
+    answer = client.completions.create(
+        model=MODEL, prompt="one", max_tokens=3, extra_body={"slo": {"ttft_ms": 8000, "tpot_ms": 300}}
+    )
+    assert answer.usage.completion_tokens <= 3
+
+
 def test_health(http):
     response = http.get("/health")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
@@ -120,6 +127,8 @@ class TestErrors:
             ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
             ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
             ({"n": 2}, "n"),
+            ({"slo": {"tpot_ms": 1}}, "slo.tpot_ms"),
+            ({"slo": {"ttft_ms": -1}}, "slo.ttft_ms"),
         ],
     )
     @pytest.mark.parametrize("stream", [False, True])

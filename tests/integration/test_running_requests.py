@@ -112,10 +112,10 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(small_url, small_repl
         assert response.json()["error"]["type"] == "rate_limit_error"
 
 
-def test_user_config_moves_layers_without_a_restart(document, small_url, small_replica):
+def test_user_config_moves_layers_and_objectives_without_a_restart(document, small_url, small_replica):
     before = small_replica.snapshot.remote().result()
     changed = copy.deepcopy(document)
-    user_config = {"offload": {"num_offloaded": 3, "num_slots": 1}}
+    user_config = {"offload": {"num_offloaded": 3, "num_slots": 1}, "slo": {"ttft_ms": 1500, "tpot_ms": 150}}
     changed["applications"][1]["deployments"] = [{"name": REPLICA_NAME, "user_config": user_config}]
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(changed))
 
@@ -125,7 +125,10 @@ def test_user_config_moves_layers_without_a_restart(document, small_url, small_r
         return state["num_offloaded"], state["num_slots"]
 
     wait_until(lambda: plan_of_the_next_step() == (3, 1), 30, "the plan of user_config")
-    assert small_replica.snapshot.remote().result()["num_steps"] >= before["num_steps"] > 0
+    after = small_replica.snapshot.remote().result()
+    assert after["num_steps"] > before["num_steps"]
+    assert before["objectives"] == {"ttft_s": 4.0, "tpot_s": 0.4}
+    assert after["objectives"] == {"ttft_s": 1.5, "tpot_s": 0.15}
 
 
 def test_a_replica_that_dies_is_an_error_event_and_is_replaced(small_url, small_replica, urls):

@@ -23,7 +23,7 @@ def _empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("command", [[], ["serve"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["profile"], ["plan"]])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([*command, "--help"])
@@ -134,3 +134,16 @@ def test_base_urls_are_ones_a_client_can_use():
     application = {"name": "a", "import_path": "deployments.app:build_app", "route_prefix": "/llm"}
     document = {"http_options": {"host": "0.0.0.0", "port": 81}, "applications": [application]}
     assert base_urls(document) == ["http://127.0.0.1:81/llm"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget-s", "0"], "--budget-s=0.0 is not allowed: expected more than 0"),
+        (["--max-length", "1"], "--max-length=1 is not allowed: expected at least 16"),
+        (["--model", "./nowhere"], "no such directory"),
+    ],
+)
+def test_a_profile_that_cannot_be_made_is_a_short_error(options, message, capsys):
+    assert main(["profile", *options]) == 2
+    assert message in capsys.readouterr().err
