@@ -44,7 +44,7 @@ from selectn_core.resident import ResidentWeights, resident_tensors
 from selectn_core.sampling import SamplingParams
 from selectn_core.self_test import check_model, refusing
 from selectn_core.shared_model import load_on_host
-from selectn_core.steering import Steering
+from selectn_core.steering import LinkShare, Steering
 from selectn_core.steps import StepLog, StepShape
 from selectn_core.transformers_cb import Callbacks, ContinuousBatching, GenerationOutput, KvPages, kv_geometry
 from selectn_core.units import find_units
@@ -82,6 +82,7 @@ class Engine:
         self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
         self.steering: Steering | None = None
         self._record: PerformanceRecord | None = None
+        self._link_share: LinkShare | None = None
         self._handles: dict[str, RequestHandle] = {}
         self._lock = threading.Lock()
         self._state = "loaded"  # loaded -> running -> closed, or failed
@@ -154,6 +155,8 @@ class Engine:
         record.require(fingerprint_of(self))
         self._record = record
         self.steering = Steering(self, record)
+        if self._link_share is not None:
+            self.steering.set_link_share(self._link_share)
 
     @property
     def objectives(self) -> Objectives | None:
@@ -165,6 +168,12 @@ class Engine:
         self.config = replace(self.config, slo=slo)
         if self.steering is not None:
             self.steering.set_objectives(slo)
+
+    def set_link_share(self, share: LinkShare) -> None:
+        """What this replica may use of its host bus from the next step on, whoever steers; any thread."""
+        self._link_share = share
+        if self.steering is not None:
+            self.steering.set_link_share(share)
 
     def resume_policy(self) -> None:
         """Lets the policy decide again after a plan by hand, if there has been one."""

@@ -25,6 +25,7 @@ from selectn_core.placement import OffloadPlan, best_placement, place_integer_in
 from selectn_core.remembered import Remembered, alike
 
 MOST_SLOTS = 4
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ class Frontier:
         """The first of `candidates` within the limit and the range; the one with the fewest in the range if none is."""
         low = situation.min_offloaded
         high = self.num_units if situation.max_offloaded is None else situation.max_offloaded
-        costs, link, limit_s = situation.costs, situation.link, situation.limit_s
+        costs, link, limit_s = situation.costs, situation.link, situation.limit_s * (1 + _ROUNDING)
         key, unit_s = alike(costs, link), costs.compute_s[0]
         most_bytes = limit_s * link.bytes_per_s  # T_bound: at least what is freed is copied
         for candidate in candidates if costs.unloaded_s <= limit_s else ():

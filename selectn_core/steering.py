@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from selectn_core.config import SloConfig
@@ -35,6 +35,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinkShare:
+    """This replica's share of its bus: what it may use now, what will be there whatever happens, and units at most."""
+
+    bytes_per_s: float
+    guaranteed_bytes_per_s: float
+    max_offloaded: int
+
+
 class Steering:
     """An engine's online stage. Its methods are called on the generation thread, in the order of a step."""
 
@@ -59,6 +68,13 @@ class Steering:
         """Aims at other objectives from the next step on; what was learned of the machine stays."""
         self.objectives = resolve_objectives(slo, self._times, self._engine.config.batch)
         self.controller.policy = make_policy(self._engine, self._times, self.record, self.objectives)
+
+    def set_link_share(self, share: LinkShare) -> None:
+        """What the bus's coordinator allows from the next step on."""
+        controller = self.controller
+        controller.link.share_bytes_per_s = share.bytes_per_s
+        controller.link.guaranteed_bytes_per_s = min(share.guaranteed_bytes_per_s, controller.link.nominal.bytes_per_s)
+        controller.max_offloaded = max(share.max_offloaded, controller.min_offloaded)
 
     def admit(self, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]) -> bool:
         """Looks at every request; whether one that has no KV yet may begin."""

@@ -18,6 +18,7 @@ from selectn_core.objectives import (
     resolve_objectives,
 )
 from selectn_core.record_cache import performance_record
+from selectn_core.steering import LinkShare
 from selectn_core.steps import StepShape
 from tests.tiny_models import tiny_model
 from tests.unit.controlled import step_times
@@ -97,6 +98,22 @@ def test_a_plan_by_hand_rests_the_policy_until_it_is_resumed(tmp_path: Path, mon
         engine.resume_policy()
         assert engine.steering is not None
         assert len(engine.submit(make_prompts()[0], greedy()).result()) > 0
+
+
+def test_a_share_of_the_bus_bounds_what_is_offloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
+    engine = Engine(tiny_model(), engine_config("auto"))
+    engine.set_link_share(LinkShare(bytes_per_s=1e12, guaranteed_bytes_per_s=1e12, max_offloaded=2))
+    engine.steer(performance_record(engine, budget_s=2.0))
+    assert engine.steering is not None
+    engine.set_objectives(SloConfig(ttft_ms=60_000.0, tpot_ms=60_000.0))
+    with engine:
+        for prompt in make_prompts():
+            engine.submit(prompt, greedy(24)).result()
+        assert max(record.num_offloaded for record in engine.steps.records) == 2
+        engine.set_link_share(LinkShare(bytes_per_s=1e12, guaranteed_bytes_per_s=1e12, max_offloaded=5))
+        engine.submit(make_prompts()[0], greedy(24)).result()
+        assert engine.steps.records[-1].num_offloaded > 2
 
 
 def test_a_request_with_objectives_needs_a_server_that_has_some() -> None:
