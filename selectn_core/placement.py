@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selectn_core.latency import Link, StepCosts, predict_step_s
@@ -82,13 +82,21 @@ def best_placement(
     num_offloaded: int, num_slots: int, costs: StepCosts, link: Link, *, among: Sequence[int] | None = None
 ) -> OffloadPlan:
     """The faster of even spacing in time and by index, by the recurrence; ties go to time."""
+    return timed_placement(num_offloaded, num_slots, costs, link, among=among)[1]
+
+
+def timed_placement(
+    num_offloaded: int, num_slots: int, costs: StepCosts, link: Link, *, among: Sequence[int] | None = None
+) -> tuple[float, OffloadPlan]:
+    """The predicted step in seconds of `best_placement`, and the plan."""
     num_units = len(costs.compute_s)
-    candidates: Iterable[tuple[int, ...]] = [
+    candidates = (
         place_evenly(num_offloaded, costs, among=among),
         place_by_index(num_offloaded, num_units, among=among),
-    ]
-    offloaded = min(candidates, key=lambda units: predict_step_s(costs, units, num_slots, link))
-    return OffloadPlan(offloaded=offloaded, num_slots=num_slots, num_units=num_units)
+    )
+    timed = [(predict_step_s(costs, units, num_slots, link), units) for units in dict.fromkeys(candidates)]
+    step_s, offloaded = min(timed, key=lambda each: each[0])
+    return step_s, OffloadPlan(offloaded=offloaded, num_slots=num_slots, num_units=num_units)
 
 
 def best_slots(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from selectn_core.latency import Link, StepCosts, predict_step_s
-from selectn_core.placement import OffloadPlan, best_placement, place_integer_interval
+from selectn_core.placement import OffloadPlan, place_integer_interval, timed_placement
 from selectn_core.remembered import Remembered, alike
 
 MOST_SLOTS = 4
@@ -124,14 +124,15 @@ class Frontier:
 
     def _step(self, candidate: _Candidate, costs: StepCosts, link: Link) -> tuple[float, OffloadPlan]:
         """The step's time in first units' times, and the plan."""
-        plan = self._plan(candidate, costs, link)
-        return predict_step_s(costs, plan.offloaded, plan.num_slots, link) / costs.compute_s[0], plan
-
-    def _plan(self, candidate: _Candidate, costs: StepCosts, link: Link) -> OffloadPlan:
-        if candidate.interval is not None:
+        if candidate.interval is None:
+            step_s, plan = timed_placement(
+                candidate.num_offloaded, candidate.num_slots, costs, link, among=candidate.among
+            )
+        else:
             chosen = place_integer_interval(candidate.interval, self.num_units)
-            return OffloadPlan(offloaded=chosen, num_slots=candidate.num_slots, num_units=self.num_units)
-        return best_placement(candidate.num_offloaded, candidate.num_slots, costs, link, among=candidate.among)
+            plan = OffloadPlan(offloaded=chosen, num_slots=candidate.num_slots, num_units=self.num_units)
+            step_s = predict_step_s(costs, chosen, plan.num_slots, link)
+        return step_s / costs.compute_s[0], plan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -187,9 +188,12 @@ def worst_case_share(costs: StepCosts, link: Link, num_sharing: int, limit_s: fl
     """FlexGen's share as arXiv 2502.08182 adapted it: fixed offline, for the worst bandwidth there may be.
 
     That is a bus which `num_sharing` replicas use, all of them copying. `costs` are those of the largest decode step.
-    Of the plans whose step meets `limit_s` so, through one slot or two (the next layer is fetched while one computes),
-    the one that frees most.
+    The most layers whose step meets `limit_s` so; the next one is fetched while one computes, which takes two slots.
     """
-    worst = Link(bytes_per_s=link.bytes_per_s / num_sharing, copy_s=link.copy_s)
-    frontier = Frontier(costs.unit_bytes, max_slots=2)
-    return frontier.largest(Situation(costs=costs, link=worst, limit_s=limit_s), frontier.every_plan)
+    worst, num_units = Link(bytes_per_s=link.bytes_per_s / num_sharing, copy_s=link.copy_s), len(costs.compute_s)
+    best = OffloadPlan(offloaded=(), num_slots=1, num_units=num_units)
+    for k in range(1, num_units + 1):
+        step_s, plan = timed_placement(k, min(2, k), costs, worst)
+        if step_s <= limit_s:
+            best = plan
+    return best
