@@ -137,6 +137,7 @@ class Controller:
         self._tpot_s, self._limit_s, self._prefill_s_per_token = math.inf, math.inf, math.inf
         self._planned = StepShape.decode(1, 1)
         self._guaranteed: OffloadPlan | None = None
+        self._guaranteed_for: object = None
         self._busy_steps = 0
         self._may_raise = 0
         self._last_usage: LinkUsage | None = None
@@ -148,7 +149,8 @@ class Controller:
         """What may join the next step, while `plan` holds."""
         began_s = time.perf_counter()
         batch = len(load.decoding)
-        decode = StepShape.decode(max(1, batch), load.mean_kv_tokens)
+        kv_tokens = _rounded_up(load.mean_kv_tokens)
+        decode = StepShape.decode(max(1, batch), kv_tokens)
         unloaded_s = self._unloaded_s(decode)
         self._tpot_s = load.tightest_tpot_s
         limits_s = [_limit_s(each, load.now_s, unloaded_s) for each in load.decoding]
@@ -156,10 +158,10 @@ class Controller:
         self._prefill_s_per_token = _prefill_pace(load)
         self._busy_steps = _BUSY_STEPS if any(not each.fits for each in load.waiting) else max(0, self._busy_steps - 1)
         tokens = self._chunk(load)
-        may_begin = not batch or self._unloaded_s(StepShape.decode(batch + 1, load.mean_kv_tokens)) <= self._limit_s
+        may_begin = not batch or self._unloaded_s(StepShape.decode(batch + 1, kv_tokens)) <= self._limit_s
         self._planned = decode
         if tokens and batch:
-            self._planned = StepShape.of([(tokens, 0)], [load.mean_kv_tokens] * batch)
+            self._planned = StepShape.of([(_rounded_up(tokens), 0)], [kv_tokens] * batch)
         self.spent_s += time.perf_counter() - began_s
         return Admission(prefill_tokens=tokens, may_begin=may_begin)
 
@@ -184,19 +186,20 @@ class Controller:
         Whatever more is offloaded while the link is better can come home at any moment, over a link that has just
         become slow, without taking memory from anybody.
         """
-        shape = StepShape.decode(len(load.decoding) + 1, load.mean_kv_tokens)
-        costs = scaled(self.times.expected(shape), self._scales[True].high)
-        limit_s = PLANNED_SHARE * load.tightest_tpot_s
-        costs = scaled(costs, 1 + self._slowdown)
-        self._guaranteed = self.policy.choose(
-            Situation(
-                costs=costs,
-                link=self.link.guaranteed,
+        shape = StepShape.decode(len(load.decoding) + 1, _rounded_up(load.mean_kv_tokens))
+        scale = round((1 + self._slowdown) * self._scales[True].high, 2)
+        limit_s, link = PLANNED_SHARE * load.tightest_tpot_s, self.link.guaranteed
+        asked = (shape, scale, limit_s, link, self.min_offloaded, self.max_offloaded, self.policy)
+        if asked != self._guaranteed_for:
+            situation = Situation(
+                costs=scaled(self.times.expected(shape), scale),
+                link=link,
                 limit_s=limit_s,
                 min_offloaded=self.min_offloaded,
                 max_offloaded=self.max_offloaded,
             )
-        )
+            self._guaranteed, self._guaranteed_for = self.policy.choose(situation), asked
+        assert self._guaranteed is not None
         return self._guaranteed
 
     # -- before the step ----------------------------------------------------------------------------------------
@@ -383,6 +386,12 @@ class ComputeScale:
         ordered = sorted(self._recent)
         self.middle = ordered[len(ordered) // 2]
         self.high = ordered[len(ordered) * 4 // 5]
+
+
+def _rounded_up(num_tokens: int) -> int:
+    """To a sixteenth or so: the keys of a batch grow with every step, and nothing hangs on one."""
+    unit = max(16, 1 << max(0, num_tokens.bit_length() - 4))
+    return -(-num_tokens // unit) * unit
 
 
 def _limit_s(request: Decoding, now_s: float, unloaded_s: float) -> float:
