@@ -125,6 +125,14 @@ class _Walk:
         self.costs, self.offloaded, self.link = costs, tuple(offloaded), link
         self.num_slots = min(num_slots, len(self.offloaded))
         self.is_offloaded = set(self.offloaded)
+        # For each offloaded unit, in order: compute of the resident ones before it, and its own. Then what follows.
+        self.stretches: list[tuple[float, float]] = []
+        before = 0
+        for unit in self.offloaded:
+            self.stretches.append((sum(costs.compute_s[before:unit]), costs.compute_s[unit]))
+            before = unit + 1
+        self.tail_s = sum(costs.compute_s[before:]) + costs.rest_s
+        self.copy_s = [link.seconds(costs.unit_bytes[unit]) for unit in self.offloaded]
         self.copies_every_step = len(self.offloaded) > self.num_slots
         self.clock_s = 0.0
         self.link_free_s = 0.0
@@ -144,6 +152,24 @@ class _Walk:
 
     def step(self) -> float:
         """Advances by one step and returns its duration in seconds."""
+        return self._step_with_promotions() if self.home_copied_s else self._steady_step()
+
+    def _steady_step(self) -> float:
+        """Only offloaded units can wait: the others are added up."""
+        start_s, clock_s, link_free_s = self.clock_s, self.clock_s, self.link_free_s
+        copied_s, copy_s, next_copy, num_offloaded = self.copied_s, self.copy_s, self.next_copy, len(self.offloaded)
+        for resident_s, compute_s in self.stretches:
+            clock_s = max(clock_s + resident_s, copied_s.popleft()) + compute_s
+            if self.copies_every_step:
+                link_free_s = max(link_free_s, clock_s) + copy_s[next_copy % num_offloaded]
+                copied_s.append(link_free_s)
+                next_copy += 1
+            else:
+                copied_s.append(clock_s)
+        self.clock_s, self.link_free_s, self.next_copy = clock_s + self.tail_s, link_free_s, next_copy
+        return self.clock_s - start_s
+
+    def _step_with_promotions(self) -> float:
         start_s = self.clock_s
         for unit, compute_s in enumerate(self.costs.compute_s):
             if unit in self.is_offloaded:
