@@ -18,6 +18,7 @@ import torch
 
 from selectn_core.accounts import account
 from selectn_core.arena import Arena, weight_sectors
+from selectn_core.attainment import Attainment
 from selectn_core.config import MAX_SLOTS, EngineConfig, SloConfig, require
 from selectn_core.device import Device, align_up, open_device, resolve_kind
 from selectn_core.errors import (
@@ -78,6 +79,7 @@ class Engine:
         self.model, self.tokenizer, self.model_name = loaded.model, loaded.tokenizer, loaded.name
         self.units = find_units(self.model, config.offload.unit)
         self.steps = StepLog()
+        self.attainment = Attainment(config.slo.percentile)
         # Called on the generation thread when a step is planned and has not begun: the iteration controller's place.
         self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
         self.steering: Steering | None = None
@@ -166,6 +168,7 @@ class Engine:
     def set_objectives(self, slo: SloConfig) -> None:
         """Changes the objectives from the next step on, for requests in flight too."""
         self.config = replace(self.config, slo=slo)
+        self.attainment = Attainment(slo.percentile)
         if self.steering is not None:
             self.steering.set_objectives(slo)
 
@@ -385,11 +388,14 @@ class Engine:
             handle.push(TokenEvent(token_ids=new))
             return
         self._forget(output.request_id)
+        objectives = handle.objectives or self.objectives
         if output.error is not None:
             handle.push(TokenEvent(token_ids=new, finish_reason="error", error=output.error))
         else:
             stopped = output.generated_tokens[-1] in handle.eos_ids
             handle.push(TokenEvent(token_ids=new, finish_reason="stop" if stopped else "length"))
+        if objectives is not None:
+            self.attainment.add(handle.timing, objectives)
 
     # -- interval -----------------------------------------------------------------------------------------------
 
@@ -586,6 +592,7 @@ class Engine:
             "link_busy_s": usage.busy_s,
             "stall_s": self.executor.stats.stall_s,
             "objectives": asdict(self.objectives) if self.objectives is not None else None,
+            "attainment": self.attainment.snapshot(),
             "steering": self.steering.snapshot() if self.steering is not None else None,
             "preemptions": self.batching.swap.num_preemptions,
             "preemptions_swapped": self.batching.swap.num_swapped,
