@@ -44,12 +44,12 @@ from selectn_core.sampling import SamplingParams
 from selectn_core.steering import unit_sets
 from selectn_core.steps import StepRecord, StepShape
 
-PROMPT_TOKENS, NEW_TOKENS = 32, 48
+PROMPT_TOKENS, NEW_TOKENS = 16, 32
 MAX_REQUESTS = 24
 HELD_REQUESTS = 2  # what the KV cache holds with every layer resident
 PAGE_SIZE = 16
 ROOMY_GIB = 1.5
-LINK_GB_PER_S = 0.5
+LINK_GB_PER_S = 0.4
 LOAD_SHARE = 0.85
 TTFT_STEPS = 25  # the TTFT objective in TPOT objectives
 NUM_SHARING = 2

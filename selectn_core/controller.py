@@ -37,7 +37,10 @@ _BUSY_STRETCH = 1.1
 # For so many steps after the last one that waited: more are likely to follow, and moving weights costs steps.
 _BUSY_STEPS = 24
 _RAISE_AFTER_STEPS = 4
-_TOLERANCE = 0.02
+# By how much a step may exceed its limit before weights come home for it (predictions are rounded to a few percent),
+# and by how much more must be freed before others move.
+_TOLERANCE, _GAIN = 0.06, 0.05
+_ROUNDING = 0.02
 # Steps longer than this many objectives are reason to take memory from running requests.
 _URGENT_SHARE = 1.25
 # Copies of one step that are believed without a second step; otherwise two steps must agree.
@@ -233,7 +236,7 @@ class Controller:
             fast_s = max(
                 _BUSY_STRETCH * self._unloaded_s(self._planned), self._predict(self._planned, self._guaranteed)
             )
-            limit_s = min(limit_s, fast_s * (1 + _TOLERANCE))
+            limit_s = min(limit_s, fast_s * (1 + _ROUNDING))
         return limit_s
 
     def _choose(self, shape: StepShape, current: OffloadPlan, limit_s: float) -> OffloadPlan:
@@ -258,17 +261,18 @@ class Controller:
         """Between the plan that holds and the one that is wanted: no moving to and fro for a hair's breadth."""
         if not self.policy.adapts:
             return wanted
-        is_too_long = self._predict(shape, current) > limit_s * (1 + _TOLERANCE)
-        if wanted.num_offloaded <= current.num_offloaded:
+        if self._predict(shape, current) > limit_s * (1 + _TOLERANCE):
             self._may_raise = 0
-            # Weights come home over the link, and slots take memory: only if they must.
-            if not is_too_long and wanted.num_slots >= current.num_slots:
-                return current
-        else:
-            self._may_raise += 1
+        else:  # weights come home over the link, and other ones go for a reason: neither is free
+            gains = self._freed_bytes(wanted) > (1 + _GAIN) * self._freed_bytes(current)
+            self._may_raise = self._may_raise + 1 if gains else 0
             if self._may_raise < _RAISE_AFTER_STEPS:
                 return current
         return self._with_few_moves(shape, current, wanted, limit_s)
+
+    def _freed_bytes(self, plan: OffloadPlan) -> int:
+        sizes = [self.times.unit_bytes[unit] for unit in plan.offloaded]
+        return sum(sizes) - plan.slots_used * max(sizes, default=0)
 
     def _with_few_moves(
         self, shape: StepShape, current: OffloadPlan, wanted: OffloadPlan, limit_s: float
@@ -286,8 +290,9 @@ class Controller:
         if self._last_usage is not None:
             self.link.add(usage.since(self._last_usage))
         self._last_usage = usage
-        expected_s = self.times.expected_s(record.shape)
-        self._scales[record.shape.is_decode_only].add((record.duration_s - record.stall_s) / expected_s)
+        costs = self.times.expected(record.shape)
+        costs = while_copying(costs, _bytes_copied(record), self.link.link, self._slowdown)
+        self._scales[record.shape.is_decode_only].add((record.duration_s - record.stall_s) / costs.unloaded_s)
         self.spent_s += time.perf_counter() - began_s
 
     # -- prediction ---------------------------------------------------------------------------------------------
@@ -428,6 +433,10 @@ def _chunks(most: int) -> list[int]:
     while sizes[-1] > _SMALLEST_CHUNK:
         sizes.append(max(_SMALLEST_CHUNK, sizes[-1] * 3 // 4))
     return sizes
+
+
+def _bytes_copied(record: StepRecord) -> int:
+    return record.offloaded_bytes if record.num_offloaded > record.num_slots else 0
 
 
 def _copied_bytes(costs: StepCosts, plan: OffloadPlan) -> int:

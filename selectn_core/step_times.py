@@ -45,7 +45,7 @@ class StepTimes:
         if not steps:
             raise NotMeasured("the performance record holds no steps: run `selectn profile`")
         self.steps = tuple(steps)
-        self._unit_kinds, self._unit_bytes = tuple(unit_kinds), tuple(unit_bytes)
+        self._unit_kinds, self.unit_bytes = tuple(unit_kinds), tuple(unit_bytes)
         self._num_of_kind = [self._unit_kinds.count(kind) for kind in range(len(steps[0].kind_s))]
         self._knots = sorted({step.shape.num_tokens for step in steps})
         self._coefficients = self._fit()  # [num_features, num_kinds + 1]
@@ -87,7 +87,7 @@ class StepTimes:
 
     def _costs(self, kind_s: Sequence[float], rest_s: float) -> StepCosts:
         return StepCosts(
-            compute_s=tuple(kind_s[kind] for kind in self._unit_kinds), unit_bytes=self._unit_bytes, rest_s=rest_s
+            compute_s=tuple(kind_s[kind] for kind in self._unit_kinds), unit_bytes=self.unit_bytes, rest_s=rest_s
         )
 
     def _median_s(self, step: MeasuredStep) -> float:
