@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selectn_core.errors import NotMeasured
 from selectn_core.latency import Link, StepCosts
-from selectn_core.step_times import StepTimes, while_copying
+from selectn_core.record import PerformanceRecord
+from selectn_core.step_times import MeasuredStep, StepTimes, while_copying
 from selectn_core.steps import StepShape
 from tests.unit.controlled import NUM_UNITS, UNIT_BYTES, grid, measured, rest_s, step_times, unit_s
 
@@ -67,3 +70,26 @@ def test_a_busy_link_slows_compute_by_its_share_of_the_time() -> None:
     assert while_copying(costs, 10, Link(bytes_per_s=10.0), 0.4).unloaded_s == pytest.approx(2 * 1.2)
     assert while_copying(costs, 1000, Link(bytes_per_s=10.0), 0.4).unloaded_s == pytest.approx(2 * 1.4)
     assert while_copying(costs, 0, Link(bytes_per_s=10.0), 0.4) is costs
+
+
+# A record of SmolLM2-135M as `selectn profile` wrote it on two shared CPU cores.
+REAL = PerformanceRecord.load(Path(__file__).parents[1] / "data" / "smollm2-135m.yaml")
+SPREAD = max((step.high_s - step.low_s) / step.low_s for step in REAL.steps)
+
+
+@pytest.mark.parametrize("held_out", REAL.steps, ids=lambda step: str(step.shape))
+def test_no_step_of_a_real_record_is_promised_too_short_by_the_others(held_out: MeasuredStep) -> None:
+    """By no more than the record's own spread."""
+    others = tuple(step for step in REAL.steps if step is not held_out)
+    times = StepTimes(others, REAL.unit_kinds, REAL.unit_bytes)
+    try:
+        promised_s = times.conservative(held_out.shape).unloaded_s
+    except NotMeasured:
+        return  # a corner of the grid: nothing covers it
+    measured_s = held_out.rest_s + sum(held_out.kind_s[kind] for kind in REAL.unit_kinds)
+    assert promised_s >= measured_s * (1 - SPREAD)
+
+
+def test_a_real_record_is_met_by_the_fit() -> None:
+    times = REAL.step_times()
+    assert times.median_error() < 0.1
