@@ -90,7 +90,7 @@ def main() -> int:
     try:
         budget_s = 15.0 if arguments.quick else 50.0
         records = {unit: _record(arguments.model, bus_name, unit, budget_s) for unit in ("layer", "block")}
-        memory_gib = _device_bytes(records["layer"]) / 2**30
+        memory_gib = _device_gib(arguments.model, bus_name, records["layer"])
         cells = [_cell(records["block"], multiple) for multiple in multiples]
         runs = [(cell, policy) for cell in cells for policy in policies]
         for cell, policy in tqdm(runs, desc="runs"):
@@ -147,8 +147,8 @@ def _record(source: str, bus_name: str, unit: str, budget_s: float) -> Performan
         engine.close()
 
 
-def _device_bytes(record: PerformanceRecord) -> int:
-    """The device that holds every layer, and the KV cache of `HELD_REQUESTS`."""
+def _device_gib(source: str, bus_name: str, record: PerformanceRecord) -> float:
+    """The device that holds every layer, and the KV cache of `HELD_REQUESTS`; what activations take depends on it."""
     memory = record.memory
     model = MemoryModel(
         resident_bytes=memory.resident_bytes,
@@ -157,7 +157,17 @@ def _device_bytes(record: PerformanceRecord) -> int:
         num_reserved_sectors=memory.num_reserved_sectors,
     )
     kv_sectors = HELD_REQUESTS * memory.geometry.sectors_for_request(PROMPT_TOKENS + NEW_TOKENS)
-    return model.device_bytes_for(sum(model.unit_sectors(record.unit_bytes)) + kv_sectors)
+    wanted = sum(model.unit_sectors(record.unit_bytes)) + kv_sectors
+    memory_gib = model.device_bytes_for(wanted) / 2**30
+    for _ in range(4):
+        config = _config(source, bus_name, policy="none", unit="layer", memory_gib=memory_gib, slo=SloConfig())
+        engine = Engine.unsteered(config)
+        missing, per_sector = wanted - engine.arena.num_sectors, engine.workspace.bytes_per_sector
+        engine.close()
+        if missing == 0:
+            break
+        memory_gib += missing * (memory.geometry.sector_bytes + per_sector) / 2**30
+    return memory_gib
 
 
 # -- the load ----------------------------------------------------------------------------------------------------

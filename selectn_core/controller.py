@@ -132,7 +132,7 @@ class Controller:
         """
         self.times, self.policy = times, policy
         self.link = LinkEstimate(link, guaranteed_share)
-        self.min_offloaded, self.max_offloaded = 0, None  # type: int, int | None
+        self.min_freed_bytes, self.max_offloaded_bytes = 0, None  # type: int, float | None
         self.is_feasible = True
         self.spent_s = 0.0
         self._slowdown, self._max_tokens = slowdown, max_tokens
@@ -192,14 +192,14 @@ class Controller:
         shape = StepShape.decode(len(load.decoding) + 1, _rounded_up(load.mean_kv_tokens))
         scale = round((1 + self._slowdown) * self._scales[True].high, 2)
         limit_s, link = PLANNED_SHARE * load.tightest_tpot_s, self.link.guaranteed
-        asked = (shape, scale, limit_s, link, self.min_offloaded, self.max_offloaded, self.policy)
+        asked = (shape, scale, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
         if asked != self._guaranteed_for:
             situation = Situation(
                 costs=scaled(self.times.expected(shape), scale),
                 link=link,
                 limit_s=limit_s,
-                min_offloaded=self.min_offloaded,
-                max_offloaded=self.max_offloaded,
+                min_freed_bytes=self.min_freed_bytes,
+                max_offloaded_bytes=self.max_offloaded_bytes,
             )
             self._guaranteed, self._guaranteed_for = self.policy.choose(situation), asked
         assert self._guaranteed is not None
@@ -231,11 +231,12 @@ class Controller:
         if prefill_tokens and self._prefill_s_per_token < math.inf:
             planned_tokens = max(1, self._planned.num_tokens - self._planned.num_decodes)
             limit_s = min(limit_s, max(planned_tokens, prefill_tokens) * self._prefill_s_per_token)
+        # Below this nothing is won by bringing weights home, and the link is busy with them meanwhile.
+        fastest_s = _BUSY_STRETCH * self._unloaded_s(self._planned)
+        limit_s = max(limit_s, min(fastest_s, PLANNED_SHARE * self._tpot_s))
         if self._busy_steps and self._guaranteed is not None:
             # Not below what the memory of those who run needs.
-            fast_s = max(
-                _BUSY_STRETCH * self._unloaded_s(self._planned), self._predict(self._planned, self._guaranteed)
-            )
+            fast_s = max(fastest_s, self._predict(self._planned, self._guaranteed))
             limit_s = min(limit_s, fast_s * (1 + _ROUNDING))
         return limit_s
 
@@ -245,17 +246,17 @@ class Controller:
                 costs=self._costs(shape, current, careful=True),
                 link=self.link.link,
                 limit_s=limit_s,
-                min_offloaded=self.min_offloaded,
-                max_offloaded=self._most_offloaded(current),
+                min_freed_bytes=self.min_freed_bytes,
+                max_offloaded_bytes=self._most_offloaded_bytes(current),
             )
         )
 
-    def _most_offloaded(self, current: OffloadPlan) -> int | None:
+    def _most_offloaded_bytes(self, current: OffloadPlan) -> float | None:
         """While nothing is copied the link is not known: then it is tried with two units before more depend on it."""
         if not self.link.is_stale or current.num_offloaded > _FEWEST_COPIED:
-            return self.max_offloaded
-        most = max(_FEWEST_COPIED, self.min_offloaded)
-        return most if self.max_offloaded is None else min(most, self.max_offloaded)
+            return self.max_offloaded_bytes
+        most = _FEWEST_COPIED * max(self.times.unit_bytes)
+        return most if self.max_offloaded_bytes is None else min(most, self.max_offloaded_bytes)
 
     def _settle(self, shape: StepShape, current: OffloadPlan, wanted: OffloadPlan, limit_s: float) -> OffloadPlan:
         """Between the plan that holds and the one that is wanted: no moving to and fro for a hair's breadth."""

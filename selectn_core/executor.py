@@ -216,31 +216,46 @@ class Executor(ABC):
         return plan
 
     def _change_to(self, plan: OffloadPlan) -> None:
+        kept = set(self._homes)
         try:
-            promoted = self._place(plan)
+            self._place(plan)
         except DeviceMemoryExceeded as error:
-            logger.info("device memory is in pieces, placing everything again: %s", error)
-            self._vacate(self._homes)
+            logger.info("device memory is in pieces, moving homes together: %s", error)
+            kept -= self._home_copied.keys()  # what has not arrived is fetched again, to where it is to be now
+            self._vacate(self._homes.keys() - kept)
             self._resize_slots(0, 0)
+            self._compact()
             # This cannot fail. The plan's bytes are available, as they were before the first try: the KV cache is in
             # use by as many sectors or fewer, whatever was taken from it. And what is free has no holes between homes
             # now, which fill it from its lowest place on.
-            promoted = self._place(plan)
+            self._place(plan)
+        promoted = sorted(self._homes.keys() - kept)
         self.plan = plan
         self.stats.num_plan_changes += 1
         self._start_plan(promoted)
         self._hook_units()
 
-    def _place(self, plan: OffloadPlan) -> list[int]:
-        """Gives every resident unit a home and no other; returns the units whose homes are new, still empty."""
+    def _place(self, plan: OffloadPlan) -> None:
+        """Gives every resident unit a home and no other; new ones are still empty."""
         resident = set(range(len(self.units))) - set(plan.offloaded)
         self._vacate(self._homes.keys() - resident)
         self._resize_slots(plan.slots_used, slot_bytes(self.units, plan))
-        promoted = sorted(resident - self._homes.keys())
-        for index in promoted:
-            unit = self.units[index]
-            self._homes[index] = self.memory.allocate(unit.num_bytes, f"the weights of {unit.name}")
-        return promoted
+        for index in sorted(resident - self._homes.keys()):
+            self._homes[index] = self._new_home(self.units[index])
+
+    def _new_home(self, unit: Unit) -> torch.Tensor:
+        return self.memory.allocate(unit.num_bytes, f"the weights of {unit.name}")
+
+    def _compact(self) -> None:
+        """Moves every home as low as it goes, on the device, so that what is free beside them is in one piece."""
+        self.device.synchronize()
+        for index in sorted(self._homes, key=lambda each: self._homes[each].data_ptr()):
+            unit, home = self.units[index], self._homes[index]
+            weights = home.clone()  # the new place may overlap the old one
+            self.memory.free(home)
+            self._homes[index] = self._new_home(unit)
+            self._homes[index].copy_(weights)
+            unit.bind(unit.views(self._homes[index]))
 
     @abstractmethod
     def _start_plan(self, promoted: Sequence[int]) -> None:

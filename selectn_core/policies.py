@@ -30,13 +30,16 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """One step to be planned: its costs, the link, the seconds it may take, and how many units may be offloaded."""
+    """One step to be planned: its costs, the link, the seconds it may take, and how much may and must be offloaded.
+
+    `min_freed_bytes` is what device memory lacks to hold every unit; `max_offloaded_bytes` None: as much as fits.
+    """
 
     costs: StepCosts
     link: Link
     limit_s: float
-    min_offloaded: int = 0
-    max_offloaded: int | None = None
+    min_freed_bytes: int = 0
+    max_offloaded_bytes: float | None = None
 
 
 class Policy(ABC):
@@ -94,7 +97,9 @@ class Frontier:
         self.num_units = len(unit_bytes)
         everything = tuple(range(self.num_units))
         self._remembered = Remembered()
-        nothing = _Candidate(among=everything, num_offloaded=0, num_slots=1, interval=None, freed_bytes=0)
+        nothing = _Candidate(
+            among=everything, num_offloaded=0, num_slots=1, interval=None, offloaded_bytes=0, freed_bytes=0
+        )
         self.integer_intervals = [*_integer_intervals(unit_bytes), nothing]
         even = [each for among in (everything, *sets) for each in _even(tuple(among), unit_bytes, max_slots)]
         # The most memory freed first; of equals those with most on the host.
@@ -107,20 +112,19 @@ class Frontier:
 
     def largest(self, situation: Situation, candidates: Sequence[_Candidate]) -> OffloadPlan:
         """The first of `candidates` within the limit and the range; the one with the fewest in the range if none is."""
-        low = situation.min_offloaded
-        high = self.num_units if situation.max_offloaded is None else situation.max_offloaded
+        low, high = situation.min_freed_bytes, situation.max_offloaded_bytes
         costs, link, limit_s = situation.costs, situation.link, situation.limit_s * (1 + _ROUNDING)
         key, unit_s = alike(costs, link), costs.compute_s[0]
         most_bytes = limit_s * link.bytes_per_s  # T_bound: at least what is freed is copied
         for candidate in candidates if costs.unloaded_s <= limit_s else ():
-            if candidate.freed_bytes > most_bytes or not low <= candidate.num_offloaded <= high:
+            if candidate.freed_bytes > most_bytes or not candidate.is_within(low, high):
                 continue
             ratio, plan = self._remembered.get((id(candidate), key), partial(self._step, candidate, costs, link))
             if ratio * unit_s <= limit_s:
                 return plan
-        allowed = [c for c in candidates if low <= c.num_offloaded <= high]
-        fewest = min(allowed, key=lambda c: (c.num_offloaded, -c.freed_bytes), default=self.every_plan[0])
-        return self._step(fewest, costs, link)[1]
+        # Nothing is fast enough: as little as memory allows.
+        allowed = [c for c in candidates if c.is_within(low, None)] or [candidates[0]]
+        return self._step(min(allowed, key=lambda c: (c.offloaded_bytes, -c.freed_bytes)), costs, link)[1]
 
     def _step(self, candidate: _Candidate, costs: StepCosts, link: Link) -> tuple[float, OffloadPlan]:
         """The step's time in first units' times, and the plan."""
@@ -139,21 +143,33 @@ class Frontier:
 class _Candidate:
     """k of the units in `among` through S slots: evenly placed, or of every `interval` units the last.
 
-    `freed_bytes` is what that frees where units of one set are alike; otherwise about as much.
+    The bytes are exact where units of one set are alike; otherwise averages.
     """
 
     among: tuple[int, ...]
     num_offloaded: int
     num_slots: int
     interval: int | None
+    offloaded_bytes: float
     freed_bytes: float
+
+    def is_within(self, min_freed_bytes: float, max_offloaded_bytes: float | None) -> bool:
+        most = max_offloaded_bytes
+        return self.freed_bytes >= min_freed_bytes and (most is None or self.offloaded_bytes <= most)
 
 
 def _even(among: tuple[int, ...], unit_bytes: Sequence[int], max_slots: int) -> list[_Candidate]:
     sizes = [unit_bytes[unit] for unit in among]
     average, largest = sum(sizes) / len(sizes), max(sizes)
     return [
-        _Candidate(among=among, num_offloaded=k, num_slots=s, interval=None, freed_bytes=k * average - s * largest)
+        _Candidate(
+            among=among,
+            num_offloaded=k,
+            num_slots=s,
+            interval=None,
+            offloaded_bytes=k * average,
+            freed_bytes=k * average - min(s, k) * largest,
+        )
         for k in range(1, len(among) + 1)
         for s in range(1, max_slots + 1)
         if s < k or s == 1
@@ -168,6 +184,7 @@ def _integer_intervals(unit_bytes: Sequence[int]) -> list[_Candidate]:
             num_offloaded=num_units // n,
             num_slots=1,
             interval=n,
+            offloaded_bytes=num_units // n * average,
             freed_bytes=num_units // n * average - max(unit_bytes),
         )
         for n in range(1, num_units + 1)

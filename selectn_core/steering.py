@@ -14,7 +14,6 @@ from selectn_core.objectives import Objectives, resolve_objectives
 from selectn_core.placement import OffloadPlan
 from selectn_core.plan_question import offloadable_sets
 from selectn_core.policies import (
-    MOST_SLOTS,
     Fixed,
     Frontier,
     Paper,
@@ -37,11 +36,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LinkShare:
-    """This replica's share of its bus: what it may use now, what will be there whatever happens, and units at most."""
+    """This replica's share of its bus: what it may use now, what will be there whatever happens, what may be offloaded.
+
+    `max_offloaded_bytes` None: as much as objectives allow.
+    """
 
     bytes_per_s: float
     guaranteed_bytes_per_s: float
-    max_offloaded: int
+    max_offloaded_bytes: float | None = None
 
 
 class Steering:
@@ -59,7 +61,8 @@ class Steering:
             max_tokens=engine.config.batch.max_batch_tokens,
             guaranteed_share=1 / engine.config.offload.num_sharing,
         )
-        self.controller.min_offloaded = engine.fewest_offloaded(MOST_SLOTS).num_offloaded
+        wanted_bytes = sum(engine.arena.round_up(unit.num_bytes) for unit in engine.units)
+        self.controller.min_freed_bytes = max(0, wanted_bytes - engine.arena.reachable_bytes(0))
         self._decision: Decision | None = None
         self._admission = Admission(prefill_tokens=0, may_begin=True)
         self._num_decoding = self._num_that_may_begin = 0
@@ -74,7 +77,7 @@ class Steering:
         controller = self.controller
         controller.link.share_bytes_per_s = share.bytes_per_s
         controller.link.guaranteed_bytes_per_s = min(share.guaranteed_bytes_per_s, controller.link.nominal.bytes_per_s)
-        controller.max_offloaded = max(share.max_offloaded, controller.min_offloaded)
+        controller.max_offloaded_bytes = share.max_offloaded_bytes
 
     def admit(self, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]) -> bool:
         """Looks at every request; whether one that has no KV yet may begin."""

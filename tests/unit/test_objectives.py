@@ -100,10 +100,15 @@ def test_a_plan_by_hand_rests_the_policy_until_it_is_resumed(tmp_path: Path, mon
         assert len(engine.submit(make_prompts()[0], greedy()).result()) > 0
 
 
+def share_of(num_units: int, engine: Engine) -> LinkShare:
+    most_bytes = num_units * engine.units[0].num_bytes
+    return LinkShare(bytes_per_s=1e12, guaranteed_bytes_per_s=1e12, max_offloaded_bytes=most_bytes)
+
+
 def test_a_share_of_the_bus_bounds_what_is_offloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
     engine = Engine(tiny_model(), engine_config("auto"))
-    engine.set_link_share(LinkShare(bytes_per_s=1e12, guaranteed_bytes_per_s=1e12, max_offloaded=2))
+    engine.set_link_share(share_of(2, engine))
     engine.steer(performance_record(engine, budget_s=2.0))
     assert engine.steering is not None
     engine.set_objectives(SloConfig(ttft_ms=60_000.0, tpot_ms=60_000.0))
@@ -111,7 +116,7 @@ def test_a_share_of_the_bus_bounds_what_is_offloaded(tmp_path: Path, monkeypatch
         for prompt in make_prompts():
             engine.submit(prompt, greedy(24)).result()
         assert max(record.num_offloaded for record in engine.steps.records) == 2
-        engine.set_link_share(LinkShare(bytes_per_s=1e12, guaranteed_bytes_per_s=1e12, max_offloaded=5))
+        engine.set_link_share(share_of(5, engine))
         engine.submit(make_prompts()[0], greedy(24)).result()
         assert engine.steps.records[-1].num_offloaded > 2
 

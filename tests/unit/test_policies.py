@@ -90,9 +90,10 @@ def test_the_fixed_ones_are_as_their_systems_have_them() -> None:
 
 def test_a_range_is_kept_to() -> None:
     frontier = Frontier(ALIKE.unit_bytes)
-    slow = Situation(costs=ALIKE, link=Link(bytes_per_s=1.0), limit_s=1.0, min_offloaded=5)
-    assert SelectN(frontier).choose(slow).num_offloaded == 5
-    fast = Situation(costs=ALIKE, link=Link(bytes_per_s=1e6), limit_s=1e9, max_offloaded=4)
+    slow = Situation(costs=ALIKE, link=Link(bytes_per_s=1.0), limit_s=1.0, min_freed_bytes=500)
+    plan = SelectN(frontier).choose(slow)
+    assert (plan.num_offloaded, plan.num_slots) == (6, 1)  # the least that frees so much
+    fast = Situation(costs=ALIKE, link=Link(bytes_per_s=1e6), limit_s=1e9, max_offloaded_bytes=400)
     assert SelectN(frontier).choose(fast).num_offloaded == 4
 
 
