@@ -8,18 +8,17 @@ as much as possible lives in host memory. It decides; the executor moves the byt
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from selectn_core.device import LinkUsage
-from selectn_core.latency import Link, StepCosts, simulate_steps_s
+from selectn_core.latency import Link, simulate_steps_s
 from selectn_core.placement import OffloadPlan, nearest_plan
 from selectn_core.policies import Policy, Situation
 from selectn_core.remembered import Remembered
-from selectn_core.step_times import StepTimes, scaled, while_copying
+from selectn_core.step_times import StepTimes, scaled, slowed
 from selectn_core.steps import StepRecord, StepShape
 
 # Of a TPOT objective, what steps are planned to take: the rest is for what nobody can predict.
@@ -65,25 +64,31 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
-    """A request without a token yet: tokens of prefill that are left, and the instant by which TTFT wants its first.
-
-    `fits`: whether it has KV cache or may have: of the others none begins, however many tokens a step has room for.
-    """
+    """A request without a token yet: tokens of prefill that are left, and the instant by which TTFT wants its first."""
 
     prefill_tokens: int
     deadline_s: float
     tpot_s: float
-    fits: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """All requests, waiting ones in the order in which they will be served; instants on one clock, in seconds."""
+    """All requests, waiting ones in the order in which they will be served; instants on one clock, in seconds.
+
+    `num_fitting` of the waiting ones have KV cache or may have (None: all): of the others none begins, however many
+    tokens a step has room for.
+    """
 
     now_s: float
     decoding: Sequence[Decoding]
     waiting: Sequence[Waiting]
     mean_kv_tokens: int  # keys of a decoding request, on average
+    num_fitting: int | None = None
+
+    @property
+    def fitting(self) -> Sequence[Waiting]:
+        """Those of the waiting that may begin."""
+        return self.waiting[: self.num_fitting]
 
     @property
     def tightest_tpot_s(self) -> float:
@@ -134,7 +139,6 @@ class Controller:
         self.link = LinkEstimate(link, guaranteed_share)
         self.min_freed_bytes, self.max_offloaded_bytes = 0, None  # type: int, float | None
         self.is_feasible = True
-        self.spent_s = 0.0
         self._slowdown, self._max_tokens = slowdown, max_tokens
         self._scales = {True: ComputeScale(), False: ComputeScale()}  # of steps that only decode, and others
         self._tpot_s, self._limit_s, self._prefill_s_per_token = math.inf, math.inf, math.inf
@@ -150,7 +154,6 @@ class Controller:
 
     def admit(self, load: Load, plan: OffloadPlan) -> Admission:
         """What may join the next step, while `plan` holds."""
-        began_s = time.perf_counter()
         batch = len(load.decoding)
         kv_tokens = _rounded_up(load.mean_kv_tokens)
         decode = StepShape.decode(max(1, batch), kv_tokens)
@@ -159,19 +162,18 @@ class Controller:
         limits_s = [_limit_s(each, load.now_s, unloaded_s) for each in load.decoding]
         self._limit_s = min([PLANNED_SHARE * self._tpot_s, *limits_s])
         self._prefill_s_per_token = _prefill_pace(load)
-        self._busy_steps = _BUSY_STEPS if any(not each.fits for each in load.waiting) else max(0, self._busy_steps - 1)
+        self._busy_steps = _BUSY_STEPS if len(load.fitting) < len(load.waiting) else max(0, self._busy_steps - 1)
         tokens = self._chunk(load)
         may_begin = not batch or self._unloaded_s(StepShape.decode(batch + 1, kv_tokens)) <= self._limit_s
         self._planned = decode
         if tokens and batch:
             self._planned = StepShape.of([(_rounded_up(tokens), 0)], [kv_tokens] * batch)
-        self.spent_s += time.perf_counter() - began_s
         return Admission(prefill_tokens=tokens, may_begin=may_begin)
 
     def _chunk(self, load: Load) -> int:
         """Tokens of prefill for the next step: what its compute has room for, more where TTFT wants it, some if any."""
         batch = len(load.decoding)
-        room = min(self._max_tokens - batch, sum(each.prefill_tokens for each in load.waiting if each.fits))
+        room = min(self._max_tokens - batch, sum(each.prefill_tokens for each in load.fitting))
         if not batch or room <= 0:
             return max(0, room)
         decodes = [load.mean_kv_tokens] * batch
@@ -195,9 +197,9 @@ class Controller:
         asked = (shape, scale, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
         if asked != self._guaranteed_for:
             situation = Situation(
-                costs=scaled(self.times.expected(shape), scale),
-                link=link,
-                limit_s=limit_s,
+                costs=self.times.expected(shape),
+                link=link.beside(scale),
+                limit_s=limit_s / scale,
                 min_freed_bytes=self.min_freed_bytes,
                 max_offloaded_bytes=self.max_offloaded_bytes,
             )
@@ -209,7 +211,6 @@ class Controller:
 
     def decide(self, shape: StepShape, current: OffloadPlan) -> Decision:
         """The plan for this step."""
-        began_s = time.perf_counter()
         limit_s = self._limit_of(shape)
         planned = self._planned  # not the step itself: a plan must be good for what follows, moving it takes a step
         wanted = self._choose(planned, current, limit_s)
@@ -217,7 +218,6 @@ class Controller:
         predicted_s = self._predict_first(shape, current, plan)
         is_late = self._predict(planned, current) > _URGENT_SHARE * self._tpot_s
         self.is_feasible = self._unloaded_s(planned) <= self._tpot_s
-        self.spent_s += time.perf_counter() - began_s
         return Decision(
             plan=plan,
             urgent=is_late and plan.num_offloaded < current.num_offloaded,
@@ -241,11 +241,12 @@ class Controller:
         return limit_s
 
     def _choose(self, shape: StepShape, current: OffloadPlan, limit_s: float) -> OffloadPlan:
+        factor = self._factor(shape, current, careful=True)
         return self.policy.choose(
             Situation(
-                costs=self._costs(shape, current, careful=True),
-                link=self.link.link,
-                limit_s=limit_s,
+                costs=self.times.expected(shape),
+                link=self.link.link.beside(factor),
+                limit_s=limit_s / factor,
                 min_freed_bytes=self.min_freed_bytes,
                 max_offloaded_bytes=self._most_offloaded_bytes(current),
             )
@@ -287,14 +288,12 @@ class Controller:
 
     def learn(self, record: StepRecord, usage: LinkUsage) -> None:
         """Takes in what the step took, and what the link has carried in all."""
-        began_s = time.perf_counter()
         if self._last_usage is not None:
             self.link.add(usage.since(self._last_usage))
         self._last_usage = usage
-        costs = self.times.expected(record.shape)
-        costs = while_copying(costs, _bytes_copied(record), self.link.link, self._slowdown)
-        self._scales[record.shape.is_decode_only].add((record.duration_s - record.stall_s) / costs.unloaded_s)
-        self.spent_s += time.perf_counter() - began_s
+        unloaded_s = self.times.expected_s(record.shape)
+        unloaded_s *= slowed(unloaded_s, _bytes_copied(record), self.link.link, self._slowdown)
+        self._scales[record.shape.is_decode_only].add((record.duration_s - record.stall_s) / unloaded_s)
 
     # -- prediction ---------------------------------------------------------------------------------------------
 
@@ -303,24 +302,34 @@ class Controller:
 
     def _predict(self, shape: StepShape, plan: OffloadPlan) -> float:
         """Seconds of a step of this shape once `plan` has held for a while, on the careful side."""
-        return self._remembered.predict_step_s(self._costs(shape, plan, careful=True), plan, self.link.link)
+        return self._predicted_s(shape, plan, self._factor(shape, plan, careful=True))
 
-    def _costs(self, shape: StepShape, plan: OffloadPlan, *, careful: bool) -> StepCosts:
-        scale = self._scales[shape.is_decode_only]
-        costs = self.times.expected(shape)
-        costs = while_copying(costs, _copied_bytes(costs, plan), self.link.link, self._slowdown)
-        return scaled(costs, scale.high if careful else scale.middle)
+    def _predicted_s(self, shape: StepShape, plan: OffloadPlan, factor: float) -> float:
+        link = self.link.link.beside(factor)
+        return factor * self._remembered.predict_step_s(self.times.expected(shape), plan, link)
+
+    def _factor(self, shape: StepShape, plan: OffloadPlan, *, careful: bool) -> float:
+        """Compute under `plan` over what the record expects: what was learned, and what copies slow it by."""
+        scale, unloaded_s = self._scales[shape.is_decode_only], self.times.expected_s(shape)
+        copied_bytes = self._copied_bytes(plan) if self._slowdown else 0
+        return (scale.high if careful else scale.middle) * slowed(
+            unloaded_s, copied_bytes, self.link.link, self._slowdown
+        )
+
+    def _copied_bytes(self, plan: OffloadPlan) -> int:
+        if plan.num_offloaded <= plan.num_slots:
+            return 0
+        return self._remembered.get(plan, lambda: sum(self.times.unit_bytes[unit] for unit in plan.offloaded))
 
     def _predict_first(self, shape: StepShape, current: OffloadPlan, plan: OffloadPlan) -> float:
         """Seconds that the next step should take, the copies of a change of plan included."""
-        costs = self._costs(shape, plan, careful=False)
+        factor = self._factor(shape, plan, careful=False)
         if plan == current:
-            return self._remembered.predict_step_s(costs, plan, self.link.link)
+            return self._predicted_s(shape, plan, factor)
         promoted = sorted(set(current.offloaded) - set(plan.offloaded))
         kept = [unit for unit in plan.offloaded if unit in set(current.offloaded[: current.num_slots])]
-        return simulate_steps_s(
-            costs, plan.offloaded, plan.num_slots, self.link.link, 1, promoted=promoted, in_slots=kept
-        )[0]
+        costs, link = scaled(self.times.expected(shape), factor), self.link.link
+        return simulate_steps_s(costs, plan.offloaded, plan.num_slots, link, 1, promoted=promoted, in_slots=kept)[0]
 
 
 class LinkEstimate:
@@ -438,7 +447,3 @@ def _chunks(most: int) -> list[int]:
 
 def _bytes_copied(record: StepRecord) -> int:
     return record.offloaded_bytes if record.num_offloaded > record.num_slots else 0
-
-
-def _copied_bytes(costs: StepCosts, plan: OffloadPlan) -> int:
-    return sum(costs.unit_bytes[unit] for unit in plan.offloaded) if plan.num_offloaded > plan.num_slots else 0

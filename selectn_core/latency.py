@@ -44,6 +44,11 @@ class StepCosts:
         """The step's time with every unit resident: R + sum c_l."""
         return self.rest_s + sum(self.compute_s)
 
+    @cached_property
+    def distinct(self) -> tuple[tuple[float, int], ...]:
+        """Compute time and bytes of each kind of unit, once."""
+        return tuple(dict.fromkeys(zip(self.compute_s, self.unit_bytes, strict=True)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
@@ -54,6 +59,13 @@ class Link:
 
     bytes_per_s: float
     copy_s: float = 0.0
+
+    def beside(self, factor: float) -> Link:
+        """This link as it is to compute that takes `factor` times as long, in that compute's time.
+
+        The recurrence is linear in time: a step of such compute takes `factor` times a step beside this link.
+        """
+        return Link(bytes_per_s=self.bytes_per_s * factor, copy_s=self.copy_s / factor)
 
     def seconds(self, num_bytes: int) -> float:
         """Time for one copy of `num_bytes`."""

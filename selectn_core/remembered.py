@@ -22,7 +22,7 @@ def alike(costs: StepCosts, link: Link) -> Hashable:
     The recurrence is linear in time, so nothing else about them matters.
     """
     unit_s = costs.compute_s[0]
-    kinds = dict.fromkeys(zip(costs.compute_s, costs.unit_bytes, strict=True))
+    kinds = costs.distinct
     times_s = [costs.rest_s, *(t for t, _ in kinds), *(link.seconds(size) for _, size in kinds)]
     return tuple(round(math.log(max(t / unit_s, 1e-9)) / _BUCKET) for t in times_s)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,8 @@ class Steering:
         self.controller.min_freed_bytes = max(0, wanted_bytes - engine.arena.reachable_bytes(0))
         self._decision: Decision | None = None
         self._admission = Admission(prefill_tokens=0, may_begin=True)
-        self._num_decoding = self._num_that_may_begin = 0
+        self._num_decoding = 0
+        self.spent_s = 0.0
 
     def set_objectives(self, slo: SloConfig) -> None:
         """Aims at other objectives from the next step on; what was learned of the machine stays."""
@@ -81,32 +83,32 @@ class Steering:
 
     def admit(self, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]) -> bool:
         """Looks at every request; whether one that has no KV yet may begin."""
-        load = load_of(handles, progress, self.objectives)
-        load = self._with_room(load, handles, progress)
-        self._num_decoding = len(load.decoding)
-        self._admission = self.controller.admit(load, self._engine.executor.plan)
-        return self._admission.may_begin and self._num_that_may_begin > 0
+        with self._timed():
+            load = load_of(handles, progress, self.objectives)
+            num_fitting = self._num_fitting(load, handles, progress)
+            num_begun = len(load.waiting) - sum(t not in progress and not h.num_tokens for t, h in handles.items())
+            load = replace(load, num_fitting=num_begun + num_fitting)
+            self._num_decoding = len(load.decoding)
+            self._admission = self.controller.admit(load, self._engine.executor.plan)
+            return self._admission.may_begin and num_fitting > 0
 
-    def _with_room(self, load: Load, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]) -> Load:
-        """The load, with the waiting requests marked that no memory is left for, to the end of their output."""
+    def _num_fitting(self, load: Load, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]) -> int:
+        """How many of the requests without KV memory will hold to the end of their output, in their order."""
         engine = self._engine
         sectors_for = engine.batching.geometry.sectors_for_request
         held = sum(sectors_for(handles[ticket].max_total_tokens) for ticket in progress if ticket in handles)
         room = engine.kv_sectors(self.controller.guaranteed_plan(load)) - held
         places = engine.config.batch.max_requests - len(progress)
-        new = [handle for ticket, handle in handles.items() if ticket not in progress]
         num_fitting = 0
-        for handle in new:
+        for ticket, handle in handles.items():
+            if ticket in progress:
+                continue
             room -= sectors_for(handle.max_total_tokens)
             # One that runs alone has all the memory there is: more is offloaded for it.
             if (room < 0 and (progress or num_fitting)) or num_fitting >= places:
                 break
             num_fitting += 1
-        self._num_that_may_begin = num_fitting
-        num_begun = len(load.waiting) - sum(not handle.num_tokens for handle in new)
-        allowed = num_begun + num_fitting
-        waiting = [replace(each, fits=i < allowed) for i, each in enumerate(load.waiting)]
-        return replace(load, waiting=waiting)
+        return num_fitting
 
     def token_budget(self, most: int) -> int:
         """Tokens for the step that is about to be scheduled."""
@@ -114,7 +116,8 @@ class Steering:
 
     def decide(self, shape: StepShape) -> Decision:
         """The plan for the step that was scheduled."""
-        self._decision = self.controller.decide(shape, self._engine.executor.plan)
+        with self._timed():
+            self._decision = self.controller.decide(shape, self._engine.executor.plan)
         return self._decision
 
     @property
@@ -125,7 +128,14 @@ class Steering:
     def done(self, record: StepRecord) -> None:
         """Learns from a step."""
         self._decision = None
-        self.controller.learn(record, self._engine.device.link_usage())
+        with self._timed():
+            self.controller.learn(record, self._engine.device.link_usage())
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began_s = time.perf_counter()
+        yield
+        self.spent_s += time.perf_counter() - began_s
 
     def snapshot(self) -> dict[str, Any]:
         """What is aimed at and how well it is known, as JSON-able values."""
@@ -138,7 +148,7 @@ class Steering:
             "is_feasible": controller.is_feasible,
             "link_bytes_per_s": controller.link.link.bytes_per_s,
             "prediction_error": steps.prediction_error(),
-            "controller_share": controller.spent_s / total_s if total_s else None,
+            "controller_share": self.spent_s / total_s if total_s else None,
         }
 
 

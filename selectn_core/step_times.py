@@ -49,6 +49,7 @@ class StepTimes:
         self._num_of_kind = [self._unit_kinds.count(kind) for kind in range(len(steps[0].kind_s))]
         self._knots = sorted({step.shape.num_tokens for step in steps})
         self._coefficients = self._fit()  # [num_features, num_kinds + 1]
+        self._total = self._coefficients @ np.array([*self._num_of_kind, 1.0])  # [num_features], of the whole step
         self._known = Remembered()
         self._promised_s = [self._worst_covered_s(step.shape) for step in self.steps]
 
@@ -62,7 +63,7 @@ class StepTimes:
 
     def expected_s(self, shape: StepShape) -> float:
         """Seconds of the whole step with every unit resident, as `expected`."""
-        return self.expected(shape).unloaded_s
+        return self._known.get(("total", shape), lambda: float(self._features(shape) @ self._total))
 
     def conservative(self, shape: StepShape) -> StepCosts:
         """The costs of the cheapest measured step that covers `shape`, at the worst of all that it covers itself.
@@ -130,15 +131,19 @@ class StepTimes:
             row[right - 1], row[right] = 1 - share, share
 
 
-def while_copying(costs: StepCosts, offloaded_bytes: int, link: Link, slowdown: float) -> StepCosts:
-    """The costs while the link copies that much in every step: a busy link slows compute by `slowdown`.
+def slowed(unloaded_s: float, copied_bytes: int, link: Link, slowdown: float) -> float:
+    """By what factor compute takes longer while the link copies that much in every step.
 
     Device memory (on the emulated device the CPU's) serves both. `slowdown` is relative, at a link that is always busy.
     """
-    if slowdown == 0 or offloaded_bytes == 0:
+    return 1 + slowdown * min(1.0, copied_bytes / link.bytes_per_s / unloaded_s)
+
+
+def while_copying(costs: StepCosts, copied_bytes: int, link: Link, slowdown: float) -> StepCosts:
+    """The costs while the link copies that much in every step (`slowed`)."""
+    if slowdown == 0 or copied_bytes == 0:
         return costs
-    duty = min(1.0, offloaded_bytes / link.bytes_per_s / costs.unloaded_s)
-    return scaled(costs, 1 + slowdown * duty)
+    return scaled(costs, slowed(costs.unloaded_s, copied_bytes, link, slowdown))
 
 
 def scaled(costs: StepCosts, factor: float) -> StepCosts:

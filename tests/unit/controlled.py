@@ -70,6 +70,7 @@ class Machine:
         self.plan = OffloadPlan(offloaded=(), num_slots=1, num_units=NUM_UNITS)
         self.shape = StepShape.decode(BATCH, LENGTH)
         self.waiting: Sequence[Waiting] = ()
+        self.num_fitting: int | None = None
         self.now_s, self.num_tokens = 0.0, 1
         self.usage = LinkUsage(copied_bytes=0, num_copies=0, busy_s=0.0)
         self.durations_s: list[float] = []
@@ -98,7 +99,13 @@ class Machine:
             for _ in range(self.shape.num_decodes)
         ]
         length = self.shape.decode_kv_tokens // self.shape.num_decodes
-        return Load(now_s=self.now_s, decoding=decoding, waiting=self.waiting, mean_kv_tokens=length)
+        return Load(
+            now_s=self.now_s,
+            decoding=decoding,
+            waiting=self.waiting,
+            mean_kv_tokens=length,
+            num_fitting=self.num_fitting,
+        )
 
     def forget(self) -> None:
         """New requests: none is ahead or behind."""

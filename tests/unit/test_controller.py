@@ -107,8 +107,8 @@ def test_ours_offloads_at_least_as_much_as_the_papers_integer_interval() -> None
 # -- what may join a step ------------------------------------------------------------------------------------------
 
 
-def waiting(tokens: int, deadline_s: float, *, fits: bool = True) -> Waiting:
-    return Waiting(prefill_tokens=tokens, deadline_s=deadline_s, tpot_s=1.0, fits=fits)
+def waiting(tokens: int, deadline_s: float) -> Waiting:
+    return Waiting(prefill_tokens=tokens, deadline_s=deadline_s, tpot_s=1.0)
 
 
 def test_prefill_beside_decoding_is_cut_to_what_their_tpot_allows() -> None:
@@ -141,7 +141,7 @@ def test_while_requests_wait_for_memory_steps_are_not_stretched_to_the_objective
     calm, busy = (Machine(step_times(), tpot_s=3 * UNLOADED_S) for _ in range(2))
     for machine in (calm, busy):
         machine.controller.link.guaranteed_bytes_per_s = LINK.bytes_per_s / 4
-    busy.waiting = [waiting(100, 1000.0, fits=False)]
+    busy.waiting, busy.num_fitting = [waiting(100, 1000.0)], 0
     assert max(busy.run(40).durations_s[20:]) <= 1.3 * UNLOADED_S < min(calm.run(40).durations_s[20:])
     guaranteed = busy.controller.guaranteed_plan(busy.load())
     assert guaranteed.num_offloaded <= busy.plan.num_offloaded < calm.plan.num_offloaded
