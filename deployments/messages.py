@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Refusal = Literal["invalid", "overloaded", "unavailable"]
+Refusal = Literal["invalid", "overloaded", "unavailable", "too_large"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -38,12 +38,17 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One generation. `prompt` is text, token ids, or a conversation for the chat template."""
+    """One generation. `prompt` is text, token ids, or a conversation for the chat template.
+
+    `origin` names the caller among those that share the replicas, `sequence` the request among the caller's.
+    """
 
     request_id: str
     prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    origin: str = ""
+    sequence: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

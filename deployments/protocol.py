@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 from pydantic_core import PydanticCustomError
 
 from deployments.config import nearest
+from deployments.fair_queue import Priority
 from deployments.messages import ChatMessage, Sampling
 
 MAX_STOP_STRINGS = 4
@@ -47,7 +48,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 class Request(BaseModel):
-    """What the two generation requests share. `top_k` and `ignore_eos` are extensions."""
+    """What the two generation requests share. `top_k`, `ignore_eos` and `priority` are extensions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -62,6 +63,7 @@ class Request(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    priority: Priority = "normal"
 
     @model_validator(mode="before")
     @classmethod
