@@ -36,6 +36,7 @@ bench: $(READY)  ## Run every benchmark; results go to build/
 	$(BIN)/python -m benchmarks.bench_engine --json build/bench_engine.json
 	$(BIN)/python -m benchmarks.bench_host_store --json build/bench_host_store.json
 	$(BIN)/python -m benchmarks.bench_capacity --json build/bench_capacity.json --plot build/bench_capacity.png
+	$(BIN)/python -m benchmarks.bench_router --json build/bench_router.json
 
 gpu-check: $(READY)  ## On a machine with CUDA: device contract, token identity and bench_interval, one table
 	$(BIN)/python -m benchmarks.gpu_check
