@@ -37,6 +37,7 @@ bench: $(READY)  ## Run every benchmark; results go to build/
 	$(BIN)/python -m benchmarks.bench_host_store --json build/bench_host_store.json
 	$(BIN)/python -m benchmarks.bench_capacity --json build/bench_capacity.json --plot build/bench_capacity.png
 	$(BIN)/python -m benchmarks.enumerate_intervals --json build/enumerate_intervals.json --plot build/enumerate_intervals.png
+	$(BIN)/python -m benchmarks.bench_router --json build/bench_router.json
 
 gpu-check: $(READY)  ## On a machine with CUDA: device contract, token identity and bench_interval, one table
 	$(BIN)/python -m benchmarks.gpu_check

@@ -7,24 +7,25 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import RequestRouterConfig
 
 from deployments.config import REPLICA_NAME, AppArgs
-from deployments.errors import RETRY_AFTER_S
 from deployments.ingress import Ingress
 from deployments.replica import SelectNReplica
 from selectn_core.config import DeviceConfig
 
-# The ingress only waits and forwards: what bounds requests is the replica's queue and max_queued_requests.
+# The ingress only waits and forwards: what bounds requests is its own admission.
 INGRESS_MAX_ONGOING_REQUESTS = 10_000
 # A share for Ray's placement, not a limit: a replica's arithmetic is bounded by device.compute_threads.
 NUM_CPUS = 0.1
+ROUTER = "deployments.router:HeadroomRouter"
 
 
 def build_app(args: AppArgs) -> serve.Application:
     """The application that `args` describe, with `device.kind: auto` resolved for this cluster."""
     args = args.model_copy(update={"device": resolve_device(args.device, cluster_num_gpus())})
-    return _ingress(args).bind(_replica(args).bind(args.engine, args.limits.default_max_tokens), args.limits)
+    replica = _replica(args).bind(args.engine, args.limits.default_max_tokens)
+    return _ingress(args).bind(replica, args.limits, args.slo)
 
 
 def cluster_num_gpus() -> float:
@@ -43,6 +44,7 @@ def _ingress(args: AppArgs) -> serve.Deployment:
     return serve.deployment(
         Ingress,
         name="SelectNIngress",
+        num_replicas=args.num_ingress_replicas,
         max_ongoing_requests=INGRESS_MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": NUM_CPUS},
         graceful_shutdown_timeout_s=args.shutdown_grace_s,
@@ -56,8 +58,9 @@ def _replica(args: AppArgs) -> serve.Deployment:
         name=REPLICA_NAME,
         num_replicas=args.num_replicas,
         max_ongoing_requests=args.resolved_max_ongoing_requests(),
-        max_queued_requests=args.limits.max_queued_requests,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
+        request_router_config=RequestRouterConfig(
+            request_router_class=ROUTER, request_routing_stats_period_s=args.headroom_period_s
+        ),
         # A model that cannot be loaded will not load at the second attempt: say so now, not after minutes.
         # Replicas that have run and died are restarted whatever this says.
         max_constructor_retry_count=1,

@@ -49,16 +49,21 @@ Section = TypeVar("Section", bound=Strict)
 
 
 class RequestLimits(Strict):
-    """What one HTTP request may ask for.
+    """What one HTTP request may ask for, and who may ask.
 
-    `default_max_tokens` is what a chat request gets that names no max_tokens, if the model's length allows;
-    a request that no replica has taken after `admission_timeout_s` is answered with 503.
+    `default_max_tokens` is what a chat request gets that names no max_tokens, if the model's length allows. Of requests
+    that find no room `max_queued_requests` wait in each ingress, no longer than `admission_timeout_s`, and with
+    `refuse_late` no longer than `slo.ttft_ms` allows. API keys, lines of "name key", are in a file and in an
+    environment variable of that name, on the nodes where the ingress runs; without any everybody may ask.
     """
 
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     default_max_tokens: int = Field(default=256, ge=1)
-    max_queued_requests: int = Field(default=256, ge=1)
+    max_queued_requests: int = Field(default=256, ge=0)
     admission_timeout_s: float = Field(default=30.0, gt=0)
+    refuse_late: bool = True
+    api_keys_file: str | None = None
+    api_keys_env: str | None = None
 
 
 class AppArgs(Strict):
@@ -66,6 +71,7 @@ class AppArgs(Strict):
 
     `max_ongoing_requests` (per replica) None: as many as the engine runs and queues, so that all waiting is
     done where the scheduler sees it. `shutdown_grace_s`: how long requests in flight may go on at shutdown.
+    `headroom_period_s`: how often replicas report what they can take.
     """
 
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -77,6 +83,8 @@ class AppArgs(Strict):
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
     limits: RequestLimits = Field(default_factory=RequestLimits)
     num_replicas: int = Field(default=1, ge=1)
+    num_ingress_replicas: int = Field(default=1, ge=1)
+    headroom_period_s: float = Field(default=0.5, gt=0)
     max_ongoing_requests: int | None = Field(default=None, ge=1)
     shutdown_grace_s: float = Field(default=10.0, ge=0)
 

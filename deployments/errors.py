@@ -47,12 +47,39 @@ class ApiError(Exception):
         """The error as a whole HTTP response."""
         wait_s = self.retry_after_s
         headers = {} if wait_s is None else {"Retry-After": str(max(1, round(wait_s)))}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body().model_dump(), status_code=self.status, headers=headers)
 
 
-def overloaded(message: str = "the server is at capacity; retry later") -> ApiError:
-    """429: the queue is full."""
-    return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=RETRY_AFTER_S)
+def overloaded(
+    message: str = "the server is at capacity; retry later", *, retry_after_s: float = RETRY_AFTER_S
+) -> ApiError:
+    """429: the queue is full, or nothing came free in time."""
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=retry_after_s)
+
+
+def late(ttft_s: float, retry_after_s: float) -> ApiError:
+    """429: it would be served, but not in time."""
+    message = (
+        f"the first token would not come within the objective of {ttft_s * 1e3:.0f} ms; retry later "
+        "(limits.refuse_late: false has requests wait instead)"
+    )
+    return ApiError(429, message, code="objective_unreachable", retry_after_s=retry_after_s)
+
+
+def too_large(tokens: int, longest_tokens: int) -> ApiError:
+    """503: no replica can ever hold it; retrying does not help, so nothing says when."""
+    message = (
+        f"the request may come to {tokens} tokens, prompt and output; the longest that a replica of this server can "
+        f"hold has {longest_tokens}: ask for fewer, or shorten the prompt"
+    )
+    return ApiError(503, message, param="max_tokens", code="request_too_large")
+
+
+def unauthorized() -> ApiError:
+    """401: no API key, or a wrong one."""
+    return ApiError(401, "a valid API key is required: Authorization: Bearer <key>", code="invalid_api_key")
 
 
 def unavailable(message: str = "the model is not available now; retry later") -> ApiError:
@@ -71,6 +98,8 @@ def refused(refusal: Refused) -> ApiError:
         return overloaded(refusal.message)
     if refusal.kind == "unavailable":
         return unavailable(refusal.message)
+    if refusal.kind == "too_large":
+        return ApiError(503, refusal.message, param=refusal.field, code="request_too_large")
     return ApiError(400, refusal.message, param=refusal.field, code="invalid_value")
 
 

@@ -1,18 +1,20 @@
-"""Calls of a replica through its Serve handle: bounded waits, and every failure as an ApiError."""
+"""Calls of a replica through its Serve handle: a place first, bounded waits, one retry, failures as ApiErrors."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from deployments.admission import Admission, Claim, Turn
 from deployments.errors import ApiError, internal, overloaded, refused, unavailable
+from deployments.fair_queue import Priority
 from deployments.messages import (
     Accepted,
     Delta,
@@ -22,29 +24,68 @@ from deployments.messages import (
     ModelCard,
     Refused,
 )
+from deployments.sizing import PromptSizes
 
 logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0
+# A request that a replica was too full for is tried again at the next report, or after this time.
+NEXT_ATTEMPT_S = 0.5
+LEAST_TIMEOUT_S = 0.05
 
 T = TypeVar("T")
 
 
+class ReplicaDied(ApiError):
+    """503: the replica that had the request is gone."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the replica that ran this request has died", code="replica_died", retry_after_s=1)
+
+
+class Messages:
+    """What is left of a generation: the first text, which is there, and whatever `rest` yields; then `aclose`."""
+
+    def __init__(self, first: Delta | Finished, rest: AsyncGenerator[Delta | Finished, None]) -> None:
+        self._first: Delta | Finished | None = first
+        self._rest = rest
+
+    def __aiter__(self) -> AsyncIterator[Delta | Finished]:
+        return self
+
+    async def __anext__(self) -> Delta | Finished:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        return await anext(self._rest)
+
+    async def aclose(self) -> None:
+        await self._rest.aclose()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """A generation that a replica has taken: what is left of it are Delta messages and one Finished."""
+    """A generation whose first text is there; what is left of it are Delta messages and one Finished."""
 
     num_prompt_tokens: int
-    messages: AsyncGenerator[Delta | Finished, None]
+    messages: Messages
 
 
 class ReplicaClient:
     """The ingress's side of the replica deployment."""
 
-    def __init__(self, handle: DeploymentHandle, admission_timeout_s: float) -> None:
-        self._handle = handle
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        admission: Admission,
+        sizes: PromptSizes,
+        *,
+        ttft_s: float | None,
+        timeout_s: float,
+    ) -> None:
+        self._handle, self._admission, self._sizes = handle, admission, sizes
         self._stream_handle = handle.options(stream=True)
-        self._admission_timeout_s = admission_timeout_s
+        self._ttft_s, self._timeout_s = ttft_s, timeout_s
         self._card: ModelCard | None = None
 
     async def model_card(self) -> ModelCard:
@@ -52,25 +93,97 @@ class ReplicaClient:
         card = self._card
         if card is None:
             call: Awaitable[ModelCard] = self._handle.model_card.remote()
-            card = self._card = await self._bounded(call, self._admission_timeout_s)
+            card = self._card = await self._bounded(call, self._timeout_s)
         return card
 
     async def check_health(self) -> None:
         """Raises ApiError 503 unless the replica that is asked is healthy."""
         await self._bounded(self._handle.check_health.remote(), HEALTH_TIMEOUT_S)
 
-    async def generate(self, request: GenerateRequest) -> Generation:
-        """Returns when a replica has taken the request. Raises ApiError when none does in time."""
-        stream: DeploymentResponseGenerator[GenerateMessage] = self._stream_handle.generate.remote(request)
+    async def generate(
+        self,
+        request: GenerateRequest,
+        read: Callable[[Generation], Awaitable[T]],
+        *,
+        key: str,
+        priority: Priority,
+    ) -> T:
+        """What `read` makes of the generation; it is called when the first text is there.
+
+        Where the replica dies before `read` has returned the request is run once more, on another: `read` must not
+        have sent anything by then. Raises ApiError when the request is refused or fails.
+        """
+        longest = self._card.max_model_len if self._card is not None else None
+        request = replace(request, origin=self._admission.origin)
+        ask = self._sizes.ask(request, self._objective_s(request), longest)
+        claim = self._admission.claim(ask, key=key, priority=priority)
         try:
-            first = await self._bounded(anext(stream), self._admission_timeout_s)
-        except BaseException:
-            stream.cancel()
-            raise
-        if isinstance(first, Refused):
-            raise refused(first)
-        assert isinstance(first, Accepted)
-        return Generation(num_prompt_tokens=first.num_prompt_tokens, messages=_rest(stream))
+            died_on: list[str] = []
+            return await read(await self._first_text(request, claim, died_on))
+        except ReplicaDied:
+            logger.warning("a replica died before anything of %s was sent: running it again", request.request_id)
+            claim = claim.after_death(died_on[-1], self._admission.now_s)
+            return await read(await self._first_text(request, claim, []))
+
+    def _objective_s(self, request: GenerateRequest) -> float | None:
+        """Seconds until the first token is wanted: the request's own, as configured, or what replicas found."""
+        if request.ttft_ms is not None:
+            return request.ttft_ms / 1e3
+        if self._ttft_s is not None:
+            return self._ttft_s
+        return self._card.ttft_s if self._card is not None else None
+
+    async def _first_text(self, request: GenerateRequest, claim: Claim, places: list[str]) -> Generation:
+        """The generation, once a replica has let it in and has text; notes in `places` where it was."""
+        while True:
+            turn = await self._admission.enter(claim)
+            places.append(turn.replica_id)
+            messages = self._messages(request, turn)
+            try:
+                accepted = await anext(messages)
+                if isinstance(accepted, Accepted):
+                    self._sizes.counted(request, accepted.num_prompt_tokens)
+                    first = await anext(messages)
+                    assert isinstance(first, Delta | Finished)
+                    return Generation(num_prompt_tokens=accepted.num_prompt_tokens, messages=Messages(first, messages))
+            except BaseException:
+                await messages.aclose()
+                raise
+            await messages.aclose()
+            assert isinstance(accepted, Refused)
+            if accepted.kind not in ("overloaded", "unavailable"):
+                raise refused(accepted)
+            # Another ingress was quicker, or the replica is stopping: this request is still the next one.
+            await self._admission.news(NEXT_ATTEMPT_S)
+            claim = claim.again()
+
+    async def _messages(self, request: GenerateRequest, turn: Turn) -> AsyncGenerator[Any, None]:
+        """A replica's messages; closing this early cancels the request there. The place lasts as long."""
+        numbered = replace(request, sequence=turn.sequence)
+        stream: DeploymentResponseGenerator[GenerateMessage] = self._stream_handle.generate.remote(numbered)
+        is_complete = False
+        try:
+            first = await self._first(stream, turn)
+            if isinstance(first, Accepted):
+                turn.begun()
+            yield first
+            async for message in stream:
+                is_complete = isinstance(message, Finished)
+                yield message
+        except Exception as error:
+            raise api_error(error) from error
+        finally:
+            if not is_complete:
+                stream.cancel()
+            turn.end()
+
+    async def _first(self, stream: DeploymentResponseGenerator[GenerateMessage], turn: Turn) -> GenerateMessage:
+        """Accepted or Refused: a replica that is full lets the request wait at its door, until its deadline."""
+        try:
+            async with asyncio.timeout(max(LEAST_TIMEOUT_S, turn.deadline_s - self._admission.now_s)):
+                return await _awaited(anext(stream))
+        except TimeoutError:
+            raise self._admission.overdue(turn.claim) from None
 
     async def _bounded(self, call: Awaitable[T], timeout_s: float) -> T:
         try:
@@ -86,28 +199,17 @@ async def _awaited(call: Awaitable[T]) -> T:
     return await call
 
 
-async def _rest(stream: DeploymentResponseGenerator[Any]) -> AsyncGenerator[Delta | Finished, None]:
-    """The messages after the first; closing this early cancels the request in the replica."""
-    is_complete = False
-    try:
-        async for message in stream:
-            is_complete = isinstance(message, Finished)
-            yield message
-    except Exception as error:
-        raise api_error(error) from error
-    finally:
-        if not is_complete:
-            stream.cancel()
-
-
 def api_error(error: Exception) -> ApiError:
     """What a failed call means to the client. The log gets the cause, which holds no prompt."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BackPressureError):
         return overloaded()
-    if isinstance(error, (RayActorError, DeploymentUnavailableError)):
+    if isinstance(error, RayActorError):
         logger.warning("a replica is unavailable: %s", type(error).__name__)
+        return ReplicaDied()
+    if isinstance(error, DeploymentUnavailableError):
+        logger.warning("the replicas are unavailable")
         return unavailable()
     if isinstance(error, RayError) and "EngineUnavailable" in type(error).__name__:
         return unavailable()

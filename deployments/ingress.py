@@ -6,14 +6,17 @@ import logging
 import uuid
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Header
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.admission import Admission, AdmissionConfig
+from deployments.api_keys import ApiKeys, load_api_keys
+from deployments.board import board_of
 from deployments.body_limit import BodyLimit
 from deployments.config import RequestLimits
-from deployments.errors import ErrorResponse, install_error_handlers, model_not_found
+from deployments.errors import ErrorResponse, install_error_handlers, model_not_found, unauthorized
 from deployments.generation import Generation, ReplicaClient
 from deployments.messages import ChatMessage, GenerateRequest, ModelCard
 from deployments.protocol import (
@@ -28,11 +31,13 @@ from deployments.protocol import (
 )
 from deployments.ray_private import bind_replica_to_node_address
 from deployments.responses import ChatWriter, CompletionWriter, Writer, sse_events, whole_response
+from deployments.sizing import PromptSizes
+from selectn_core.config import SloConfig
 
 logger = logging.getLogger(__name__)
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 404, 413, 429, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503)
 }
 
 
@@ -40,13 +45,25 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 class Ingress:
     """The ingress deployment's class: builds the FastAPI application in its replica."""
 
-    def __init__(self, replica: DeploymentHandle, limits: RequestLimits) -> None:
+    def __init__(self, replica: DeploymentHandle, limits: RequestLimits, slo: SloConfig) -> None:
         bind_replica_to_node_address()
-        self._service = Service(ReplicaClient(replica, limits.admission_timeout_s))
+        self._keys = load_api_keys(limits.api_keys_file, limits.api_keys_env)
+        admission = Admission(
+            board_of(serve.get_replica_context().app_name),
+            AdmissionConfig(
+                max_queued_requests=limits.max_queued_requests,
+                timeout_s=limits.admission_timeout_s,
+                refuse_late=limits.refuse_late,
+            ),
+        )
+        sizes = PromptSizes(limits.default_max_tokens)
+        ttft_s = None if slo.ttft_ms == "auto" else slo.ttft_ms / 1e3
+        client = ReplicaClient(replica, admission, sizes, ttft_s=ttft_s, timeout_s=limits.admission_timeout_s)
+        self._service = Service(client)
         self._limits = limits
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._service, self._limits)
+        return build_api(self._service, self._limits, self._keys)
 
 
 class Service:
@@ -55,15 +72,15 @@ class Service:
     def __init__(self, replicas: ReplicaClient) -> None:
         self._replicas = replicas
 
-    async def chat(self, body: ChatCompletionRequest) -> Response | ChatCompletion:
-        """POST /v1/chat/completions."""
+    async def chat(self, body: ChatCompletionRequest, key: str) -> Response | ChatCompletion:
+        """POST /v1/chat/completions, for whom the API key belongs to."""
         prompt = tuple(message.to_chat_message() for message in body.messages)
-        return await self._generate(ChatWriter, "chatcmpl", body, prompt, body.output_tokens)
+        return await self._generate(ChatWriter, "chatcmpl", body, prompt, body.output_tokens, key)
 
-    async def complete(self, body: CompletionRequest) -> Response | Completion:
-        """POST /v1/completions."""
+    async def complete(self, body: CompletionRequest, key: str) -> Response | Completion:
+        """POST /v1/completions, for whom the API key belongs to."""
         max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        return await self._generate(CompletionWriter, "cmpl", body, body.prompt, max_tokens)
+        return await self._generate(CompletionWriter, "cmpl", body, body.prompt, max_tokens, key)
 
     async def models(self) -> ModelList:
         """GET /v1/models."""
@@ -87,6 +104,7 @@ class Service:
         body: Request,
         prompt: str | tuple[int, ...] | tuple[ChatMessage, ...],
         max_tokens: int | None,
+        key: str,
     ) -> Any:
         await self.model(body.model)
         request_id = f"{id_prefix}-{uuid.uuid4().hex}"
@@ -98,39 +116,48 @@ class Service:
             ttft_ms=body.slo.ttft_ms if body.slo is not None else None,
             tpot_ms=body.slo.tpot_ms if body.slo is not None else None,
         )
-        generation = await self._replicas.generate(request)
         writer = writer_type(request_id, body.model)
-        if not body.stream:
-            return await whole_response(generation, writer)
-        return _event_stream(generation, writer, include_usage=body.include_usage)
+
+        async def read(generation: Generation) -> Any:
+            if not body.stream:
+                return await whole_response(generation, writer)
+            return _event_stream(generation, writer, include_usage=body.include_usage)
+
+        return await self._replicas.generate(request, read, key=key, priority=body.priority)
 
 
-def build_api(service: Service, limits: RequestLimits) -> FastAPI:
-    """The HTTP application: routes, error shapes, body limit."""
+def build_api(service: Service, limits: RequestLimits, keys: ApiKeys) -> FastAPI:
+    """The HTTP application: routes, error shapes, body limit, API keys."""
     api = FastAPI(title="Select-N", description="OpenAI-compatible LLM serving with memory offloading")
     install_error_handlers(api)
     api.add_middleware(BodyLimit, max_body_bytes=limits.max_body_bytes)
+
+    async def owner(authorization: str | None = Header(default=None)) -> str:
+        name = keys.owner(authorization)
+        if name is None:
+            raise unauthorized()
+        return name
 
     @api.get("/health")
     async def health() -> JSONResponse:
         await service.check_health()
         return JSONResponse({"status": "ok"})
 
-    @api.get("/v1/models", responses=ERRORS)
+    @api.get("/v1/models", responses=ERRORS, dependencies=[Depends(owner)])
     async def models() -> ModelList:
         return await service.models()
 
-    @api.get("/v1/models/{name:path}", responses=ERRORS)
+    @api.get("/v1/models/{name:path}", responses=ERRORS, dependencies=[Depends(owner)])
     async def model(name: str) -> Model:
         return await service.model(name)
 
     @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
-    async def chat_completions(body: ChatCompletionRequest) -> Any:
-        return await service.chat(body)
+    async def chat_completions(body: ChatCompletionRequest, key: str = Depends(owner)) -> Any:
+        return await service.chat(body, key)
 
     @api.post("/v1/completions", response_model=Completion, responses=ERRORS)
-    async def completions(body: CompletionRequest) -> Any:
-        return await service.complete(body)
+    async def completions(body: CompletionRequest, key: str = Depends(owner)) -> Any:
+        return await service.complete(body, key)
 
     return api
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Refusal = Literal["invalid", "overloaded", "unavailable"]
+Refusal = Literal["invalid", "overloaded", "unavailable", "too_large"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -41,6 +41,7 @@ class GenerateRequest:
     """One generation. `prompt` is text, token ids, or a conversation for the chat template.
 
     `ttft_ms` and `tpot_ms` are the request's own latency objectives; None: the server's.
+    `origin` names the caller among those that share the replicas, `sequence` the request among the caller's.
     """
 
     request_id: str
@@ -49,6 +50,8 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    origin: str = ""
+    sequence: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +91,9 @@ GenerateMessage = Refused | Accepted | Delta | Finished
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a replica serves. `max_model_len` counts prompt and output tokens."""
+    """What a replica serves. `max_model_len` counts prompt and output tokens; `ttft_s` is its objective, if any."""
 
     name: str
     max_model_len: int
     created_unix_s: int
+    ttft_s: float | None = None

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 from pydantic_core import PydanticCustomError
 
 from deployments.config import nearest
+from deployments.fair_queue import Priority
 from deployments.messages import ChatMessage, Sampling
 
 MAX_STOP_STRINGS = 4
@@ -47,7 +48,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 class Request(BaseModel):
-    """What the two generation requests share. `top_k`, `ignore_eos` and `slo` are extensions."""
+    """What the two generation requests share. `top_k`, `ignore_eos`, `slo` and `priority` are extensions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -63,6 +64,7 @@ class Request(BaseModel):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     slo: RequestSlo | None = None
+    priority: Priority = "normal"
 
     @model_validator(mode="before")
     @classmethod

@@ -11,8 +11,14 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
+from ray import serve
+
+from cluster.door import Door, Visit
+from cluster.headroom import RecentPrefixes, ReplicaReport, prefix_hashes
 from deployments.config import ReplicaUserConfig, parse
 from deployments.detokenizer import Detokenizer, StopStrings
 from deployments.messages import (
@@ -29,8 +35,15 @@ from deployments.messages import (
 )
 from deployments.prompting import encode_prompt
 from deployments.ray_private import bind_replica_to_node_address
+from deployments.sizing import prompt_bytes
 from selectn_core.config import EngineConfig, SloConfig
-from selectn_core.errors import EngineOverloaded, EngineUnavailable, RequestError, UnsupportedModel
+from selectn_core.errors import (
+    EngineOverloaded,
+    EngineUnavailable,
+    RequestError,
+    RequestTooLarge,
+    UnsupportedModel,
+)
 
 # torch and transformers are imported when a replica starts: building the application, which imports this
 # module in a process of its own, takes seconds less without them.
@@ -53,34 +66,99 @@ class SelectNReplica:
         self._engine = await asyncio.to_thread(_started_engine, config)
         self._tokenizer: Any = self._engine.tokenizer
         self._created_unix_s = int(time.time())
+        self._prefixes = RecentPrefixes()
+        self._door = Door(
+            self._engine.reachable_kv_tokens,
+            lru_cache(maxsize=8192)(self._engine.promised_tokens),  # asked for every request at every decision
+            max_requests=config.batch.max_requests,
+            max_waiting=config.batch.max_waiting,
+        )
         logger.info("serving %s", self._engine.model_name)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateMessage]:
         """Refused, or Accepted, Delta..., Finished. Abandoning the iterator cancels the request."""
         try:
             prompt_ids = await self._in_tokenizer_thread(encode_prompt, self._tokenizer, request)
-            handle = self._submit(request, prompt_ids)
+            params = self._sampling_params(request.sampling, len(prompt_ids))
+            self._engine.check_request(prompt_ids, params)
+            objectives = self._engine.objectives_for(ttft_ms=request.ttft_ms, tpot_ms=request.tpot_ms)
+            async with self._let_in(request, prompt_ids, params) as visit:
+                handle = self._engine.submit(prompt_ids, params, request_id=request.request_id, objectives=objectives)
+                visit.num_generated = lambda: handle.num_tokens
+                try:
+                    yield Accepted(num_prompt_tokens=handle.num_prompt_tokens)
+                    detokenizer = Detokenizer(self._tokenizer, prompt_ids)
+                    async for message in text_messages(handle, detokenizer, StopStrings(request.stop)):
+                        self._door.progressed()
+                        yield message
+                finally:
+                    # A client that went away, a stop string, or nothing: cancelling a finished request is harmless.
+                    handle.cancel()
+        except RequestTooLarge as error:
+            yield Refused(kind="too_large", message=str(error), field=_body_field(error, request))
         except RequestError as error:
             yield Refused(kind="invalid", message=str(error), field=_body_field(error, request))
-            return
         except EngineOverloaded as error:
             yield Refused(kind="overloaded", message=str(error))
-            return
         except EngineUnavailable as error:
             yield Refused(kind="unavailable", message=str(error))
-            return
+
+    @asynccontextmanager
+    async def _let_in(
+        self, request: GenerateRequest, prompt_ids: list[int], params: SamplingParams
+    ) -> AsyncIterator[Visit]:
+        """Waits at the door until the request's KV is sure to fit; holds that promise while the block lasts."""
+        decided: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        visit = Visit(
+            origin=request.origin,
+            sequence=request.sequence,
+            prompt_tokens=len(prompt_ids),
+            total_tokens=len(prompt_ids) + params.max_tokens,
+            decide=lambda may_enter: None if decided.done() else decided.set_result(may_enter),
+        )
+        self._door.knock(visit)
         try:
-            yield Accepted(num_prompt_tokens=handle.num_prompt_tokens)
-            detokenizer = Detokenizer(self._tokenizer, prompt_ids)
-            async for message in text_messages(handle, detokenizer, StopStrings(request.stop)):
-                yield message
+            if not await decided:
+                raise EngineUnavailable("this replica is stopping; send the request again")
+            self._prefixes.add(prefix_hashes(prompt_bytes(request)))
+            yield visit
         finally:
-            # A client that went away, a stop string, or nothing: cancelling a finished request is harmless.
-            handle.cancel()
+            self._door.leave(visit)
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Serve's hook, called every `headroom_period_s`: what the routers rank this replica by."""
+        self._door.let_in()
+        headroom, objectives = self._engine.headroom(), self._engine.objectives
+        slack = None
+        if headroom.decode_step_s is not None and objectives is not None:
+            slack = 1 - headroom.decode_step_s / objectives.tpot_s
+        report = ReplicaReport(
+            replica_id=serve.get_replica_context().replica_id.unique_id,
+            reported_s=time.time(),
+            kv_capacity_tokens=headroom.kv_capacity_tokens,
+            longest_request_tokens=headroom.longest_request_tokens,
+            is_model_limit=headroom.is_model_limit,
+            max_requests=self._engine.config.batch.max_requests,
+            promises=self._door.promises(),
+            num_waiting=self._door.num_waiting,
+            waiting_prefill_tokens=headroom.waiting_prefill_tokens + self._door.waiting_prompt_tokens,
+            drain_tokens_per_s=self._door.drain_tokens_per_s(),
+            prefill_s_per_token=headroom.prefill_s_per_token,
+            slack=slack,
+            prefixes=self._prefixes.hashes(),
+            is_draining=self._door.is_closed,
+        )
+        return report.to_json()
+
+    async def drain(self) -> None:
+        """Lets no request in any more, and sends those at the door elsewhere; those inside finish."""
+        self._door.close()
 
     async def model_card(self) -> ModelCard:
-        """What /v1/models shows."""
+        """What /v1/models shows, and the objective by which requests are admitted."""
+        objectives = self._engine.objectives
         return ModelCard(
+            ttft_s=objectives.ttft_s if objectives is not None else None,
             name=self._engine.model_name,
             max_model_len=self._engine.max_model_len,
             created_unix_s=self._created_unix_s,
@@ -117,17 +195,9 @@ class SelectNReplica:
         """Serve awaits this once, when the replica is shut down in order."""
         engine = getattr(self, "_engine", None)
         if engine is not None:
+            self._door.close()
             await asyncio.to_thread(engine.close)
             self._tokenizing.shutdown(wait=False, cancel_futures=True)
-
-    def _submit(self, request: GenerateRequest, prompt_ids: list[int]) -> RequestHandle:
-        params = self._sampling_params(request.sampling, len(prompt_ids))
-        return self._engine.submit(
-            prompt_ids,
-            params,
-            request_id=request.request_id,
-            objectives=self._engine.objectives_for(ttft_ms=request.ttft_ms, tpot_ms=request.tpot_ms),
-        )
 
     def _sampling_params(self, sampling: Sampling, num_prompt_tokens: int) -> SamplingParams:
         from selectn_core.sampling import SamplingParams

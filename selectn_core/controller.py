@@ -76,7 +76,7 @@ class Load:
     """All requests, waiting ones in the order in which they will be served; instants on one clock, in seconds.
 
     `num_fitting` of the waiting ones have KV cache or may have (None: all): of the others none begins, however many
-    tokens a step has room for.
+    tokens a step has room for. `is_full`: there is no room for one more, whether or not it waits here.
     """
 
     now_s: float
@@ -84,6 +84,7 @@ class Load:
     waiting: Sequence[Waiting]
     mean_kv_tokens: int  # keys of a decoding request, on average
     num_fitting: int | None = None
+    is_full: bool = False
 
     @property
     def fitting(self) -> Sequence[Waiting]:
@@ -162,7 +163,9 @@ class Controller:
         limits_s = [_limit_s(each, load.now_s, unloaded_s) for each in load.decoding]
         self._limit_s = min([PLANNED_SHARE * self._tpot_s, *limits_s])
         self._prefill_s_per_token = _prefill_pace(load)
-        self._busy_steps = _BUSY_STEPS if len(load.fitting) < len(load.waiting) else max(0, self._busy_steps - 1)
+        self._busy_steps = (
+            _BUSY_STEPS if load.is_full or len(load.fitting) < len(load.waiting) else max(0, self._busy_steps - 1)
+        )
         tokens = self._chunk(load)
         may_begin = not batch or self._unloaded_s(StepShape.decode(batch + 1, kv_tokens)) <= self._limit_s
         self._planned = decode

@@ -19,6 +19,14 @@ import torch
 from selectn_core.accounts import account
 from selectn_core.arena import Arena, weight_sectors
 from selectn_core.attainment import Attainment
+from selectn_core.capacity import (
+    Headroom,
+    capacity_tokens,
+    decode_step_s,
+    latest,
+    promised_tokens,
+    waiting_prefill_tokens,
+)
 from selectn_core.config import MAX_SLOTS, EngineConfig, SloConfig, require
 from selectn_core.device import Device, align_up, open_device, resolve_kind
 from selectn_core.errors import (
@@ -27,6 +35,7 @@ from selectn_core.errors import (
     EngineOverloaded,
     EngineUnavailable,
     RequestError,
+    RequestTooLarge,
 )
 from selectn_core.executor import Executor, OverlappedExecutor, SynchronousExecutor
 from selectn_core.fingerprint import fingerprint_of
@@ -307,6 +316,39 @@ class Engine:
             return ()
         return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
+    def reachable_kv_tokens(self, k_max: int | None = None) -> int:
+        """Promised tokens that the KV cache holds if up to `k_max` units are offloaded.
+
+        None: as the plan says, or with a policy what the guaranteed share of the link frees.
+        """
+        steering = self.steering
+        target = steering.guaranteed_plan if steering is not None else self._target
+        if k_max is not None and k_max > target.num_offloaded:
+            target = unmeasured_plan(self.units, min(k_max, len(self.units)), target.num_slots)
+        return capacity_tokens(self.batching.geometry, self.arena.num_sectors, self.kv_sectors(target))
+
+    def headroom(self, k_max: int | None = None) -> Headroom:
+        """What this engine can take if it offloads up to `k_max` units (None: no more than its plan does)."""
+        with self._lock:
+            handles = list(self._handles.values())
+        longest = self.max_model_len
+        return Headroom(
+            kv_capacity_tokens=self.reachable_kv_tokens(k_max),
+            longest_request_tokens=longest,
+            is_model_limit=longest == self._model_limit,
+            waiting_prefill_tokens=waiting_prefill_tokens(handles),
+            prefill_s_per_token=self.steps.prefill_s_per_token(),
+            decode_step_s=decode_step_s(latest(self.steps.records)),
+        )
+
+    def promised_tokens(self, total_tokens: int) -> int:
+        """What a request of `total_tokens`, prompt and output, takes of `headroom`."""
+        return promised_tokens(self.batching.geometry, self.arena.num_sectors, total_tokens)
+
+    def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises RequestError for what `submit` would refuse whenever it came, RequestTooLarge for want of memory."""
+        self._check_prompt(prompt_ids, params)
+
     def submit(
         self,
         prompt_ids: Sequence[int],
@@ -340,7 +382,8 @@ class Engine:
         if not all(0 <= token < vocab_size for token in prompt_ids):
             raise RequestError(f"the prompt has token ids outside 0..{vocab_size - 1}", field="prompt")
         if len(prompt_ids) + params.max_tokens > self.max_model_len:
-            raise RequestError(
+            is_model_limit = len(prompt_ids) + params.max_tokens > (self._model_limit or 0) > 0
+            raise (RequestError if is_model_limit else RequestTooLarge)(
                 f"{len(prompt_ids)} prompt tokens and max_tokens={params.max_tokens} are more than the "
                 f"{self.max_model_len} tokens that a request may have here",
                 field="max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",

@@ -55,6 +55,10 @@ class RequestError(SelectNError, ValueError):
         self.field = field
 
 
+class RequestTooLarge(RequestError):
+    """The model could serve the request, but this device's memory never holds it."""
+
+
 class EngineOverloaded(SelectNError):
     """The waiting queue is full; the request was not taken and may be sent again later."""
 

@@ -66,6 +66,7 @@ class Steering:
         self.controller.min_freed_bytes = max(0, wanted_bytes - engine.arena.reachable_bytes(0))
         self._decision: Decision | None = None
         self._admission = Admission(prefill_tokens=0, may_begin=True)
+        self._guaranteed = self.controller.guaranteed_plan(load_of({}, {}, self.objectives))
         self._num_decoding = 0
         self.spent_s = 0.0
 
@@ -85,19 +86,25 @@ class Steering:
         """Looks at every request; whether one that has no KV yet may begin."""
         with self._timed():
             load = load_of(handles, progress, self.objectives)
-            num_fitting = self._num_fitting(load, handles, progress)
+            num_fitting, is_full = self._num_fitting(load, handles, progress)
             num_begun = len(load.waiting) - sum(t not in progress and not h.num_tokens for t, h in handles.items())
-            load = replace(load, num_fitting=num_begun + num_fitting)
+            load = replace(load, num_fitting=num_begun + num_fitting, is_full=is_full)
             self._num_decoding = len(load.decoding)
             self._admission = self.controller.admit(load, self._engine.executor.plan)
             return self._admission.may_begin and num_fitting > 0
 
-    def _num_fitting(self, load: Load, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]) -> int:
-        """How many of the requests without KV memory will hold to the end of their output, in their order."""
+    def _num_fitting(
+        self, load: Load, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]
+    ) -> tuple[int, bool]:
+        """How many of the requests without KV memory will hold to the end of their output, in their order.
+
+        And whether there is no room for another as large as those on average, in memory or in the batch.
+        """
         engine = self._engine
         sectors_for = engine.batching.geometry.sectors_for_request
         held = sum(sectors_for(handles[ticket].max_total_tokens) for ticket in progress if ticket in handles)
-        room = engine.kv_sectors(self.controller.guaranteed_plan(load)) - held
+        self._guaranteed = self.controller.guaranteed_plan(load)
+        room = engine.kv_sectors(self._guaranteed) - held
         places = engine.config.batch.max_requests - len(progress)
         num_fitting = 0
         for ticket, handle in handles.items():
@@ -108,7 +115,8 @@ class Steering:
             if (room < 0 and (progress or num_fitting)) or num_fitting >= places:
                 break
             num_fitting += 1
-        return num_fitting
+        is_full = bool(progress) and (num_fitting >= places or room * len(progress) < held)
+        return num_fitting, is_full
 
     def token_budget(self, most: int) -> int:
         """Tokens for the step that is about to be scheduled."""
@@ -119,6 +127,11 @@ class Steering:
         with self._timed():
             self._decision = self.controller.decide(shape, self._engine.executor.plan)
         return self._decision
+
+    @property
+    def guaranteed_plan(self) -> OffloadPlan:
+        """Whose memory requests may count on, as of the last step."""
+        return self._guaranteed
 
     @property
     def decision(self) -> Decision | None:

@@ -21,7 +21,10 @@ from tests.integration.tiny_checkpoint import NUM_LAYERS, save_tiny_llama
 MODEL = "tiny"
 # A layer takes about 0.15 MB / 0.008 GB/s = 18 ms to arrive: slow enough to act during a generation.
 SLOW_LINK_GB_PER_S = 0.008
-SMALL_MAX_REQUESTS, SMALL_MAX_WAITING = 2, 1
+SMALL_MAX_REQUESTS, SMALL_MAX_WAITING, SMALL_TTFT_MS = 2, 1, 6000
+# Two replicas behind two ingresses, every layer offloaded, so that steps take about 70 ms.
+PAIR_MAX_REQUESTS, PAIR_MAX_QUEUED, NUM_PAIR_INGRESSES = 2, 2, 2
+PAIR_KEY = "the-key-of-the-tests"
 
 
 def application(name: str, route_prefix: str, source: str, **args: Any) -> dict[str, Any]:
@@ -34,8 +37,8 @@ def application(name: str, route_prefix: str, source: str, **args: Any) -> dict[
             "model": {"source": source, "served_name": MODEL, "dtype": "float32"},
             "device": {"kind": "emulated", "link_gb_per_s": SLOW_LINK_GB_PER_S, "compute_threads": 1},
             "offload": {"num_offloaded": 0},
-            "slo": {"ttft_ms": 4000, "tpot_ms": 400, "tightest": 0.5},
             "shutdown_grace_s": 1,
+            "slo": {"ttft_ms": 60_000, "tpot_ms": 10_000},  # on this link few others would be met
             **args,
         },
     }
@@ -47,14 +50,37 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def document(checkpoint) -> dict[str, Any]:
-    """The application under test, and one with room for few requests."""
+def api_keys_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("keys") / "keys"
+    path.write_text(f"tests {PAIR_KEY}\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def document(checkpoint, api_keys_file) -> dict[str, Any]:
+    """The application under test, one with room for few requests, and one of two replicas."""
+    pair = {
+        "num_replicas": 2,
+        "num_ingress_replicas": NUM_PAIR_INGRESSES,
+        "batch": {"max_requests": PAIR_MAX_REQUESTS, "max_waiting": 8, "kv_tokens": 256},
+        "offload": {"num_offloaded": NUM_LAYERS},
+        "limits": {"max_queued_requests": PAIR_MAX_QUEUED, "api_keys_file": api_keys_file},
+        "shutdown_grace_s": 20,
+    }
     small = {"max_requests": SMALL_MAX_REQUESTS, "max_waiting": SMALL_MAX_WAITING, "kv_tokens": 1024}
     return {
         "http_options": {"host": "127.0.0.1", "port": free_port("127.0.0.1")},
         "applications": [
             application("main", "/", checkpoint, limits={"max_body_bytes": 20_000}),
-            application("small", "/small", checkpoint, batch=small),
+            application(
+                "small",
+                "/small",
+                checkpoint,
+                batch=small,
+                limits={"max_queued_requests": 0},
+                slo={"ttft_ms": SMALL_TTFT_MS, "tpot_ms": 10_000},
+            ),
+            application("pair", "/pair", checkpoint, **pair),
         ],
     }
 
@@ -67,7 +93,7 @@ def cluster_processes() -> list[psutil.Process]:
 
 @pytest.fixture(scope="session")
 def urls(document, cluster_processes) -> Iterator[list[str]]:
-    """Base URLs of the two running applications. Fails at the end if a process is left."""
+    """Base URLs of the running applications. Fails at the end if a process is left."""
     with local_cluster(ClusterConfig(address="local", num_cpus=2)), deployed(document):
         wait_until_serving(document, lambda elapsed_s: None)
         cluster_processes.extend(psutil.Process().children(recursive=True))

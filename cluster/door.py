@@ -1,0 +1,196 @@
+"""A replica's door: requests come in first come first served, and only those whose KV is sure to find room.
+
+Callers choose a replica by reports, which are late, and several of them choose at once. Here, where all requests of a
+replica meet, it is exact: nobody is let in with whom the requests inside might at some step not fit together.
+
+That step is looked for. Every request inside gets a token per step until it has its last one, and gives back all it
+has; so what they will hold together is known for every step to come, if none stops early. Its peak is what is promised:
+less than the sum of what each has at its own end, since they do not end together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cluster.headroom import MAX_ORIGINS, Promise
+from selectn_core.errors import EngineOverloaded, EngineUnavailable
+
+_RECENT = 64
+# Requests do not keep step exactly: one waits for its prefill, another's last token is on its way. Each counts as there
+# for up to two times as many steps more, which also bounds how many steps there are to look at.
+SLACK_STEPS = 8
+# Progress opens the door too, and is looked at this often while somebody waits.
+PROGRESS_PERIOD_S = 0.05
+
+
+@dataclass(eq=False, kw_only=True)
+class Visit:
+    """A request at the door (`entered_s` None) or inside. `decide(True)`: it may come in; False: it never will.
+
+    It begins with `prompt_tokens` and has `total_tokens` at most; `num_generated` says how far it is.
+    """
+
+    origin: str
+    sequence: int = 0
+    prompt_tokens: int
+    total_tokens: int
+    decide: Callable[[bool], None] = field(repr=False)
+    num_generated: Callable[[], int] = field(default=lambda: 0, repr=False)
+    entered_s: float | None = None
+
+
+class Door:
+    """Lets visits in, one after the other. Not thread-safe; `capacity_tokens` is asked at every decision.
+
+    `footprint` is what a request of so many tokens takes of it, which is whole pages.
+    """
+
+    def __init__(
+        self,
+        capacity_tokens: Callable[[], int],
+        footprint: Callable[[int], int] = lambda num_tokens: num_tokens,
+        *,
+        max_requests: int,
+        max_waiting: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._capacity_tokens, self._footprint, self._clock = capacity_tokens, footprint, clock
+        self._max_requests, self._max_waiting = max_requests, max_waiting
+        self._waiting: deque[Visit] = deque()
+        self._inside: dict[Visit, None] = {}
+        self._stays: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # tokens, seconds inside
+        self._looked_s = -PROGRESS_PERIOD_S
+        self.is_closed = False
+
+    def knock(self, visit: Visit) -> None:
+        """Queues the visit, and lets it in at once if it can.
+
+        Raises EngineUnavailable behind a closed door, EngineOverloaded where `max_waiting` wait already.
+        """
+        if self.is_closed:
+            raise EngineUnavailable("this replica is stopping; send the request again")
+        self._waiting.append(visit)
+        self.let_in()
+        if len(self._waiting) > self._max_waiting:
+            self._waiting.remove(visit)
+            raise EngineOverloaded(
+                f"{len(self._inside)} requests are running and {self._max_waiting} are waiting for KV cache "
+                f"(batch.max_requests={self._max_requests}, batch.max_waiting={self._max_waiting})"
+            )
+
+    def leave(self, visit: Visit) -> None:
+        """The visit is over, or has given up waiting. Idempotent."""
+        if visit in self._inside:
+            assert visit.entered_s is not None
+            del self._inside[visit]
+            self._stays.append((self._footprint(visit.total_tokens), self._clock() - visit.entered_s))
+        elif visit in self._waiting:
+            self._waiting.remove(visit)
+        self.let_in()
+
+    def let_in(self) -> None:
+        """Lets in whom there is room for; call it when the capacity may have grown, or requests are further."""
+        while self._waiting and self._has_room_for(self._waiting[0]):
+            visit = self._waiting.popleft()
+            visit.entered_s = self._clock()
+            self._inside[visit] = None
+            visit.decide(True)
+
+    def progressed(self) -> None:
+        """Somebody inside has more tokens: the step at which most is held may now leave room for who waits."""
+        now_s = self._clock()
+        if self._waiting and now_s - self._looked_s >= PROGRESS_PERIOD_S:
+            self._looked_s = now_s
+            self.let_in()
+
+    def close(self) -> None:
+        """Turns away who waits and whoever comes; who is inside may finish. Idempotent."""
+        self.is_closed = True
+        while self._waiting:
+            self._waiting.popleft().decide(False)
+
+    def _has_room_for(self, visit: Visit) -> bool:
+        if not self._inside:  # alone it may have all there is: more layers are offloaded for it
+            return True
+        if len(self._inside) >= self._max_requests:
+            return False
+        return sum(self._at_peak([*self._inside, visit])) <= self._capacity_tokens()
+
+    def _at_peak(self, visits: Sequence[Visit]) -> list[int]:
+        """What each of the visits holds when together they hold most, if from now on each gets a token per step."""
+        held = [visit.prompt_tokens + visit.num_generated() for visit in visits]
+        left = [max(0, visit.total_tokens - now) for visit, now in zip(visits, held, strict=True)]
+        best: list[int] = []
+        until = [(-(-rest // SLACK_STEPS) + 1) * SLACK_STEPS for rest in left]
+        for step in set(until):  # whoever is there only grows, so the peak is when somebody is about to be gone
+            then = [
+                self._footprint(now + min(step, rest)) if step <= end else 0
+                for now, rest, end in zip(held, left, until, strict=True)
+            ]
+            best = max(best, then, key=sum)
+        return best
+
+    # -- what a report says -------------------------------------------------------------------------------------
+
+    @property
+    def inside_tokens(self) -> int:
+        """What the visits inside will hold at most together."""
+        return sum(self._at_peak(list(self._inside)))
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def waiting_prompt_tokens(self) -> int:
+        return sum(visit.prompt_tokens for visit in self._waiting)
+
+    def promises(self) -> tuple[Promise, ...]:
+        """Who was promised what, those at the door included: the largest by name, the rest together as ""."""
+        inside = list(self._inside)
+        held = [*zip(inside, self._at_peak(inside), strict=True)]
+        held += [(visit, self._footprint(visit.total_tokens)) for visit in self._waiting]
+        promises: dict[str, Promise] = {}
+        for visit, tokens in held:
+            promises[visit.origin] = _sum(visit, promises.get(visit.origin), tokens)
+        by_size = sorted(promises.values(), key=lambda promise: (-promise.tokens, promise.origin))
+        named, rest = by_size[:MAX_ORIGINS], by_size[MAX_ORIGINS:]
+        if rest:
+            tokens, requests = sum(each.tokens for each in rest), sum(each.requests for each in rest)
+            named.append(Promise(origin="", tokens=tokens, requests=requests))
+        return tuple(named)
+
+    def drain_tokens_per_s(self) -> float | None:
+        """At which a full replica gives promised tokens back; None before the first request has left.
+
+        By Little's law what is inside over how long it stays, both as recently measured: so it is known without the
+        replica ever having been full.
+        """
+        tokens = sum(each[0] for each in self._stays)
+        token_s = sum(each[0] * each[1] for each in self._stays)
+        if not tokens or token_s <= 0:
+            return None
+        inside = sum(self._footprint(visit.total_tokens) for visit in self._inside)
+        packing = inside / self.inside_tokens if inside else 1.0  # tokens at their ends, per token held at the peak
+        full = min(packing * self._capacity_tokens(), self._max_requests * tokens / len(self._stays))
+        return full * tokens / token_s
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where someone waits who has room, or more wait than may."""
+        assert not set(self._inside).intersection(self._waiting), "a visit is inside and at the door"
+        assert not self._waiting or not self._has_room_for(self._waiting[0]), "there is room, and somebody waits"
+        assert len(self._waiting) <= self._max_waiting, "more wait than may"
+
+
+def _sum(visit: Visit, promise: Promise | None, tokens: int) -> Promise:
+    if promise is None:
+        return Promise(origin=visit.origin, tokens=tokens, requests=1, sequence=visit.sequence)
+    return Promise(
+        origin=visit.origin,
+        tokens=promise.tokens + tokens,
+        requests=promise.requests + 1,
+        sequence=max(promise.sequence, visit.sequence),
+    )

@@ -1,0 +1,231 @@
+"""Admission: a request goes to a replica now, waits its turn until a deadline, or is told when to return.
+
+The queue is this ingress's own. That several of them agree is the replicas' doing (cluster/door.py), and that each gets
+its share of full replicas too: every ingress may have one request waiting at each door.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+
+from cluster.headroom import Ask, Board
+from deployments.board import SharedBoard
+from deployments.errors import ApiError, late, overloaded, too_large, unavailable
+from deployments.fair_queue import Entry, FairQueue, Priority, QueueFull
+
+MAX_RETRY_AFTER_S = 60.0
+# A prompt whose prefill alone takes up the objective may wait this share of it: it is late already, not by the queue.
+LEAST_WAIT_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionConfig:
+    """How many may wait, how long at most, and whether one that will miss its TTFT objective is refused instead."""
+
+    max_queued_requests: int
+    timeout_s: float
+    refuse_late: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A request that wants a place: since when, for whom, how urgently, and where it must not go again."""
+
+    ask: Ask
+    key: str
+    priority: Priority
+    arrived_s: float
+    excluded: frozenset[str] = frozenset()
+    has_waited: bool = False
+    retried_s: float | None = None
+
+    def again(self, excluded: Collection[str] = ()) -> Claim:
+        """The claim of a request that had a place and was not let in: it is in front of those that came later."""
+        return replace(self, has_waited=True, excluded=self.excluded.union(excluded))
+
+    def after_death(self, replica_id: str, now_s: float) -> Claim:
+        """The claim of a request whose replica died: late or not, it is run on another."""
+        return replace(self.again((replica_id,)), retried_s=now_s)
+
+
+@dataclass(eq=False, kw_only=True)
+class _Waiter:
+    claim: Claim
+    deadline_s: float
+    placed: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def fail(self, error: ApiError) -> None:
+        if not self.placed.done():
+            self.placed.set_exception(error)
+
+
+class Turn:
+    """A place on a replica. `end` gives it back; call it always, more than once if need be."""
+
+    def __init__(self, admission: Admission, claim: Claim, replica_id: str, sequence: int, deadline_s: float) -> None:
+        self._admission, self.claim = admission, claim
+        self.replica_id, self.sequence, self.deadline_s = replica_id, sequence, deadline_s
+
+    def begun(self) -> None:
+        """The replica has let the request in."""
+        self._admission.on_board(lambda board: board.begun(self.claim.ask.request_id))
+
+    def end(self) -> None:
+        """The request is over, or has lost its place."""
+        self._admission.on_board(lambda board: board.end(self.claim.ask.request_id))
+
+
+class Admission:
+    """The queue in front of the replicas. All methods belong to one event loop, that of the ingress."""
+
+    def __init__(
+        self, shared: SharedBoard, config: AdmissionConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._shared, self._config, self._clock = shared, config, clock
+        self._queue: FairQueue[_Waiter] = FairQueue(config.max_queued_requests)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._news = asyncio.Event()
+        self.origin = shared.origin
+
+    @property
+    def now_s(self) -> float:
+        return self._clock()
+
+    def claim(self, ask: Ask, *, key: str, priority: Priority) -> Claim:
+        """The claim of a request that comes now."""
+        return Claim(ask=ask, key=key, priority=priority, arrived_s=self._clock())
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    async def enter(self, claim: Claim) -> Turn:
+        """Returns when the request has a place. Raises ApiError: 503 if none can ever have it, 429 if not in time."""
+        self._listen()
+        waiter = _Waiter(claim=claim, deadline_s=self._deadline_s(claim))
+        entry = Entry(item=waiter, key=claim.key, priority=claim.priority, tokens=claim.ask.tokens)
+        self._push(entry, front=claim.has_waited)
+        try:
+            self._pump()
+            if not waiter.placed.done():
+                self._refuse_what_is_hopeless(waiter)
+            async with asyncio.timeout(max(0.0, waiter.deadline_s - self._clock())):
+                replica_id = await waiter.placed
+        except BaseException as error:
+            self._queue.discard(entry)
+            self.on_board(lambda board: board.end(claim.ask.request_id))
+            if isinstance(error, TimeoutError):
+                raise self.overdue(claim) from None
+            raise
+        with self._shared.locked() as board:
+            sequence = board.sequence_of(claim.ask.request_id)
+        return Turn(self, claim, replica_id, sequence, waiter.deadline_s)
+
+    def on_board(self, change: Callable[[Board], None]) -> None:
+        """Changes the board, and lets in whom that makes room for."""
+        with self._shared.locked() as board:
+            change(board)
+        self._pump()
+
+    async def news(self, at_most_s: float) -> None:
+        """Returns when a replica has reported or gone."""
+        self._news.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(at_most_s):
+                await self._news.wait()
+
+    def overdue(self, claim: Claim) -> ApiError:
+        """What a request is told whose deadline has passed before a replica has begun it."""
+        with self._shared.locked() as board:
+            is_nobody_there = not board.replica_ids
+        if is_nobody_there:
+            return unavailable()
+        if self._config.refuse_late and claim.ask.ttft_s is not None:
+            return late(claim.ask.ttft_s, self._retry_after_s(claim.ask.tokens))
+        return overloaded(retry_after_s=self._retry_after_s(claim.ask.tokens))
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._shared.listen(self._on_news_from_any_thread)
+
+    def _on_news_from_any_thread(self) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: so is this ingress
+            self._loop.call_soon_threadsafe(self._on_news)
+
+    def _on_news(self) -> None:
+        self._news.set()
+        self._pump()
+
+    def _deadline_s(self, claim: Claim) -> float:
+        wait_s, ttft_s = self._config.timeout_s, claim.ask.ttft_s
+        if claim.retried_s is not None:
+            return claim.retried_s + wait_s
+        if self._config.refuse_late and ttft_s is not None:
+            with self._shared.locked() as board:
+                prefill_s = board.prefill_s(claim.ask)
+            wait_s = min(wait_s, max(ttft_s - prefill_s, LEAST_WAIT_SHARE * ttft_s))
+        return claim.arrived_s + wait_s
+
+    def _refuse_what_is_hopeless(self, waiter: _Waiter) -> None:
+        if self._config.max_queued_requests == 0:
+            raise self._full()
+        claim, ttft_s = waiter.claim, waiter.claim.ask.ttft_s
+        if claim.has_waited or not self._config.refuse_late or ttft_s is None:
+            return
+        with self._shared.locked() as board:
+            free, rate = board.free_tokens(), board.drain_tokens_per_s()
+        if rate is None:
+            return
+        wait_s = (self._queue.tokens_ahead(claim.key, claim.priority) - free) / rate
+        if self._clock() + wait_s > waiter.deadline_s:
+            raise late(ttft_s, self._retry_after_s(0, beyond_s=waiter.deadline_s - self._clock()))
+
+    def _push(self, entry: Entry[_Waiter], *, front: bool) -> None:
+        # Where nobody may wait, one may still find a place at once.
+        try:
+            victim = self._queue.push(entry, front=front or self._config.max_queued_requests == 0)
+        except QueueFull:
+            raise self._full() from None
+        if victim is not None:
+            victim.item.fail(self._full())
+
+    def _full(self) -> ApiError:
+        return overloaded(retry_after_s=self._retry_after_s(0))
+
+    def _pump(self) -> None:
+        while (entry := self._queue.head()) is not None:
+            waiter = entry.item
+            if waiter.placed.done():  # cancelled, or refused: its task will see to the rest
+                self._queue.discard(entry)
+                continue
+            claim = waiter.claim
+            with self._shared.locked() as board:
+                could_hold, longest = board.could_hold(claim.ask), board.longest_request_tokens
+                replica_id = board.place(claim.ask, claim.excluded)
+            if replica_id is not None:
+                self._queue.pop()
+                waiter.placed.set_result(replica_id)
+            elif not could_hold:
+                self._queue.discard(entry)
+                waiter.fail(too_large(claim.ask.least_tokens, longest or 0))
+            else:
+                return
+
+    def _retry_after_s(self, tokens: int, *, beyond_s: float = 0.0) -> float:
+        """When a request of `tokens` would be due, all that wait now served before it; less what it would wait."""
+        queued = self._queue.num_tokens
+        with self._shared.locked() as board:
+            free, rate = board.free_tokens(), board.drain_tokens_per_s()
+        if rate is None:
+            return 1.0
+        wait_s = (queued + tokens - free) / rate - beyond_s
+        return float(min(MAX_RETRY_AFTER_S, max(1.0, math.ceil(wait_s))))

@@ -1,0 +1,170 @@
+"""A bounded queue that is fair by tokens: between priorities by weight, between API keys equally, first come within.
+
+Start-time fair queueing, twice: a class (priority) and a key each have a virtual time that grows by the tokens they are
+served; the one that is least far comes next. Weights instead of strict priorities, so that nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar, get_args
+
+Priority = Literal["high", "normal", "low"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
+
+T = TypeVar("T")
+
+
+class QueueFull(Exception):
+    """The queue is full, and nobody in it has more of it than the one who came."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Entry(Generic[T]):
+    item: T
+    key: str
+    priority: Priority
+    tokens: int
+
+
+@dataclass(kw_only=True)
+class _Flow(Generic[T]):
+    """One key's entries of one priority. `served` is its virtual time: tokens, never behind the class's own."""
+
+    served: float
+    entries: deque[Entry[T]] = field(default_factory=deque)
+
+
+@dataclass(kw_only=True)
+class _Class(Generic[T]):
+    """One priority: flows of keys that wait, and how far those are served that do not wait now but were ahead."""
+
+    served: float = 0.0
+    now: float = 0.0
+    flows: dict[str, _Flow[T]] = field(default_factory=dict)
+    ahead: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return sum(len(flow.entries) for flow in self.flows.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(entry.tokens for flow in self.flows.values() for entry in flow.entries)
+
+
+class FairQueue(Generic[T]):
+    """At most `capacity` entries."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._classes: dict[Priority, _Class[T]] = {priority: _Class() for priority in PRIORITIES}
+        self._now = 0.0
+
+    def __len__(self) -> int:
+        return sum(len(each) for each in self._classes.values())
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(each.tokens for each in self._classes.values())
+
+    def push(self, entry: Entry[T], *, front: bool = False) -> Entry[T] | None:
+        """Adds an entry, at the `front` of its own flow if it has waited before.
+
+        Raises QueueFull, or returns the entry that had to go: the newest of a lower priority that has more than its
+        weight's share of the queue, or of the key of the same priority that has most in it.
+        """
+        victim = None
+        if len(self) >= self._capacity and not front:
+            victim = self._victim(entry)
+            if victim is None:
+                raise QueueFull
+            self.discard(victim)
+        flow = self._flow_of(entry)
+        if front:
+            flow.entries.appendleft(entry)
+        else:
+            flow.entries.append(entry)
+        return victim
+
+    def head(self) -> Entry[T] | None:
+        """The next entry, or None."""
+        waiting = [priority for priority in PRIORITIES if self._classes[priority].flows]
+        if not waiting:
+            return None
+        priority = min(waiting, key=lambda each: self._classes[each].served)  # of equals the first: the higher
+        flows = self._classes[priority].flows
+        return min(flows.values(), key=lambda flow: flow.served).entries[0]
+
+    def pop(self) -> Entry[T]:
+        """Removes the head, which counts as served. Raises IndexError where there is none."""
+        entry = self.head()
+        if entry is None:
+            raise IndexError("the queue is empty")
+        each = self._classes[entry.priority]
+        flow = each.flows[entry.key]
+        self._now, each.now = each.served, flow.served
+        each.served += entry.tokens / WEIGHTS[entry.priority]
+        flow.served += entry.tokens
+        flow.entries.popleft()
+        self._drop_if_empty(each, entry.key)
+        return entry
+
+    def discard(self, entry: Entry[T]) -> None:
+        """Removes an entry unserved; does nothing if it is not there."""
+        each = self._classes[entry.priority]
+        flow = each.flows.get(entry.key)
+        if flow is not None and entry in flow.entries:
+            flow.entries.remove(entry)
+            self._drop_if_empty(each, entry.key)
+
+    def tokens_ahead(self, key: str, priority: Priority) -> int:
+        """About how many tokens are served until all that `key` has waiting is: as many of each other key, and what is
+        more important.
+
+        An estimate from below: what will yet come and overtake is not in it, nor is what is less important.
+        """
+        flows = self._classes[priority].flows
+        own = sum(entry.tokens for entry in flows[key].entries) if key in flows else 0
+        others = sum(
+            min(own, sum(entry.tokens for entry in flow.entries)) for name, flow in flows.items() if name != key
+        )
+        higher = PRIORITIES[: PRIORITIES.index(priority)]
+        return own + others + sum(self._classes[each].tokens for each in higher)
+
+    def _flow_of(self, entry: Entry[T]) -> _Flow[T]:
+        each = self._classes[entry.priority]
+        if not each.flows:  # it has not waited until now: no credit for that
+            each.served = max(each.served, self._now)
+        flow = each.flows.get(entry.key)
+        if flow is None:
+            flow = each.flows[entry.key] = _Flow(served=max(each.now, each.ahead.pop(entry.key, 0.0)))
+        return flow
+
+    def _drop_if_empty(self, each: _Class[T], key: str) -> None:
+        flow = each.flows[key]
+        if flow.entries:
+            return
+        del each.flows[key]
+        # What is behind the present is as good as new: only keys that are ahead of it need to be remembered.
+        each.ahead = {name: served for name, served in each.ahead.items() if served > each.now}
+        if flow.served > each.now and len(each.ahead) < self._capacity:
+            each.ahead[key] = flow.served
+
+    def _victim(self, entry: Entry[T]) -> Entry[T] | None:
+        lower = PRIORITIES[PRIORITIES.index(entry.priority) + 1 :]
+        for priority in reversed(lower):
+            each = self._classes[priority]
+            if len(each) > self._share(priority):
+                return max(each.flows.values(), key=lambda flow: len(flow.entries)).entries[-1]
+        flows = self._classes[entry.priority].flows
+        if not flows:
+            return None
+        largest = max(flows.values(), key=lambda flow: len(flow.entries))
+        own = len(flows[entry.key].entries) if entry.key in flows else 0
+        return largest.entries[-1] if len(largest.entries) > own + 1 else None
+
+    def _share(self, priority: Priority) -> int:
+        """Entries of a priority that no other pushes out."""
+        return max(1, self._capacity * WEIGHTS[priority] // sum(WEIGHTS.values()))

@@ -1,0 +1,275 @@
+"""Routing, admission, draining and retry, on real replicas: who gets where, who waits, who is told what."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client  # deploys a config, as `serve deploy` does
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.headroom import DOOR_REQUESTS, ReplicaReport
+from deployments.config import REPLICA_NAME, AppArgs
+from tests.integration.conftest import (
+    NUM_PAIR_INGRESSES,
+    PAIR_KEY,
+    PAIR_MAX_QUEUED,
+    PAIR_MAX_REQUESTS,
+    SMALL_MAX_REQUESTS,
+)
+from tests.integration.processes import wait_until
+from tests.integration.test_running_requests import body
+
+NUM_REPLICAS, HEADROOM_PERIOD_S = 2, AppArgs().headroom_period_s
+KEY = {"Authorization": f"Bearer {PAIR_KEY}"}
+
+
+@pytest.fixture(scope="module")
+def pair_url(urls) -> str:
+    return urls[2]
+
+
+@pytest.fixture
+def pair(pair_url) -> Iterator[httpx.Client]:
+    """A client of two idle replicas."""
+    limits = httpx.Limits(max_connections=64)
+    with httpx.Client(base_url=pair_url, timeout=90, trust_env=False, headers=KEY, limits=limits) as client:
+        wait_until(lambda: list(in_flight().values()) == [0] * NUM_REPLICAS, 60, "two idle replicas")
+        yield client
+
+
+def replica_actors() -> list[ray.actor.ActorHandle]:
+    """The pair's replicas one by one: calls through Serve's handle go to either."""
+    names = [
+        each for each in ray.util.list_named_actors(all_namespaces=True) if f"pair#{REPLICA_NAME}#" in each["name"]
+    ]
+    actors = []
+    for each in names:
+        with contextlib.suppress(ValueError):  # just gone
+            actors.append(ray.get_actor(each["name"], namespace=each["namespace"]))
+    return actors
+
+
+def report_of(actor: ray.actor.ActorHandle) -> ReplicaReport | None:
+    """None for one that is starting or gone."""
+    try:
+        return ReplicaReport.from_json(ray.get(actor.record_routing_stats.remote(), timeout=20))
+    except (ray.exceptions.RayError, TypeError):
+        return None
+
+
+def reports() -> dict[str, ReplicaReport]:
+    """Each running replica's report."""
+    found = [report_of(actor) for actor in replica_actors()]
+    return {each.replica_id: each for each in found if each is not None}
+
+
+def in_flight() -> dict[str, int]:
+    """Requests in each replica."""
+    return {name: sum(each.requests for each in report.promises) for name, report in reports().items()}
+
+
+def has_more_than(before: dict[str, int]) -> list[str]:
+    """Replicas that have more requests than before."""
+    return [name for name, count in in_flight().items() if count > before[name]]
+
+
+def process_of(replica_id: str) -> psutil.Process:
+    (actor,) = [actor for actor in replica_actors() if (report := report_of(actor)) and report.replica_id == replica_id]
+    return psutil.Process(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
+
+
+class Streaming:
+    """A streamed completion, read by a thread of its own."""
+
+    def __init__(self, client: httpx.Client, request: dict[str, Any]) -> None:
+        self.lines: list[str] = []
+        self._begun = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(client, request))
+        self._thread.start()
+
+    def _read(self, client: httpx.Client, request: dict[str, Any]) -> None:
+        with client.stream("POST", "/v1/completions", json={**request, "stream": True}) as response:
+            for line in response.iter_lines():
+                if line:
+                    self.lines.append(line.removeprefix("data: "))
+                    self._begun.set()
+        self._begun.set()
+
+    def wait_until_begun(self) -> None:
+        assert self._begun.wait(60)
+
+    def result(self) -> tuple[str, dict[str, Any] | None]:
+        """Text and error."""
+        self._thread.join(90)
+        assert not self._thread.is_alive()
+        events = [json.loads(line) for line in self.lines if line != "[DONE]"]
+        error = next((event["error"] for event in events if "error" in event), None)
+        assert (error is None) == (self.lines[-1] == "[DONE]")
+        return "".join(event["choices"][0]["text"] for event in events if "error" not in event), error
+
+
+def text_of(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["text"]
+
+
+def test_requests_need_a_key(pair_url):
+    for headers in ({}, {"Authorization": "Bearer not-the-key-of-the-tests"}):
+        for response in (
+            httpx.post(f"{pair_url}/v1/completions", json=body(max_tokens=1), headers=headers, trust_env=False),
+            httpx.get(f"{pair_url}/v1/models", headers=headers, trust_env=False),
+        ):
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert httpx.get(f"{pair_url}/health", trust_env=False).status_code == 200
+
+
+def test_an_unknown_priority_is_refused(pair):
+    response = pair.post("/v1/completions", json=body(max_tokens=1, priority="now"))
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "priority")
+    assert pair.post("/v1/completions", json=body(max_tokens=1, priority="high")).status_code == 200
+
+
+def test_a_request_goes_where_there_is_more_room(pair):
+    """One long request is on one replica: short ones, each done before the next comes, all go to the other."""
+    streaming = Streaming(pair, body(max_tokens=120))
+    streaming.wait_until_begun()
+    (busy,) = [name for name, count in in_flight().items() if count]
+    time.sleep(3 * HEADROOM_PERIOD_S)  # the other ingress learns of it by a report
+    before = prefixes_of(busy)
+    for number in range(4):
+        text_of(pair.post("/v1/completions", json=body(prompt=f"{number}" * 200, max_tokens=2)))
+    assert prefixes_of(busy) == before
+    text, error = streaming.result()
+    assert text
+    assert error is None
+
+
+def prefixes_of(replica_id: str) -> tuple[int, ...]:
+    return reports()[replica_id].prefixes
+
+
+def test_what_no_replica_can_hold_is_a_503_that_says_the_limit(pair):
+    longest = max(report.longest_request_tokens for report in reports().values())
+    response = pair.post("/v1/completions", json=body(max_tokens=longest))
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "request_too_large"
+    assert str(longest) in response.json()["error"]["message"]
+    assert "Retry-After" not in response.headers
+    prompt = [5] * (longest - 5)
+    response = pair.post("/v1/completions", json=body(prompt=prompt, max_tokens=6))
+    assert response.json()["error"]["code"] == "request_too_large"
+
+
+def test_the_rest_waits_in_bounded_queues_and_what_is_more_gets_429(pair):
+    at_once = NUM_REPLICAS * PAIR_MAX_REQUESTS
+    # Both ingresses may think at first that all is theirs; what one sends too much waits at the doors.
+    most = NUM_PAIR_INGRESSES * (at_once + NUM_REPLICAS * DOOR_REQUESTS + PAIR_MAX_QUEUED)
+    with ThreadPoolExecutor(most + 8) as pool:
+        responses = list(pool.map(lambda _: pair.post("/v1/completions", json=body(max_tokens=24)), range(most + 8)))
+    taken = [response for response in responses if response.status_code == 200]
+    refused = [response for response in responses if response.status_code != 200]
+    assert at_once < len(taken) <= most
+    assert len({text_of(response) for response in taken}) == 1
+    for response in refused:
+        assert response.status_code == 429
+        assert int(response.headers["Retry-After"]) >= 1
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        assert response.json()["error"]["type"] == "rate_limit_error"
+    handle = serve.get_deployment_handle(REPLICA_NAME, "pair")
+    assert handle.snapshot.remote().result()["preemptions"] == 0
+
+
+def test_one_that_would_miss_its_first_token_is_refused_not_served_late(small_url):
+    with httpx.Client(base_url=small_url, timeout=60, trust_env=False) as client:
+        small = serve.get_deployment_handle(REPLICA_NAME, "small")
+        small.set_num_offloaded.remote(4).result()
+        request = body(max_tokens=300)  # 20 s, and the objective is 6 s
+        running = [client.stream("POST", "/v1/completions", json={**request, "stream": True}) for _ in range(2)]
+        assert len(running) == SMALL_MAX_REQUESTS
+        with running[0] as first, running[1] as second:
+            assert (first.status_code, second.status_code) == (200, 200)
+            response = client.post("/v1/completions", json=body(max_tokens=2))
+        assert response.status_code == 429
+        assert response.json()["error"]["code"] == "objective_unreachable"
+        assert int(response.headers["Retry-After"]) >= 1
+        wait_until(lambda: small.snapshot.remote().result()["running"] == 0, 10, "the streams are cancelled")
+
+
+def test_a_killed_replica_costs_only_what_it_had_begun_to_send(pair):
+    whole = body(prompt="once more, from the beginning. " * 10, max_tokens=40)
+    whole_reference = text_of(pair.post("/v1/completions", json=whole))
+    reference = text_of(pair.post("/v1/completions", json=body(max_tokens=80)))
+    streams = []
+    while not all(in_flight().values()):  # ingresses do not know at once of each other: at last one is on each replica
+        streams.append(Streaming(pair, body(max_tokens=80)))
+        streams[-1].wait_until_begun()
+    with ThreadPoolExecutor(1) as pool:
+        before = in_flight()
+        post = pool.submit(pair.post, "/v1/completions", json=whole)
+        wait_until(lambda: has_more_than(before), 10, "a whole response is on its way")
+        (victim,) = has_more_than(before)
+        process_of(victim).kill()
+        assert text_of(post.result()) == whole_reference  # it was run again, from its beginning
+    results = [stream.result() for stream in streams]
+    failed = [error for _, error in results if error is not None]
+    assert 1 <= len(failed) <= before[victim]  # the others, if any, had just ended
+    assert {(error["code"], error["type"]) for error in failed} == {("replica_died", "server_error")}
+    assert {text for text, error in results if error is None} == {reference}
+    assert all(reference.startswith(text) for text, _ in results)
+    wait_until(lambda: len(reports()) == NUM_REPLICAS, 60, "the replica is replaced")
+
+
+def test_a_replica_told_to_drain_finishes_what_it_has_and_takes_nothing_more(pair):
+    streams = [Streaming(pair, body(max_tokens=40))]
+    while not all(in_flight().values()):
+        streams.append(Streaming(pair, body(max_tokens=40)))
+        streams[-1].wait_until_begun()
+    serve.get_deployment_handle(REPLICA_NAME, "pair").drain.remote().result()
+    (drained,) = [name for name, report in reports().items() if report.is_draining]
+    before = prefixes_of(drained)
+    for number in range(3):  # the first may find the door closed, and is sent elsewhere
+        text_of(pair.post("/v1/completions", json=body(prompt=f"{number}" * 200, max_tokens=2)))
+    assert prefixes_of(drained) == before
+    results = [stream.result() for stream in streams]
+    assert len(set(results)) == 1
+    assert results[0][1] is None
+
+
+def test_a_redeploy_drains_and_drops_nothing(pair, document, pair_url):
+    reference = text_of(pair.post("/v1/completions", json=body(max_tokens=40)))
+    before = set(reports())
+    streams = [Streaming(pair, body(max_tokens=40)) for _ in range(NUM_REPLICAS)]
+    for stream in streams:
+        stream.wait_until_begun()
+    changed = copy.deepcopy(document)
+    (app,) = [each for each in changed["applications"] if each["name"] == "pair"]
+    app["args"]["headroom_period_s"] = 0.4
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(changed))
+    statuses = []
+
+    def is_replaced() -> bool:
+        response = httpx.post(
+            f"{pair_url}/v1/completions", json=body(max_tokens=2), headers=KEY, timeout=60, trust_env=False
+        )
+        statuses.append(response.status_code)
+        now = set(reports())
+        return len(now) == NUM_REPLICAS and not now & before
+
+    wait_until(is_replaced, 90, "new replicas")
+    assert set(statuses) == {200}
+    assert [stream.result() for stream in streams] == [(reference, None)] * NUM_REPLICAS

@@ -1,0 +1,274 @@
+"""Admission: at once, in turn, or refused with the reason and when to return."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from cluster.headroom import Ask, Promise, ReplicaReport
+from deployments.admission import Admission, AdmissionConfig, Claim, Turn
+from deployments.board import SharedBoard
+from deployments.errors import ApiError
+
+# Of one replica, full of somebody else's requests.
+FULL = (Promise(origin="other", tokens=1000, requests=4),)
+
+
+class Case:
+    """An admission over one replica "a" of 1000 tokens."""
+
+    def __init__(self, *, ttft_s: float | None = None, **config: Any) -> None:
+        self.shared = SharedBoard("me")
+        self.ttft_s, self.num, self.num_reports = ttft_s, 0, 0
+        values = {"max_queued_requests": 4, "timeout_s": 5.0, "refuse_late": True, **config}
+        self.admission = Admission(self.shared, AdmissionConfig(**values))
+
+    def report(self, **fields: Any) -> None:
+        self.num_reports += 1
+        values = {"kv_capacity_tokens": 1000, "longest_request_tokens": 1500, "max_requests": 8, **fields}
+        report = ReplicaReport(replica_id="a", reported_s=float(self.num_reports), **values)
+        with self.shared.locked() as board:
+            board.observe({"a": report})
+        self.shared.changed()
+
+    def claim(self, tokens: int = 400, key: str = "k", priority: Any = "normal") -> Claim:
+        self.num += 1
+        ask = Ask(request_id=f"r{self.num}", tokens=tokens, least_tokens=tokens, prompt_tokens=10, ttft_s=self.ttft_s)
+        return self.admission.claim(ask, key=key, priority=priority)
+
+    def enter(self, *args: Any, **kwargs: Any) -> asyncio.Task[Turn]:
+        return asyncio.ensure_future(self.admission.enter(self.claim(*args, **kwargs)))
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def refusal(waiting: asyncio.Task[Turn]) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        await waiting
+    return caught.value
+
+
+def run(coroutine) -> None:
+    asyncio.run(coroutine)
+
+
+def test_with_room_it_is_immediate_and_the_end_of_one_lets_in_the_next():
+    async def check():
+        case = Case()
+        case.report()
+        first, second = await case.enter(), await case.enter()
+        at_door = await case.enter()
+        waiting = case.enter()
+        await settle()
+        assert not waiting.done()
+        first.end()
+        await settle()
+        assert not waiting.done()  # that room is for the one at the door
+        at_door.begun()
+        await settle()
+        assert waiting.done()
+        assert second.replica_id == "a"
+
+    run(check())
+
+
+def test_a_report_lets_in_who_waits():
+    async def check():
+        case = Case()
+        case.report(promises=FULL)
+        await case.enter()
+        waiting = case.enter()
+        await settle()
+        assert not waiting.done()
+        case.report()
+        await settle()
+        assert waiting.done()
+
+    run(check())
+
+
+def test_what_no_replica_can_ever_hold_is_a_503_that_says_the_limit():
+    async def check():
+        case = Case()
+        case.report()
+        error = await refusal(case.enter(1501))
+        assert (error.status, error.code, error.retry_after_s) == (503, "request_too_large", None)
+        assert "1500" in str(error)
+
+    run(check())
+
+
+def test_a_request_that_has_become_too_large_while_it_waits_does_not_block_the_others():
+    async def check():
+        case = Case()
+        case.report(promises=FULL)
+        await case.enter()
+        large, small = case.enter(1400), case.enter(10)
+        await settle()
+        case.report(longest_request_tokens=1000)
+        assert (await refusal(large)).status == 503
+        assert (await small).replica_id == "a"
+
+    run(check())
+
+
+def test_a_full_queue_is_a_429_with_the_measured_time():
+    async def check():
+        case = Case(max_queued_requests=2)
+        case.report(promises=FULL, drain_tokens_per_s=100.0)
+        await case.enter()  # at the door
+        waiting = [case.enter(), case.enter()]
+        await settle()
+        error = await refusal(case.enter())
+        assert (error.status, error.code) == (429, "rate_limit_exceeded")
+        # 800 tokens wait, at a share of 100 tokens/s: 400 of ours are among 1400 that are promised, or 1 of 2 callers.
+        assert error.retry_after_s == 800 / 50
+        for each in waiting:
+            each.cancel()
+        await settle()
+        assert case.admission.num_waiting == 0
+
+    run(check())
+
+
+def test_none_may_wait_where_the_queue_is_zero():
+    async def check():
+        case = Case(max_queued_requests=0)
+        case.report()
+        for _ in range(3):
+            await case.enter()
+        assert (await refusal(case.enter())).status == 429
+
+    run(check())
+
+
+def test_one_that_will_be_late_is_refused_at_once_unless_that_is_off():
+    async def check():
+        for refuse_late in (True, False):
+            case = Case(ttft_s=2.0, refuse_late=refuse_late)
+            case.report(promises=FULL, drain_tokens_per_s=100.0)
+            await case.enter()
+            waiting = case.enter()
+            await settle()
+            assert waiting.done() == refuse_late
+            if refuse_late:
+                error = await refusal(waiting)
+                assert (error.status, error.code) == (429, "objective_unreachable")
+                assert error.retry_after_s in (6, 7)  # 8 s to wait, 2 s that it may
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+
+    run(check())
+
+
+def test_one_that_becomes_late_while_it_waits_is_refused_then():
+    async def check():
+        case = Case(ttft_s=0.05)
+        case.report(promises=FULL)  # no drain rate: nothing is known of how long it will be
+        await case.enter()
+        assert (await refusal(case.enter())).code == "objective_unreachable"
+        assert case.admission.num_waiting == 0
+
+    run(check())
+
+
+def test_the_timeout_is_a_429_and_without_replicas_a_503():
+    async def check():
+        case = Case(timeout_s=0.02)
+        assert (await refusal(case.enter())).status == 503
+        case.report(promises=FULL)
+        await case.enter()
+        assert (await refusal(case.enter())).status == 429
+
+    run(check())
+
+
+def test_a_caller_that_goes_away_gives_back_what_it_was_given():
+    async def check():
+        case = Case()
+        case.report()
+        for _ in range(20):
+            for waiting in [case.enter() for _ in range(4)]:
+                await asyncio.sleep(0)
+                waiting.cancel()
+                (turn,) = await asyncio.gather(waiting, return_exceptions=True)
+                if isinstance(turn, Turn):  # it was placed before it could be cancelled
+                    turn.end()
+        with case.shared.locked() as board:
+            assert board.free_tokens() == 1000
+        assert case.admission.num_waiting == 0
+
+    run(check())
+
+
+def test_priorities_and_keys_go_in_turn():
+    async def check():
+        case = Case(max_queued_requests=10)
+        case.report(promises=FULL)
+        await case.enter()
+        order: list[str] = []
+
+        async def come(name: str, **who: Any) -> None:
+            turn = await case.admission.enter(case.claim(**who))
+            order.append(name)
+            turn.end()
+
+        tasks = [
+            asyncio.ensure_future(come(name, key=key, priority=priority))
+            for name, key, priority in [
+                ("first", "a", "normal"),
+                ("second", "a", "normal"),
+                ("other", "b", "normal"),
+                ("urgent", "a", "high"),
+                ("whenever", "b", "low"),
+            ]
+        ]
+        await settle()
+        case.report()
+        await asyncio.gather(*tasks)
+        assert order.index("urgent") == 0
+        assert order.index("other") < order.index("second")
+        assert order.index("first") < order.index("second")
+
+    run(check())
+
+
+def test_a_request_that_lost_its_place_is_before_those_that_came_later():
+    async def check():
+        case = Case()
+        case.report(promises=FULL)
+        await case.enter()
+        later = case.enter()
+        await settle()
+        earlier = asyncio.ensure_future(case.admission.enter(case.claim().again()))
+        await settle()
+        case.report(promises=(Promise(origin="other", tokens=200, requests=1),))
+        await settle()
+        assert earlier.done()
+        assert not later.done() or earlier.result().replica_id == "a"
+        later.cancel()
+        await asyncio.gather(later, return_exceptions=True)
+
+    run(check())
+
+
+def test_a_request_whose_replica_died_waits_for_another_however_late_it_is():
+    async def check():
+        case = Case(ttft_s=0.01, timeout_s=5.0)
+        case.report()
+        claim = case.claim()
+        await asyncio.sleep(0.02)
+        dead = asyncio.ensure_future(case.admission.enter(claim.after_death("a", case.admission.now_s)))
+        await settle()
+        assert not dead.done()  # "a" is the one it must not go to
+        with case.shared.locked() as board:
+            board.observe({"b": None})
+        case.shared.changed()
+        assert (await dead).replica_id == "b"
+
+    run(check())

@@ -1,0 +1,178 @@
+"""The queue: bounded, in turn, fair between keys and priorities, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deployments.fair_queue import PRIORITIES, WEIGHTS, Entry, FairQueue, QueueFull
+
+ARRIVALS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(PRIORITIES), st.integers(1, 1000)), max_size=60)
+
+
+def entry(item: int, key: str = "a", priority="normal", tokens: int = 100) -> Entry[int]:
+    return Entry(item=item, key=key, priority=priority, tokens=tokens)
+
+
+def fill(queue: FairQueue[int], arrivals) -> list[Entry[int]]:
+    """The entries that are in the queue in the end, in the order of their arrival."""
+    inside: list[Entry[int]] = []
+    for number, (key, priority, tokens) in enumerate(arrivals):
+        each = entry(number, key, priority, tokens)
+        try:
+            victim = queue.push(each)
+        except QueueFull:
+            continue
+        inside.append(each)
+        if victim is not None:
+            inside.remove(victim)
+    return inside
+
+
+def drain(queue: FairQueue[int]) -> list[Entry[int]]:
+    return [queue.pop() for _ in range(len(queue))]
+
+
+@given(ARRIVALS, st.integers(1, 20))
+def test_it_is_bounded_and_loses_nobody_else(arrivals, capacity):
+    queue: FairQueue[int] = FairQueue(capacity)
+    inside = fill(queue, arrivals)
+    assert len(queue) == len(inside) <= capacity
+    assert queue.num_tokens == sum(each.tokens for each in inside)
+    assert sorted(each.item for each in drain(queue)) == [each.item for each in inside]
+
+
+@given(ARRIVALS)
+def test_first_come_first_served_within_a_key_and_priority(arrivals):
+    queue: FairQueue[int] = FairQueue(100)
+    fill(queue, arrivals)
+    served = drain(queue)
+    for key in "abc":
+        for priority in PRIORITIES:
+            mine = [each.item for each in served if (each.key, each.priority) == (key, priority)]
+            assert mine == sorted(mine)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=60, max_size=60), st.integers(2, 4))
+def test_keys_that_wait_are_served_alike(sizes, num_keys):
+    """Whatever their requests' sizes: no key is ever ahead of another by more than one largest request."""
+    queue: FairQueue[int] = FairQueue(1000)
+    keys = [f"k{i}" for i in range(num_keys)]
+    for number, tokens in enumerate(sizes):
+        queue.push(entry(number, keys[number % num_keys], tokens=tokens))
+    served = dict.fromkeys(keys, 0)
+    waiting = {key: len(sizes) // num_keys for key in keys}
+    while all(waiting.values()):
+        each = queue.pop()
+        served[each.key] += each.tokens
+        waiting[each.key] -= 1
+        assert max(served.values()) - min(served.values()) <= max(sizes)
+
+
+def test_a_flood_of_one_key_does_not_hold_up_another():
+    queue: FairQueue[int] = FairQueue(100)
+    for number in range(50):
+        queue.push(entry(number, "flood"))
+    queue.push(entry(99, "other"))
+    assert 99 in [queue.pop().item for _ in range(2)]
+
+
+def test_a_key_that_did_not_wait_has_no_credit_for_it_and_one_that_left_keeps_its_debt():
+    queue: FairQueue[int] = FairQueue(100)
+    for number in range(10):
+        queue.push(entry(number, "busy"))
+    for _ in range(5):
+        queue.pop()
+    for number in range(20, 30):
+        queue.push(entry(number, "late"))
+    first = [queue.pop().key for _ in range(6)]
+    assert first.count("busy") == 3
+
+
+@given(st.lists(st.sampled_from(["high", "normal"]), max_size=30))
+def test_every_priority_moves_on(arrivals):
+    """A low one is served within the tokens that its weight promises, however many important ones come."""
+    queue: FairQueue[int] = FairQueue(1000)
+    for number, priority in enumerate(arrivals * 3):
+        queue.push(entry(number, priority=priority))
+    queue.push(entry(999, priority="low"))
+    most = 2 * sum(WEIGHTS.values())
+    served = []
+    for number in range(most):
+        if not len(queue):
+            break
+        served.append(queue.pop().item)
+        queue.push(entry(2000 + number, priority="high"))
+    assert 999 in served
+
+
+def test_priorities_share_by_weight():
+    queue: FairQueue[int] = FairQueue(1000)
+    for number in range(100):
+        for priority in PRIORITIES:
+            queue.push(entry(number, priority=priority))
+    first = [queue.pop().priority for _ in range(sum(WEIGHTS.values()))]
+    assert {priority: first.count(priority) for priority in PRIORITIES} == WEIGHTS
+
+
+class TestFull:
+    def test_the_newest_of_the_key_with_most_goes_for_one_with_fewer(self):
+        queue: FairQueue[int] = FairQueue(4)
+        for number in range(4):
+            queue.push(entry(number, "flood"))
+        victim = queue.push(entry(9, "other"))
+        assert victim is not None
+        assert victim.item == 3
+        with pytest.raises(QueueFull):
+            queue.push(entry(10, "flood"))
+
+    def test_a_lower_priority_goes_for_a_higher_but_keeps_its_share(self):
+        queue: FairQueue[int] = FairQueue(42)
+        for number in range(42):
+            queue.push(entry(number, priority="low"))
+        pushed_out = []
+        for number in range(100, 160):
+            try:
+                pushed_out.append(queue.push(entry(number, priority="high")))
+            except QueueFull:
+                break
+        left = [each for each in drain(queue) if each.priority == "low"]
+        assert [each.item for each in left] == [0, 1]  # 42 * 1/21, the oldest
+        assert len(pushed_out) == 40
+
+    def test_one_that_waited_already_comes_back_to_the_front_even_then(self):
+        queue: FairQueue[int] = FairQueue(1)
+        queue.push(entry(1))
+        queue.push(entry(0), front=True)
+        assert [each.item for each in drain(queue)] == [0, 1]
+
+
+@given(ARRIVALS, st.sampled_from("abcd"), st.sampled_from(PRIORITIES))
+def test_tokens_ahead_is_no_more_than_what_waits(arrivals, key, priority):
+    queue: FairQueue[int] = FairQueue(100)
+    inside = fill(queue, arrivals)
+    ahead = queue.tokens_ahead(key, priority)
+    assert ahead <= queue.num_tokens
+    assert ahead >= sum(each.tokens for each in inside if (each.key, each.priority) == (key, priority))
+
+
+def test_discarding_is_harmless_twice_and_keys_that_left_are_forgotten():
+    queue: FairQueue[int] = FairQueue(10)
+    for number in range(200):
+        each = entry(number, key=f"k{number}")
+        queue.push(each)
+        if number % 2:
+            queue.pop()
+        else:
+            queue.discard(each)
+            queue.discard(each)
+    assert len(queue) == 0
+    assert all(len(each.ahead) <= 10 for each in queue._classes.values())
+
+
+def test_an_empty_queue_has_no_head():
+    queue: FairQueue[int] = FairQueue(1)
+    assert queue.head() is None
+    with pytest.raises(IndexError):
+        queue.pop()
