@@ -138,10 +138,14 @@ class _Sent:
     sequence: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Seen:
+    """A report, when it came, and which of our requests in it have ended since."""
+
     report: ReplicaReport | None
     seen_s: float
+    ended_tokens: int = 0
+    ended_requests: int = 0
 
 
 class Board:
@@ -256,7 +260,7 @@ class Board:
         """The request went to another replica than was picked."""
         sent = self._sent.get(request_id)
         if sent is not None and sent.replica_id != replica_id:
-            self.end(request_id)
+            self._remove(request_id)
             self._add(replace(sent, replica_id=replica_id))
 
     def begun(self, request_id: str) -> None:
@@ -266,6 +270,15 @@ class Board:
 
     def end(self, request_id: str) -> None:
         """The request is over, whatever became of it."""
+        sent = self._sent.get(request_id)
+        seen = self._seen.get(sent.replica_id) if sent is not None else None
+        report = seen.report if seen is not None else None
+        if sent is not None and seen is not None and report is not None and not self._unreported(report, [sent]):
+            seen.ended_tokens += sent.ask.tokens
+            seen.ended_requests += 1
+        self._remove(request_id)
+
+    def _remove(self, request_id: str) -> None:
         sent = self._sent.pop(request_id, None)
         if sent is not None:
             there = self._sent_to[sent.replica_id]
@@ -282,16 +295,19 @@ class Board:
         return [seen.report for seen in self._seen.values() if seen.report is not None and self._is_fresh(seen)]
 
     def _add(self, sent: _Sent) -> None:
-        self.end(sent.ask.request_id)
+        self._remove(sent.ask.request_id)
         self._sent[sent.ask.request_id] = sent
         self._sent_to.setdefault(sent.replica_id, {})[sent.ask.request_id] = sent
 
     def _mine(self, replica_id: str) -> list[_Sent]:
         return list(self._sent_to.get(replica_id, {}).values())
 
+    def _own(self, report: ReplicaReport) -> list[Promise]:
+        return [promise for promise in report.promises if promise.origin == self._origin]
+
     def _unreported(self, report: ReplicaReport, mine: list[_Sent]) -> list[_Sent]:
         """Those of `mine` that the report knows nothing of."""
-        reported = max((each.sequence for each in report.promises if each.origin == self._origin), default=0)
+        reported = max((promise.sequence for promise in self._own(report)), default=0)
         return [sent for sent in mine if sent.sequence > reported]
 
     def _room(self, replica_id: str, mine: list[_Sent]) -> int | None:
@@ -300,7 +316,8 @@ class Board:
         if seen.report is None or not self._is_fresh(seen):
             return None
         unreported = sum(sent.ask.tokens for sent in self._unreported(seen.report, mine))
-        return seen.report.kv_capacity_tokens - seen.report.promised_tokens - unreported
+        ended = min(seen.ended_tokens, sum(promise.tokens for promise in self._own(seen.report)))
+        return seen.report.kv_capacity_tokens - seen.report.promised_tokens - unreported + ended
 
     def _standing(self, replica_id: str, report: ReplicaReport | None, ask: Ask) -> Standing:
         mine = [sent for sent in self._mine(replica_id) if sent.ask.request_id != ask.request_id]
@@ -309,6 +326,8 @@ class Board:
         if report is not None and room is not None:
             num_requests = sum(promise.requests for promise in report.promises)
             num_requests += len(self._unreported(report, mine))
+            own = sum(promise.requests for promise in self._own(report))
+            num_requests -= min(self._seen[replica_id].ended_requests, own)
             # One request alone may have more than the capacity of many: layers are offloaded for it.
             fits = num_requests == 0 or (num_requests < report.max_requests and ask.tokens <= room)
             is_late = ask.ttft_s is not None and self._prefill_s(report, ask) > ask.ttft_s

@@ -149,9 +149,9 @@ def test_a_request_goes_where_there_is_more_room(pair):
     streaming = Streaming(pair, body(max_tokens=120))
     streaming.wait_until_begun()
     (busy,) = [name for name, count in in_flight().items() if count]
-    time.sleep(3 * HEADROOM_PERIOD_S)  # the other ingress learns of it by a report
     before = prefixes_of(busy)
-    for number in range(4):
+    for number in range(3):
+        time.sleep(2 * HEADROOM_PERIOD_S)  # the other ingress learns by a report what began and ended
         text_of(pair.post("/v1/completions", json=body(prompt=f"{number}" * 200, max_tokens=2)))
     assert prefixes_of(busy) == before
     text, error = streaming.result()

@@ -83,6 +83,8 @@ class TestRanking:
         assert not board.rank(ask("2", 401))[0].fits
         board.place(ask("2", 300))  # after the report
         assert board.rank(ask("3", 100))[0].room_tokens == 100
+        board.end("1")  # and this one has ended since
+        assert board.rank(ask("3", 100))[0].room_tokens == 700
 
     def test_no_more_requests_than_run_at_once(self):
         board = board_of(report("a", max_requests=2, promises=others(10, requests=2)))
