@@ -127,8 +127,8 @@ class TestErrors:
             ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
             ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
             ({"n": 2}, "n"),
-            ({"slo": {"tpot_ms": 1}}, "slo.tpot_ms"),
-            ({"slo": {"ttft_ms": -1}}, "slo.ttft_ms"),
+            ({"extra_body": {"slo": {"tpot_ms": 1}}}, "slo.tpot_ms"),
+            ({"extra_body": {"slo": {"ttft_ms": -1}}}, "slo.ttft_ms"),
         ],
     )
     @pytest.mark.parametrize("stream", [False, True])
