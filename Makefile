@@ -36,6 +36,7 @@ bench: $(READY)  ## Run every benchmark; results go to build/
 	$(BIN)/python -m benchmarks.bench_engine --json build/bench_engine.json
 	$(BIN)/python -m benchmarks.bench_host_store --json build/bench_host_store.json
 	$(BIN)/python -m benchmarks.bench_capacity --json build/bench_capacity.json --plot build/bench_capacity.png
+	$(BIN)/python -m benchmarks.bench_slo --json build/bench_slo.json --plot build/bench_slo.png
 	$(BIN)/python -m benchmarks.enumerate_intervals --json build/enumerate_intervals.json --plot build/enumerate_intervals.png
 	$(BIN)/python -m benchmarks.bench_router --json build/bench_router.json
 
