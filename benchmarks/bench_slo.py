@@ -59,6 +59,7 @@ QUICK_MULTIPLES, FULL_MULTIPLES = (1.75,), (1.3, 1.75, 2.5)
 POLICIES = ("none", "all", "static", "group", "paper", "select-n")
 QUICK_POLICIES = ("static", "paper", "select-n")
 CONTENTION = (0.45, 0.6)  # of the time in which requests arrive
+ATTAINED = 0.99
 FEASIBLE_SPREAD = 1.1  # below this multiple nothing can be promised on a machine this noisy
 
 
@@ -80,12 +81,18 @@ def main() -> int:
         __doc__ or "",
         [
             ("--plot", {"type": Path, "metavar": "FILE", "help": "draw the steps around the change of bandwidth"}),
+            ("--multiple", {"type": float, "help": "of the unloaded step, the one objective (default: all)"}),
+            ("--policies", {"nargs": "+", "choices": POLICIES, "help": "those to run; static, paper and select-n too"}),
             ("--seconds", {"type": float, "help": "in which requests arrive, per run (default: 60; quick: 20)"}),
         ],
     )
     seconds = arguments.seconds or (20.0 if arguments.quick else 60.0)
     policies = QUICK_POLICIES if arguments.quick else POLICIES
+    if arguments.policies:
+        policies = tuple(name for name in POLICIES if name in {*arguments.policies, *QUICK_POLICIES})
     multiples = QUICK_MULTIPLES if arguments.quick else FULL_MULTIPLES
+    if arguments.multiple:
+        multiples = (arguments.multiple,)
     bus_name = f"bench-slo-{uuid.uuid4().hex[:8]}"
     samples = []
     try:
@@ -381,10 +388,17 @@ def _checks(samples: Sequence[dict[str, Any]]) -> list[Check]:
         ours, static, paper = by["select-n"], by["static"], by["paper"]
         where = f"TPOT {multiple:g} x unloaded"
         if multiple >= FEASIBLE_SPREAD:
-            checks.append(Check(name=f"{where}: select-n attains", value=ours["attained"], target=">= 0.99"))
+            checks.append(Check(name=f"{where}: select-n attains", value=ours["attained"], target=f">= {ATTAINED}"))
         checks += [
             _ratio(f"{where}: host bytes over static's", ours, static, "offloaded_bytes", ">= 1.0001"),
-            _ratio(f"{where}: tokens/s over static's", ours, static, "tokens_per_s", ">= 1.0001"),
+            # Where static serves the load too its memory is enough: what is left is noise.
+            _ratio(
+                f"{where}: tokens/s over static's",
+                ours,
+                static,
+                "tokens_per_s",
+                ">= 1.0001" if static["attained"] < ATTAINED else ">= 0.95",
+            ),
             _ratio(f"{where}: host bytes over paper's", ours, paper, "offloaded_bytes", ">= 1"),
             # What both serve in full differs by noise alone.
             _ratio(f"{where}: tokens/s over paper's", ours, paper, "tokens_per_s", ">= 0.99"),

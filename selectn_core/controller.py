@@ -49,6 +49,7 @@ _UPWARD, _DRIFT = 0.5, 0.02
 _GOOD_SHARE = 0.98
 # Of a guaranteed share, what arrives while others use theirs.
 _SHARED_EFFICIENCY = 0.95
+_BROKEN_SHARE = 0.85
 _FEWEST_COPIED = 2
 
 
@@ -139,6 +140,7 @@ class Controller:
         self.times, self.policy = times, policy
         self.link = LinkEstimate(link, guaranteed_share)
         self.min_freed_bytes, self.max_offloaded_bytes = 0, None  # type: int, float | None
+        self.held_freed_bytes = 0  # what those who run need: less is only freed where the link is not what it must be
         self.is_feasible = True
         self._slowdown, self._max_tokens = slowdown, max_tokens
         self._scales = {True: ComputeScale(), False: ComputeScale()}  # of steps that only decode, and others
@@ -147,6 +149,7 @@ class Controller:
         self._guaranteed: OffloadPlan | None = None
         self._guaranteed_for: object = None
         self._busy_steps = 0
+        self._is_broken = False  # the link gives less than is guaranteed, and steps are too long for it
         self._may_raise = 0
         self._last_usage: LinkUsage | None = None
         self._remembered = Remembered()
@@ -215,15 +218,16 @@ class Controller:
     def decide(self, shape: StepShape, current: OffloadPlan) -> Decision:
         """The plan for this step."""
         limit_s = self._limit_of(shape)
+        late_s = _URGENT_SHARE * self._tpot_s
+        self._is_broken = self.link.is_below_guarantee and self._predict(self._planned, current) > late_s
         planned = self._planned  # not the step itself: a plan must be good for what follows, moving it takes a step
         wanted = self._choose(planned, current, limit_s)
         plan = self._settle(planned, current, wanted, limit_s)
         predicted_s = self._predict_first(shape, current, plan)
-        is_late = self._predict(planned, current) > _URGENT_SHARE * self._tpot_s
         self.is_feasible = self._unloaded_s(planned) <= self._tpot_s
         return Decision(
             plan=plan,
-            urgent=is_late and plan.num_offloaded < current.num_offloaded,
+            urgent=self._is_broken and self._freed_bytes(plan) < self._freed_bytes(current),
             predicted_s=predicted_s,
             limit_s=limit_s,
         )
@@ -250,7 +254,7 @@ class Controller:
                 costs=self.times.expected(shape),
                 link=self.link.link.beside(factor),
                 limit_s=limit_s / factor,
-                min_freed_bytes=self.min_freed_bytes,
+                min_freed_bytes=self.min_freed_bytes if self._is_broken else self.held_freed_bytes,
                 max_offloaded_bytes=self._most_offloaded_bytes(current),
             )
         )
@@ -384,6 +388,11 @@ class LinkEstimate:
     def _drift_back(self) -> None:
         missing = self.nominal.bytes_per_s - self._now_bytes_per_s
         self._now_bytes_per_s += max(0.0, _DRIFT * missing)
+
+    @property
+    def is_below_guarantee(self) -> bool:
+        """Whether the link gives clearly less than what was promised."""
+        return self._now_bytes_per_s < _BROKEN_SHARE * self.guaranteed.bytes_per_s
 
     @property
     def is_stale(self) -> bool:

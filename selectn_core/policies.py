@@ -16,6 +16,7 @@ A policy sees what a step costs now, the link it may use and the time the step m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -114,20 +115,24 @@ class Frontier:
         """The first of `candidates` within the limit and the range; the one with the fewest in the range if none is."""
         low, high = situation.min_freed_bytes, situation.max_offloaded_bytes
         costs, link, limit_s = situation.costs, situation.link, situation.limit_s * (1 + _ROUNDING)
-        key, unit_s = alike(costs, link), costs.compute_s[0]
-        most_bytes = limit_s * link.bytes_per_s  # T_bound: at least what is freed is copied
-        for candidate in candidates if costs.unloaded_s <= limit_s else ():
-            if candidate.freed_bytes > most_bytes or not candidate.is_within(low, high):
+        key = alike(costs, link)
+        most_bytes = limit_s * link.bytes_per_s  # at least what is freed is copied
+        first = bisect_left(candidates, -most_bytes, key=lambda c: -c.freed_bytes)
+        for candidate in candidates[first:] if costs.unloaded_s <= limit_s else ():
+            if not candidate.is_within(low, high):
                 continue
-            ratio, plan = self._remembered.get((id(candidate), key), partial(self._step, candidate, costs, link))
-            if ratio * unit_s <= limit_s:
+            bound_s = candidate.bound_s(costs, link)
+            if bound_s > limit_s:
+                continue
+            excess, plan = self._remembered.get((id(candidate), key), partial(self._step, candidate, costs, link))
+            if excess * bound_s <= limit_s:
                 return plan
         # Nothing is fast enough: as little as memory allows.
         allowed = [c for c in candidates if c.is_within(low, None)] or [candidates[0]]
         return self._step(min(allowed, key=lambda c: (c.offloaded_bytes, -c.freed_bytes)), costs, link)[1]
 
     def _step(self, candidate: _Candidate, costs: StepCosts, link: Link) -> tuple[float, OffloadPlan]:
-        """The step's time in first units' times, and the plan."""
+        """The step's time over its bound, and the plan."""
         if candidate.interval is None:
             step_s, plan = timed_placement(
                 candidate.num_offloaded, candidate.num_slots, costs, link, among=candidate.among
@@ -136,7 +141,7 @@ class Frontier:
             chosen = place_integer_interval(candidate.interval, self.num_units)
             plan = OffloadPlan(offloaded=chosen, num_slots=candidate.num_slots, num_units=self.num_units)
             step_s = predict_step_s(costs, chosen, plan.num_slots, link)
-        return step_s / costs.compute_s[0], plan
+        return step_s / candidate.bound_s(costs, link), plan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,6 +157,12 @@ class _Candidate:
     interval: int | None
     offloaded_bytes: float
     freed_bytes: float
+
+    def bound_s(self, costs: StepCosts, link: Link) -> float:
+        """T_bound, of average units."""
+        if self.num_offloaded <= self.num_slots:
+            return costs.unloaded_s
+        return max(costs.unloaded_s, self.offloaded_bytes / link.bytes_per_s + self.num_offloaded * link.copy_s)
 
     def is_within(self, min_freed_bytes: float, max_offloaded_bytes: float | None) -> bool:
         most = max_offloaded_bytes

@@ -63,6 +63,7 @@ class Steering:
             guaranteed_share=1 / engine.config.offload.num_sharing,
         )
         wanted_bytes = sum(engine.arena.round_up(unit.num_bytes) for unit in engine.units)
+        self._weight_sectors = wanted_bytes // engine.arena.sector_bytes
         self.controller.min_freed_bytes = max(0, wanted_bytes - engine.arena.reachable_bytes(0))
         self._decision: Decision | None = None
         self._admission = Admission(prefill_tokens=0, may_begin=True)
@@ -105,6 +106,9 @@ class Steering:
         held = sum(sectors_for(handles[ticket].max_total_tokens) for ticket in progress if ticket in handles)
         self._guaranteed = self.controller.guaranteed_plan(load)
         room = engine.kv_sectors(self._guaranteed) - held
+        missing = self._weight_sectors + held - engine.arena.num_sectors
+        controller = self.controller
+        controller.held_freed_bytes = max(controller.min_freed_bytes, missing * engine.arena.sector_bytes)
         places = engine.config.batch.max_requests - len(progress)
         num_fitting = 0
         for ticket, handle in handles.items():

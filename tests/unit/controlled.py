@@ -75,6 +75,7 @@ class Machine:
         self.usage = LinkUsage(copied_bytes=0, num_copies=0, busy_s=0.0)
         self.durations_s: list[float] = []
         self.plans: list[OffloadPlan] = []
+        self.urgent: list[bool] = []
 
     def run(self, num_steps: int) -> Machine:
         for _ in range(num_steps):
@@ -91,6 +92,7 @@ class Machine:
         self.num_tokens += 1
         self.durations_s.append(duration_s)
         self.plans.append(self.plan)
+        self.urgent.append(decision.urgent)
         self.controller.learn(self._record(duration_s), self.usage)
 
     def load(self) -> Load:

@@ -58,6 +58,16 @@ def test_a_link_that_drops_to_a_quarter_costs_three_steps_at_most_and_comes_back
     assert machine.plan.num_offloaded == before
 
 
+def test_memory_is_taken_from_requests_only_where_the_link_is_below_its_guarantee() -> None:
+    for share, is_urgent in ((1.0, True), (0.25, False)):
+        machine = Machine(step_times(), tpot_s=2 * UNLOADED_S)
+        machine.controller.link.guaranteed_bytes_per_s = share * LINK.bytes_per_s
+        machine.run(30)
+        machine.link = quarter(LINK)
+        machine.run(4)
+        assert any(machine.urgent[30:]) == is_urgent
+
+
 def test_a_record_whose_link_is_too_fast_is_corrected_by_what_is_seen() -> None:
     machine = Machine(step_times(), tpot_s=2 * UNLOADED_S, link=replace(LINK, bytes_per_s=4 * LINK.bytes_per_s))
     machine.run(60)
