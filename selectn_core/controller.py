@@ -38,7 +38,7 @@ _BUSY_STEPS = 24
 _RAISE_AFTER_STEPS = 4
 # By how much a step may exceed its limit before weights come home for it (predictions are rounded to a few percent),
 # and by how much more must be freed before others move.
-_TOLERANCE, _GAIN = 0.06, 0.05
+_TOLERANCE, _GAIN = 0.06, 0.1
 _ROUNDING = 0.02
 # Steps longer than this many objectives are reason to take memory from running requests.
 _URGENT_SHARE = 1.25
@@ -289,7 +289,9 @@ class Controller:
         if self.policy.name != "select-n":
             return wanted
         near = nearest_plan(current, wanted)
-        return near if self._predict(shape, near) <= min(limit_s, 1.05 * self._predict(shape, wanted)) else wanted
+        frees_as_much = self._freed_bytes(near) >= (1 - _GAIN) * self._freed_bytes(wanted)
+        is_as_fast = self._predict(shape, near) <= min(limit_s, 1.05 * self._predict(shape, wanted))
+        return near if frees_as_much and is_as_fast else wanted
 
     # -- after the step -----------------------------------------------------------------------------------------
 
