@@ -87,8 +87,10 @@ def allocate_bus(
     """Divides `bus_bytes_per_s` between the replicas of `demands`; see the module for what is optimal.
 
     `previous` is the last allocation's `num_offloaded`; it may name replicas that are gone and lack new ones.
-    Models of different sizes hardly ever tie to the byte, so that with `tie_bytes` 0 the last few bytes decide who gets
-    gigabytes; with a unit less a byte, whole units are still what counts first. Raises BusOvercommitted if the minimum of everyone does not fit.
+    Models of different sizes hardly ever tie to the byte: with `tie_bytes` 0 the last few bytes decide who gets
+    gigabytes. With a byte less than a unit, whole units are still what counts first.
+
+    Raises BusOvercommitted if the minimum of everyone does not fit.
     """
     if not demands:
         return BusAllocation(num_offloaded={}, host_bytes=0, bound_bytes=0)
@@ -107,9 +109,7 @@ def allocate_bus(
     return bus.allocation(best, bound)
 
 
-def max_min_shares(
-    capacity: int, wanted: Mapping[str, int], floors: Mapping[str, int] | None = None
-) -> dict[str, int]:
+def max_min_shares(capacity: int, wanted: Mapping[str, int], floors: Mapping[str, int] | None = None) -> dict[str, int]:
     """Max-min fair whole shares of `capacity`: nobody more than wanted, nobody less than their floor.
 
     What whole numbers leave over goes to the first in the order of `wanted`. Where the floors alone exceed the
@@ -145,8 +145,8 @@ def _water_level(room: int, ranges: list[tuple[int, int]]) -> int:
 class _Raise:
     """Lower bounds on the way up.
 
-    `room` is the bandwidth left above them, `missing` the bytes still to be placed (none if negative), `spare` the units
-    by kind that a known allocation has above them, `limits` the most there may be.
+    `room` is the bandwidth left above them, `missing` the bytes still to be placed (none if negative), `spare` the
+    units by kind that a known allocation has above them, `limits` the most there may be.
     """
 
     counts: list[int]
@@ -279,7 +279,7 @@ class _Bus:
         return has_risen
 
     def _raised_to(self, state: _Raise, free: list[int], level: int) -> _Raise | None:
-        """The state with everyone in `free` at `level` bytes or more, where they can; None if no allocation has that."""
+        """The state with everyone in `free` at `level` bytes or more, where they can; None if nothing has that."""
         counts, limits = list(state.counts), list(state.limits)
         room, missing = state.room, state.missing
         for replica in free:
@@ -297,9 +297,7 @@ class _Bus:
 
     def trimmed_previous(self, capacity: int) -> list[int]:
         """The previous counts within today's limits, less what no longer fits: least efficient, then largest first."""
-        counts = [
-            max(low, min(had, high)) for low, had, high in zip(self.lowest, self.had, self.highest, strict=True)
-        ]
+        counts = [max(low, min(had, high)) for low, had, high in zip(self.lowest, self.had, self.highest, strict=True)]
         over = self.cost(counts) - capacity
         while over > 0:
             replica = max(
@@ -315,7 +313,5 @@ class _Bus:
         if self.value(kept) < (1 - KEEP_WITHIN) * self.value(best):
             return False
         unit = max(self.sizes)
-        shares, fair = (
-            sorted(map(int.__mul__, counts, self.sizes)) for counts in (kept, best)
-        )
+        shares, fair = (sorted(map(int.__mul__, counts, self.sizes)) for counts in (kept, best))
         return all(share >= share_fair - unit for share, share_fair in zip(shares, fair, strict=True))

@@ -1,9 +1,9 @@
 """The coordinator as a pure state machine: reports and a clock in, range updates out. No Ray; see docs/cluster.md.
 
-Safety rests on one account: per replica the most it may be doing, given everything that was ever sent to it. That is what
-its last report says it may do (its link share until a lease that began before the report must be over, the
-fallback after that), or an update that was sent for the version it reported and may still arrive. Nobody is given more
-than all those accounts leave of the bus, so who is to shrink shrinks first and who is to grow grows when that was heard.
+Safety rests on one account: per replica the most it may be doing, given everything that was ever sent to it. That is
+what its last report says it may do (its link share until a lease that began before the report must be over, the
+fallback after that), or an update that was sent for the version it reported and may still arrive. Nobody is given
+more than those accounts leave of the bus, so who is to shrink does so first, and who is to grow when that was heard.
 
 State is soft. A new life knows nothing, so for one lease it raises nobody and only renews what replicas hold: what the
 previous life had promised stays within the bus. After that the replicas which have not been heard yet hold at most
@@ -12,8 +12,8 @@ their fallback, an equal share, which is kept free for as many as the node's age
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cluster.bus_allocation import BusOvercommitted, allocate_bus, max_min_shares, unit_cost_bytes_per_s
 from cluster.messages import NOTHING, Allowance, Epoch, KvUse, LinkDemand, RangeUpdate, ReplicaReport
@@ -22,6 +22,8 @@ from cluster.node_messages import BusReport, NodeReport
 # A share that differs by less than this goes out with the next renewal, not at once.
 _WORTH_SENDING = 0.01
 _MAX_PROBLEM_CHARACTERS = 2000
+
+Heard = Literal["old", "same", "new"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,6 @@ class _Replica:
 class _Bus:
     """A bus's replicas by id, and its last division."""
 
-    node_id: str
     replicas: dict[str, _Replica] = field(default_factory=dict)
     key: object = None
     counts: dict[str, int] = field(default_factory=dict)
@@ -119,27 +120,32 @@ class Coordinator:
         if node is None or report.sequence > node.report.sequence:
             self._nodes[report.node_id] = _Node(report, now_s)
 
-    def on_replica_report(self, report: ReplicaReport, now_s: float) -> bool:
-        """Takes note of a replica's state; False if it is older than what is known, and to be left unanswered."""
+    def on_replica_report(self, report: ReplicaReport, now_s: float) -> Heard:
+        """Takes note of a replica's state. "old": a later one is known, this one is to be left unanswered;
+        "same": nothing in it changes what others may do.
+        """
         if report.heard_life > self._life:
             # A clock went back over the restart. Updates of a life that is not the latest would be ignored.
             self._begin(report.heard_life + 1, now_s)
-        bus = self._buses.setdefault((report.node_id, report.bus_id), _Bus(report.node_id))
+        bus = self._buses.setdefault((report.node_id, report.bus_id), _Bus())
         known = bus.replicas.get(report.replica_id)
         if known is not None and report.sequence <= known.report.sequence:
-            return False
+            return "old"
         if report.is_leaving:
             bus.replicas.pop(report.replica_id, None)
-        elif known is not None and known.report.version == report.version:
+            return "new"
+        is_same = known is not None and _concerns_others(known.report) == _concerns_others(report)
+        if known is not None and known.report.version == report.version:
             known.report, known.received_s = report, now_s
         else:
             bus.replicas[report.replica_id] = _Replica(report, now_s)
-        return True
+        return "same" if is_same else "new"
 
-    def neighbours(self, report: ReplicaReport) -> Iterable[str]:
-        """The other replicas on the reporting one's bus."""
+    def neighbours(self, report: ReplicaReport) -> list[ReplicaReport]:
+        """The last reports of the other replicas on the reporting one's bus."""
         bus = self._buses.get((report.node_id, report.bus_id))
-        return [other for other in bus.replicas if other != report.replica_id] if bus else []
+        others = bus.replicas.values() if bus else ()
+        return [each.report for each in others if each.report.replica_id != report.replica_id]
 
     def wants_update(self, report: ReplicaReport, now_s: float) -> bool:
         """Whether the replica should do something else than it reported, by enough to tell it before its renewal."""
@@ -300,9 +306,7 @@ class Coordinator:
         )
         return allowed, _clip(min(bus.counts.get(name, 0), link // cost), report.link)
 
-    def _divide(
-        self, bus: _Bus, report: BusReport, committed: dict[str, int], unheard: int, now_s: float
-    ) -> None:
+    def _divide(self, bus: _Bus, report: BusReport, committed: dict[str, int], unheard: int, now_s: float) -> None:
         """Brings the bus's division up to date, if anything it depends on has changed."""
         live = {name: each.report.link for name, each in bus.replicas.items() if self._is_live(each, now_s)}
         held = sum(share for name, share in committed.items() if name in live)
@@ -344,6 +348,10 @@ class Coordinator:
         ):
             room = own  # what the others hold is not known
         return min(share, max(own, room))
+
+
+def _concerns_others(report: ReplicaReport) -> tuple[object, ...]:
+    return report.allowed, report.link, report.host, report.heard_life
 
 
 def _equal_share(bus: BusReport) -> int:

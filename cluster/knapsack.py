@@ -116,4 +116,8 @@ class _Search:
 
 def by_efficiency(kinds: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """(value, cost) pairs by falling value per cost; the smaller ones last, where they fill what is left."""
-    return sorted(kinds, key=cmp_to_key(lambda a, b: b[0] * a[1] - a[0] * b[1] or b[1] - a[1]))
+    return sorted(kinds, key=cmp_to_key(_efficient_first))
+
+
+def _efficient_first(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return b[0] * a[1] - a[0] * b[1] or b[1] - a[1]

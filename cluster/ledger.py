@@ -1,9 +1,9 @@
 """A node's host-memory ledger: bytes are reserved by an owner before they are used, and never promised twice.
 
-An owner renews its entry within the lease. One that does not is *lapsed*: it may have died, and its bytes may still be in
-use all the same, so they stay counted until somebody who has looked (the node's agent, which sees its
-processes) releases it. A ledger starts closed for one lease: after a restart of its agent, owners that hold bytes already
-claim them by renewing, and only then is the rest given out. Pure, single-threaded; the clock is an argument.
+An owner renews its entry within the lease. One that does not is *lapsed*: it may have died, and its bytes may still be
+in use all the same, so they stay counted until somebody who has looked (the node's agent, which sees its processes)
+releases it. A ledger starts closed for one lease: after a restart of its agent, owners that hold bytes already claim
+them by renewing, and only then is the rest given out. Pure, single-threaded; the clock is an argument.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     def receive(self, message) -> None:
         now_s = self.at(self.clock)
         if isinstance(message, ReplicaReport):
-            if self.coordinator.on_replica_report(message, now_s):
+            if self.coordinator.on_replica_report(message, now_s) != "old":
                 update = self.coordinator.update_for(message, now_s)
                 if update is not None:
                     self.send(update)
