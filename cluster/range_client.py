@@ -191,6 +191,8 @@ class RangeClient:
 
     def _until_next_s(self) -> float | None:
         """Seconds until something is due by itself: the end of the lease, or a call that had to wait."""
+        if any(call.done() for call in self._calls):  # before anybody waited to be notified
+            return 0.0
         times_s = [self._holder.lease_end_s] if self._holder.lease_end_s is not None else []
         if not self._calls or (self._should_report and len(self._calls) < _MAX_CALLS):
             times_s.append(self._next_call_s)

@@ -34,16 +34,24 @@ def tight(k_max: int) -> LinkDemand:
 
 
 @pytest.fixture(scope="module")
-def bus(urls) -> Iterator[dict[str, Any]]:
+def node(urls) -> Iterator[ReportingNode]:
+    with ReportingNode(CONFIG, BUS_BYTES_PER_S, ("a", "b"), PERIOD_S) as node:
+        yield node
+    ray.kill(open_coordinator(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def bus(node) -> Iterator[dict[str, Any]]:
     """Two replicas on one bus; checks at the end that they were never told to use more than it has."""
-    user = ray.remote(num_cpus=0)(BusUser)
-    users = {name: user.remote(name, CONFIG, link, HOLD_S) for name, link in (("a", loose(30)), ("b", tight(30)))}
-    with ReportingNode(CONFIG, BUS_BYTES_PER_S, tuple(users), PERIOD_S):
-        yield users
-        ray.get([each.close.remote() for each in users.values()])
-        told = ray.get([each.told.remote() for each in users.values()])
-        ray.kill(open_coordinator(CONFIG))
+    users = {"a": start("a", loose(30)), "b": start("b", tight(30))}
+    yield users
+    ray.get([each.close.remote() for each in users.values()])
+    told = ray.get([each.told.remote() for each in users.values()])
     assert most_at_once(told) <= BUS_BYTES_PER_S
+
+
+def start(name: str, link: LinkDemand) -> Any:
+    return ray.remote(num_cpus=0)(BusUser).remote(name, CONFIG, link, HOLD_S)
 
 
 def most_at_once(told: list[list[tuple[float, int]]]) -> int:
@@ -126,4 +134,14 @@ def test_replicas_fall_back_while_the_coordinator_hangs(bus):
     assert states["a"].allowed.link_bytes_per_s == BUS_BYTES_PER_S // 2
     assert states["a"].k_range == (1, 20)
     assert states["b"].k_range == (1, 2)
+    wait_for_ranges(bus, {"a": 30, "b": 2})
+
+
+def test_what_a_dead_replica_had_goes_to_the_others(bus, node):
+    """As soon as its node says so; until then its share is kept, since it may only be cut off."""
+    everyone = {**bus, "c": start("c", loose(20))}
+    node.replica_ids = ("a", "b", "c")
+    wait_for_ranges(everyone, {"a": 18, "b": 1, "c": 18})
+    ray.kill(everyone.pop("c"))
+    node.replica_ids = ("a", "b")
     wait_for_ranges(bus, {"a": 30, "b": 2})
