@@ -181,3 +181,71 @@ def test_an_update_is_dropped_late_twice_and_by_another_version(coordinator):
 def test_a_configuration_that_cannot_work_is_refused(wrong):
     with pytest.raises(ValueError, match="lease_s > 0"):
         CoordinatorConfig(**wrong)
+
+
+def test_of_two_updates_that_cross_only_one_is_applied(coordinator):
+    """The second allows less, so the rest goes to b; the first, when it comes at last, must not undo that."""
+    a, b = holder("a"), holder("b")
+    first = a.report(demand(0, 90), 11)
+    coordinator.on_replica_report(first, 11)
+    late = coordinator.update_for(first, 11)
+    exchange(coordinator, a, demand(0, 10), 11.5)
+    exchange(coordinator, b, demand(0, 100), 12)
+    exchange(coordinator, a, demand(0, 10), 12.5)
+    exchange(coordinator, b, demand(0, 100), 13)
+    assert not a.apply(late, 13)
+    assert a.allowed(13).link_bytes_per_s + b.allowed(13).link_bytes_per_s <= BUS
+
+
+def test_what_was_asked_for_before_the_lease_ran_out_does_not_bring_it_back(coordinator):
+    """By then the coordinator may have given the difference to the fallback away."""
+    a = holder("a")
+    exchange(coordinator, a, demand(0, 90), 11)
+    report = a.report(demand(0, 90), 20)
+    coordinator.on_replica_report(report, 20)
+    update = coordinator.update_for(report, 20)
+    assert a.tick(21)
+    assert not a.apply(update, 21)
+    assert a.allowed(21).link_bytes_per_s == BUS // 2
+
+
+def test_who_has_heard_of_a_new_life_is_deaf_to_the_old_one(coordinator):
+    """From its next report on the new life counts on what it says it has."""
+    a = holder("a")
+    exchange(coordinator, a, demand(0, 10), 11)
+    before = a.report(demand(0, 10), 11)
+    exchange(coordinator, a, demand(0, 10), 11.5)
+    report = a.report(demand(0, 90), 12)
+    coordinator.on_replica_report(report, 12)
+    from_the_old_life = coordinator.update_for(report, 12)
+    second = Coordinator(CONFIG, life=2, now_s=12)
+    second.on_replica_report(before, 12)
+    assert not a.apply(second.update_for(before, 12), 12.1), "it is for another version"
+    assert a.report(demand(0, 90), 12.2).heard_life == 2
+    assert not a.apply(from_the_old_life, 12.3)
+
+
+def test_one_that_reported_and_has_not_heard_yet_may_have_a_fallback_of_the_old_life(coordinator):
+    """Its report said that it has nothing; since then the previous life's last update may have reached it."""
+    a, b = holder("a"), holder("b")
+    report = a.report(demand(0, 90), 11)
+    coordinator.on_replica_report(report, 11)
+    late = coordinator.update_for(report, 11)
+    second = Coordinator(CONFIG, life=2, now_s=12)
+    second.on_node_report(node_report(second, "a", "b"), 12)
+    second.on_replica_report(report, 12.1)
+    assert a.apply(late, 12.2)
+    settled_s = 13 + SETTLED_S
+    exchange(second, b, demand(0, 90), settled_s)
+    assert a.allowed(settled_s).link_bytes_per_s == BUS // 2
+    assert a.allowed(settled_s).link_bytes_per_s + b.allowed(settled_s).link_bytes_per_s <= BUS
+
+
+def test_a_list_from_before_the_restart_says_nothing_of_who_has_come_since(coordinator):
+    b = holder("b")
+    old_list = node_report(coordinator, "b")
+    second = Coordinator(CONFIG, life=2, now_s=12)
+    second.on_node_report(old_list, 12)
+    exchange(second, b, demand(0, 90), 12 + SETTLED_S)
+    exchange(second, b, demand(0, 90), 13 + SETTLED_S)
+    assert b.allowed(13 + SETTLED_S).link_bytes_per_s == BUS // 2, "somebody may be on the other device"

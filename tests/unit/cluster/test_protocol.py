@@ -56,20 +56,35 @@ class Agent:
     heard_life: int = 0
 
 
+@dataclass(frozen=True)
+class NodeAnswer:
+    """The coordinator's answer to a node's report: the agent awaits it, and takes no other's."""
+
+    sequence: int
+    life: int
+
+
+Message = ReplicaReport | RangeUpdate | NodeReport | NodeAnswer
+
+
 @dataclass
 class World:
     replicas: dict[int, Replica] = field(default_factory=dict)
-    in_flight: list[ReplicaReport | RangeUpdate | NodeReport | tuple[int, int]] = field(default_factory=list)
+    in_flight: list[Message] = field(default_factory=list)
 
 
 class ProtocolMachine(RuleBasedStateMachine):
-    @initialize(clock=CLOCKS, tells_replicas=st.booleans())
-    def begin(self, clock, tells_replicas):
+    @initialize(clock=CLOCKS, tells_replicas=st.booleans(), replicas=st.lists(st.tuples(CLOCKS, DEMANDS), max_size=3))
+    def begin(self, clock, tells_replicas, replicas):
+        """Often with replicas that share the bus already: most of what can go wrong begins there."""
         self.true_s, self.num_started, self.num_lives, self.has_gone_back = 0.0, 0, 0, False
         self.tells_replicas = tells_replicas
         self.world = World()
         self.agent = Agent(sequence=0)
         self.restart_coordinator(clock, False)
+        for slot, (replica_clock, link) in enumerate(replicas):
+            self.start_replica(slot, replica_clock, link, HOST)
+        self.all_is_well(14 if replicas else 0, frozenset(range(NUM_DEVICES)), True)
 
     # -- what happens -------------------------------------------------------------------------------------------
 
@@ -120,20 +135,44 @@ class ProtocolMachine(RuleBasedStateMachine):
         if self.world.in_flight:
             index = data.draw(st.integers(0, len(self.world.in_flight) - 1))
             message = self.world.in_flight[index] if stays else self.world.in_flight.pop(index)
-            self.receive(message)
+            self.send(self.receive(message))
 
-    @rule(data=st.data())
-    def deliver_newest(self, data):
-        if self.world.in_flight:
-            self.receive(self.world.in_flight.pop())
+    @rule(order=st.sampled_from([1, -1]), kinds=st.sampled_from([Message, RangeUpdate, ReplicaReport, NodeReport]))
+    def repeat_everything(self, order, kinds):
+        """All that was ever sent and not forgotten arrives again, first or last first; the answers stay in flight."""
+        for message in self.world.in_flight[::order]:
+            if isinstance(message, kinds):
+                self.send(self.receive(message))
+                self.bus_and_host_memory_are_never_overcommitted()
 
-    @rule(slot=SLOTS)
-    def exchange(self, slot):
-        """A report and its answer without mishap."""
+    @rule(slot=SLOTS, link=DEMANDS, answer_is_late=st.booleans())
+    def exchange_with_other_demand(self, slot, link, answer_is_late):
+        self.change_demand(slot, link, HOST)
+        self.exchange(slot, answer_is_late)
+
+    @rule(slot=SLOTS, answer_is_late=st.booleans())
+    def exchange(self, slot, answer_is_late):
+        """A report that arrives, and its answer, unless that takes its time."""
         if slot in self.world.replicas:
-            self.receive(self.report_of(self.world.replicas[slot]))
-            if self.world.in_flight and isinstance(self.world.in_flight[-1], RangeUpdate):
-                self.receive(self.world.in_flight.pop())
+            answer = self.receive(self.report_of(self.world.replicas[slot]))
+            if answer_is_late:
+                self.send(answer)
+            else:
+                self.receive(answer)
+
+    @rule(seconds=st.integers(1, 14), slots=st.frozensets(SLOTS), with_agent=st.booleans())
+    def all_is_well(self, seconds, slots, with_agent):
+        """For some, for a while; the others are cut off. What was in flight stays there."""
+        for _ in range(seconds):
+            self.true_s += 1.0
+            if with_agent:
+                report = self.node_report()
+                self.receive(self.receive(report))
+                self.send(report)  # another copy, for later
+            for slot in sorted(slots & set(self.world.replicas)):
+                self.receive(self.receive(self.report_of(self.world.replicas[slot])))
+                self.bus_and_host_memory_are_never_overcommitted()
+            self.coordinator.sweep(self.at(self.clock))
 
     @rule(seconds=st.one_of(st.floats(0, 1), st.floats(0, 12)))
     def time_passes(self, seconds):
@@ -167,16 +206,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         """Messages flow again: everybody has what the allocation of all demands gives, and a lease."""
         if not hasattr(self, "world"):
             return
-        self.world.in_flight.clear()
-        for _ in range(40):
-            self.true_s += 1.0
-            self.receive(self.node_report())
-            self.receive_answers()
-            for replica in list(self.world.replicas.values()):
-                self.receive(self.report_of(replica))
-                self.receive_answers()
-                self.bus_and_host_memory_are_never_overcommitted()
-            self.coordinator.sweep(self.at(self.clock))
+        self.all_is_well(40, frozenset(range(NUM_DEVICES)), True)
         live = {each.holder.replica_id: each for each in self.world.replicas.values()}
         assert all(each.holder.has_lease(self.at(each.clock)) for each in live.values())
         if not live or not self.tells_replicas:
@@ -221,31 +251,26 @@ class ProtocolMachine(RuleBasedStateMachine):
             host_available_bytes=HOST,
         )
 
-    def send(self, message) -> None:
-        self.world.in_flight.append(message)
-        del self.world.in_flight[:-MAX_IN_FLIGHT]
+    def send(self, message: Message | None) -> None:
+        if message is not None:
+            self.world.in_flight.append(message)
+            del self.world.in_flight[:-MAX_IN_FLIGHT]
 
-    def receive(self, message) -> None:
+    def receive(self, message: Message | None) -> Message | None:
+        """Gives a message to whom it is for, and returns the answer."""
         now_s = self.at(self.clock)
         if isinstance(message, ReplicaReport):
-            if self.coordinator.on_replica_report(message, now_s) != "old":
-                update = self.coordinator.update_for(message, now_s)
-                if update is not None:
-                    self.send(update)
-        elif isinstance(message, NodeReport):
+            is_old = self.coordinator.on_replica_report(message, now_s) == "old"
+            return None if is_old else self.coordinator.update_for(message, now_s)
+        if isinstance(message, NodeReport):
             self.coordinator.on_node_report(message, now_s)
-            self.send((message.sequence, self.coordinator.life))
-        elif isinstance(message, RangeUpdate):
+            return NodeAnswer(sequence=message.sequence, life=self.coordinator.life)
+        if isinstance(message, RangeUpdate):
             for replica in self.world.replicas.values():
                 replica.holder.apply(message, self.at(replica.clock))
-        else:
-            sequence, life = message
-            if sequence == self.agent.sequence:
-                self.agent.heard_life = life
-
-    def receive_answers(self) -> None:
-        while self.world.in_flight:
-            self.receive(self.world.in_flight.pop())
+        elif message is not None and message.sequence == self.agent.sequence:
+            self.agent.heard_life = message.life
+        return None
 
 
 TestProtocol = ProtocolMachine.TestCase
