@@ -54,11 +54,11 @@ def random_bus(generator: random.Random, num_replicas: int, num_kinds: int, max_
     return demands, int(least + (most - least) * generator.uniform(0.1, 0.9))
 
 
-def changed(demands: dict[str, LinkDemand], generator: random.Random) -> dict[str, LinkDemand]:
-    """One replica wants up to three units more or less."""
-    name = generator.choice(sorted(demands))
+def changed(demands: dict[str, LinkDemand], before: BusAllocation, generator: random.Random) -> dict[str, LinkDemand]:
+    """One replica wants up to three units less than it has."""
+    name = generator.choice([name for name, demand in demands.items() if before.num_offloaded[name] > demand.k_min])
     old = demands[name]
-    k_max = max(old.k_min, old.k_max + generator.choice((-3, -2, -1, 1, 2, 3)))
+    k_max = max(old.k_min, before.num_offloaded[name] - generator.choice((1, 2, 3)))
     new = LinkDemand(k_min=old.k_min, k_max=k_max, unit_bytes=old.unit_bytes, step_s=old.step_s)
     return {**demands, name: new}
 
@@ -77,7 +77,7 @@ def _timed(num_replicas: int, num_kinds: int, num_samples: int) -> dict[str, Any
         demands, capacity = bus = random_bus(generator, num_replicas, num_kinds)
         seconds, before = _seconds(lambda bus=bus: allocate(bus))
         first_s.append(seconds)
-        demands = changed(demands, generator)
+        demands = changed(demands, before, generator)
         seconds, after = _seconds(lambda bus=(demands, capacity), before=before: allocate(bus, before))
         next_s.append(seconds)
         moved.append(sum(before.num_offloaded[name] != after.num_offloaded[name] for name in demands))

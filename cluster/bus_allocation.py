@@ -212,11 +212,12 @@ class _Bus:
         heapq.heapify(waiting)
         while waiting:
             _, _, _, replica = waiting[0]
+            num_blocked = len(state.blocked)
             if self._raise_by_one(state, replica):
                 heapq.heapreplace(waiting, self._turn(state, replica))
                 continue
             heapq.heappop(waiting)
-            if self.kind_of[replica] in state.blocked and self._raise_to_level(state):
+            if len(state.blocked) > num_blocked and self._raise_to_level(state):
                 waiting = [self._turn(state, replica) for *_, replica in waiting]
                 heapq.heapify(waiting)
 
@@ -261,8 +262,10 @@ class _Bus:
 
         The same as raising them one by one: whoever has least comes first there, so every level is passed.
         """
-        free = [r for r in range(len(self.names)) if self.kind_of[r] not in state.blocked]
-        if not free or sum(state.spare) <= max(_FEW_UNITS, len(free)):
+        free = [
+            r for r, kind in enumerate(self.kind_of) if kind not in state.blocked and state.counts[r] < self.highest[r]
+        ]
+        if not free or sum(state.spare) <= max(_FEW_UNITS, 4 * len(free)):
             return False
         low, step = min(state.counts[r] * self.sizes[r] for r in free), min(self.sizes[r] for r in free)
         high = max(self.highest[r] * self.sizes[r] for r in free) + 1
