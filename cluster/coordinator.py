@@ -102,6 +102,31 @@ class _Node:
     received_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """A bus at one moment. The rooms are what no account covers; the bus's is negative while it is overcommitted."""
+
+    committed: dict[str, int]
+    room: int
+    equal_share: int
+    shares: dict[str, int]
+    counts: dict[str, int]
+    host_shares: dict[str, int]
+    host_room: int | None
+
+    def allowed(self, replica: _Replica) -> Allowance:
+        """What the replica should do, as far as the accounts of the others allow it now."""
+        name, own = replica.report.replica_id, replica.report.allowed
+        room = self.room + self.committed[name]
+        link = min(self.shares.get(name, own.link_bytes_per_s), max(own.link_bytes_per_s, room))
+        host_room = own.host_bytes if self.host_room is None else self.host_room + _committed_host(replica)
+        return Allowance(
+            link_bytes_per_s=link,
+            fallback_bytes_per_s=min(link, self.equal_share),
+            host_bytes=min(self.host_shares.get(name, own.host_bytes), max(own.host_bytes, host_room)),
+        )
+
+
 class Coordinator:
     """One life of the coordinator. `life` must grow with every restart: wall-clock nanoseconds do."""
 
@@ -141,31 +166,31 @@ class Coordinator:
             bus.replicas[report.replica_id] = _Replica(report, now_s)
         return "same" if is_same else "new"
 
-    def neighbours(self, report: ReplicaReport) -> list[ReplicaReport]:
-        """The last reports of the other replicas on the reporting one's bus."""
-        bus = self._buses.get((report.node_id, report.bus_id))
-        others = bus.replicas.values() if bus else ()
-        return [each.report for each in others if each.report.replica_id != report.replica_id]
-
-    def wants_update(self, report: ReplicaReport, now_s: float) -> bool:
-        """Whether the replica should do something else than it reported, by enough to tell it before its renewal."""
-        wanted = self._wanted(report, now_s)
-        if wanted is None:
-            return False
-        (new, _), old = wanted, report.allowed
-        pairs = ((new.link_bytes_per_s, old.link_bytes_per_s), (new.host_bytes, old.host_bytes))
-        return any(abs(a - b) > _WORTH_SENDING * max(a, b) for a, b in pairs)
+    def wanting_updates(self, report: ReplicaReport, now_s: float) -> list[ReplicaReport]:
+        """Last reports of the replicas on the reporting one's bus, itself included, that should do something else by
+        enough to be told before their renewal.
+        """
+        key = (report.node_id, report.bus_id)
+        if key not in self._buses:
+            return []
+        view = self._view(key, now_s)
+        return [each.report for each in self._buses[key].replicas.values() if _should_change(each, view)]
 
     def update_for(self, report: ReplicaReport, now_s: float) -> RangeUpdate | None:
         """The answer to a replica's last report; None if there is nothing that it may be told.
 
         Whatever is returned counts as sent: it is in the account from here on.
         """
-        replica = self._replica(report)
-        wanted = self._wanted(report, now_s)
-        if replica is None or wanted is None:
+        key = (report.node_id, report.bus_id)
+        replica = self._buses[key].replicas.get(report.replica_id) if key in self._buses else None
+        if replica is None:
             return None
-        allowed, k_max = wanted
+        view = self._view(key, now_s)
+        allowed, counts = (view.allowed(replica), view.counts) if view else (report.allowed, {})
+        if view is None and allowed == NOTHING:
+            return None
+        affordable = allowed.link_bytes_per_s // unit_cost_bytes_per_s(report.link)
+        k_max = min(affordable, counts.get(report.replica_id, affordable))
         replica.sent = _larger(replica.sent if now_s < replica.sent_end_s else _lapsed(replica.sent), allowed)
         replica.sent_end_s = now_s + self._config.lease_bound_s
         self._number += 1
@@ -177,8 +202,8 @@ class Coordinator:
             lease_s=self._config.lease_s,
             allowed=allowed,
             k_min=report.link.k_min,
-            k_max=k_max,
-            problem=self._buses[report.node_id, report.bus_id].problem,
+            k_max=max(report.link.k_min, min(report.link.k_max, k_max)),
+            problem=self._buses[key].problem,
         )
 
     def sweep(self, now_s: float) -> None:
@@ -224,10 +249,6 @@ class Coordinator:
         self._buses: dict[tuple[str, str], _Bus] = {}
 
     # -- who is there --------------------------------------------------------------------------------------------
-
-    def _replica(self, report: ReplicaReport) -> _Replica | None:
-        bus = self._buses.get((report.node_id, report.bus_id))
-        return bus.replicas.get(report.replica_id) if bus else None
 
     def _is_settling(self, now_s: float) -> bool:
         return now_s < self._born_s + self._config.lease_bound_s
@@ -280,31 +301,24 @@ class Coordinator:
 
     # -- what they should be doing -------------------------------------------------------------------------------
 
-    def _wanted(self, report: ReplicaReport, now_s: float) -> tuple[Allowance, int] | None:
-        """(allowance, k_max) for a replica, as far as the accounts of the others allow it now."""
-        key, own = (report.node_id, report.bus_id), report.allowed
-        replica, bus_report = self._replica(report), self._bus_report(key)
-        if replica is None:
+    def _view(self, key: tuple[str, str], now_s: float) -> _View | None:
+        """Accounts and shares of a bus and its node; None while nobody may be told anything new."""
+        bus, report = self._buses[key], self._bus_report(key)
+        if report is None or self._is_settling(now_s):
             return None
-        cost = unit_cost_bytes_per_s(report.link)
-        if bus_report is None or self._is_settling(now_s):
-            if own == NOTHING:
-                return None
-            return own, _clip(own.link_bytes_per_s // cost, report.link)
-        bus = self._buses[key]
-        unheard = self._num_unheard(key, bus_report, now_s) * _equal_share(bus_report)
+        unheard = self._num_unheard(key, report, now_s) * _equal_share(report)
         committed = {name: self._committed_link(each, now_s) for name, each in bus.replicas.items()}
-        self._divide(bus, bus_report, committed, unheard, now_s)
-        name = report.replica_id
-        share = bus.shares.get(name, own.link_bytes_per_s)
-        room = bus_report.bytes_per_s - unheard - sum(committed.values()) + committed[name]
-        link = min(share, max(own.link_bytes_per_s, room))
-        allowed = Allowance(
-            link_bytes_per_s=link,
-            fallback_bytes_per_s=min(link, _equal_share(bus_report)),
-            host_bytes=self._host_bytes(report, now_s),
+        self._divide(bus, report, committed, unheard, now_s)
+        host_shares, host_room = self._divide_host(self._nodes[key[0]].report, now_s)
+        return _View(
+            committed=committed,
+            room=report.bytes_per_s - unheard - sum(committed.values()),
+            equal_share=_equal_share(report),
+            shares=bus.shares,
+            counts=bus.counts,
+            host_shares=host_shares,
+            host_room=host_room,
         )
-        return allowed, _clip(min(bus.counts.get(name, 0), link // cost), report.link)
 
     def _divide(self, bus: _Bus, report: BusReport, committed: dict[str, int], unheard: int, now_s: float) -> None:
         """Brings the bus's division up to date, if anything it depends on has changed."""
@@ -329,25 +343,33 @@ class Coordinator:
         spare = (capacity - sum(needed.values())) // max(1, len(live))
         bus.shares = {name: share + spare for name, share in needed.items()}
 
-    def _host_bytes(self, report: ReplicaReport, now_s: float) -> int:
-        """The host memory the replica may hold: max-min fair, what is held first, within what the others may hold."""
-        node, own = self._nodes[report.node_id], report.allowed.host_bytes
-        buses = {(report.node_id, bus.bus_id): bus for bus in node.report.buses}
-        replicas = [each for key in buses if key in self._buses for each in self._buses[key].replicas.values()]
-        live = {each.report.replica_id: each for each in replicas if self._is_live(each, now_s)}
-        silent_bytes = sum(_committed_host(each) for each in replicas if each.report.replica_id not in live)
-        share = max_min_shares(
-            max(0, node.report.host_limit_bytes - silent_bytes),
-            {name: each.report.host.wanted_bytes for name, each in live.items()},
-            {name: each.report.host.held_bytes for name, each in live.items()},
-        )[report.replica_id]
-        others = sum(_committed_host(each) for each in replicas if each.report.replica_id != report.replica_id)
-        room = node.report.host_limit_bytes - others
-        if any(each.report.heard_life != self._life for each in replicas) or any(
-            self._num_unheard(key, bus, now_s) for key, bus in buses.items() if key in self._buses
-        ):
-            room = own  # what the others hold is not known
-        return min(share, max(own, room))
+    def _divide_host(self, node: NodeReport, now_s: float) -> tuple[dict[str, int], int | None]:
+        """(bytes each live replica of the node should hold at most, what no account of theirs covers).
+
+        Max-min fair, what is held first. The latter is None while it is not known what the others hold.
+        """
+        buses = {(node.node_id, bus.bus_id): bus for bus in node.buses if (node.node_id, bus.bus_id) in self._buses}
+        replicas = [each for key in buses for each in self._buses[key].replicas.values()]
+        committed = {each.report.replica_id: _committed_host(each) for each in replicas}
+        live = {each.report.replica_id: each.report.host for each in replicas if self._is_live(each, now_s)}
+        silent = sum(num_bytes for name, num_bytes in committed.items() if name not in live)
+        shares = max_min_shares(
+            max(0, node.host_limit_bytes - silent),
+            {name: host.wanted_bytes for name, host in live.items()},
+            {name: host.held_bytes for name, host in live.items()},
+        )
+        is_known = all(each.report.heard_life == self._life for each in replicas) and not any(
+            self._num_unheard(key, bus, now_s) for key, bus in buses.items()
+        )
+        return shares, node.host_limit_bytes - sum(committed.values()) if is_known else None
+
+
+def _should_change(replica: _Replica, view: _View | None) -> bool:
+    if view is None:
+        return False
+    new, old = view.allowed(replica), replica.report.allowed
+    pairs = ((new.link_bytes_per_s, old.link_bytes_per_s), (new.host_bytes, old.host_bytes))
+    return any(abs(a - b) > _WORTH_SENDING * max(a, b) for a, b in pairs)
 
 
 def _concerns_others(report: ReplicaReport) -> tuple[object, ...]:
@@ -378,7 +400,3 @@ def _lapsed(allowed: Allowance) -> Allowance:
         fallback_bytes_per_s=allowed.fallback_bytes_per_s,
         host_bytes=allowed.host_bytes,
     )
-
-
-def _clip(num_offloaded: int, link: LinkDemand) -> int:
-    return max(link.k_min, min(link.k_max, num_offloaded))

@@ -44,11 +44,12 @@ class CoordinatorActor:
         if heard == "old":
             return None
         _wake(self._waiting.pop(report.replica_id, None))
-        if heard == "new":
-            self._wake_neighbours(report, now_s)
+        wanting = {other.replica_id for other in self._core.wanting_updates(report, now_s)} if heard == "new" else ()
+        for replica_id in wanting:
+            _wake(self._waiting.get(replica_id))
         if report.is_leaving:
             return None
-        if not self._core.wants_update(report, now_s) and not await self._is_current_after(report, hold_s):
+        if report.replica_id not in wanting and not await self._is_current_after(report, hold_s):
             return None
         return self._core.update_for(report, time.monotonic())
 
@@ -74,11 +75,6 @@ class CoordinatorActor:
             if is_current:
                 del self._waiting[report.replica_id]
         return is_current
-
-    def _wake_neighbours(self, report: ReplicaReport, now_s: float) -> None:
-        for other in self._core.neighbours(report):
-            if other.replica_id in self._waiting and self._core.wants_update(other, now_s):
-                _wake(self._waiting[other.replica_id])
 
     def _sweep(self, now_s: float) -> None:
         if now_s >= self._swept_s + self._config.lease_s / 2:
