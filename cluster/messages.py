@@ -1,0 +1,144 @@
+"""What replicas, nodes and the coordinator say to each other: frozen, plain data without behaviour.
+
+docs/cluster.md says what is promised by whom. Times named `sent_s` are seconds on the sender's own monotonic clock and
+mean nothing to anybody else, who may only send them back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Epoch:
+    """Which update: the coordinator's life it comes from (later lives are larger), and its number in that life."""
+
+    life: int
+    number: int
+
+
+NO_EPOCH = Epoch(life=0, number=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkDemand:
+    """What a replica wants of its bus: k_min units offloaded at least, k_max at most, each streamed in every step.
+
+    `unit_bytes` is the size of the largest unit where they differ: the bus is then never promised twice. `step_s` is
+    the time that a step may take, the TPOT objective.
+    """
+
+    k_min: int
+    k_max: int
+    unit_bytes: int
+    step_s: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.k_min <= self.k_max:
+            raise ValueError(f"k_min={self.k_min}, k_max={self.k_max}: 0 <= k_min <= k_max is needed")
+        if self.unit_bytes < 1 or not self.step_s > 0:
+            raise ValueError(f"unit_bytes={self.unit_bytes}, step_s={self.step_s}: both must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostDemand:
+    """Host memory of one replica in bytes: what it has, and what it would like to have, that included."""
+
+    held_bytes: int = 0
+    wanted_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvUse:
+    """Tokens of KV a replica holds, and the most it could hold at its current k_max: what headroom is made of."""
+
+    used_tokens: int = 0
+    reachable_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowance:
+    """What a replica may do.
+
+    `link_bytes_per_s` while its lease runs, `fallback_bytes_per_s` after that. `host_bytes` outlives the lease:
+    memory that holds something cannot be taken back by a clock.
+    """
+
+    link_bytes_per_s: int = 0
+    fallback_bytes_per_s: int = 0
+    host_bytes: int = 0
+
+
+NOTHING = Allowance()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaReport:
+    """A replica's state, and its request for an update.
+
+    `sequence` numbers its reports, so that an old one is recognised. `version` numbers the changes of `allowed`, which
+    is what it may do now (its link share is the fallback once its lease has run out): an update is for one
+    version and dropped by every other. `heard_life` is the latest life of the coordinator it has heard from.
+    """
+
+    replica_id: str
+    node_id: str
+    bus_id: str
+    sequence: int
+    sent_s: float
+    version: int
+    heard_life: int
+    allowed: Allowance
+    link: LinkDemand
+    host: HostDemand = HostDemand()
+    kv: KvUse = KvUse()
+    is_leaving: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeUpdate:
+    """What a replica may do from now on: applied only by `for_version`, within `lease_s` after it sent `sent_s`.
+
+    `k_max` goes with `allowed.link_bytes_per_s`; the interval range is [L/k_max, L/k_min]. `problem` says why a
+    replica's objective cannot be met.
+    """
+
+    epoch: Epoch
+    replica_id: str
+    for_version: int
+    sent_s: float
+    lease_s: float
+    allowed: Allowance
+    k_min: int
+    k_max: int
+    problem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BusState:
+    """A bus of a node: what it can move from host memory to its devices, and who may be using it.
+
+    `replica_ids` are the replicas alive on it, None where the node cannot tell. To leave one out that is alive is
+    the only mistake here that could have the bus promised twice.
+    """
+
+    bus_id: str
+    bytes_per_s: int
+    num_devices: int
+    replica_ids: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeState:
+    """What of a node's report concerns the division of its buses and host memory; node_state.py makes it.
+
+    `heard_life` is what the coordinator answered to the last one (0 before there was an answer). `host_limit_bytes` is
+    what all replicas of the node may hold together. A smaller `sequence` is an older state.
+    """
+
+    node_id: str
+    sequence: int
+    heard_life: int
+    buses: tuple[BusState, ...]
+    host_limit_bytes: int
+    host_available_bytes: int
