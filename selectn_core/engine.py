@@ -53,7 +53,7 @@ from selectn_core.requests import RequestHandle, TokenEvent
 from selectn_core.resident import ResidentWeights, resident_tensors
 from selectn_core.sampling import SamplingParams
 from selectn_core.self_test import check_model, refusing
-from selectn_core.shared_model import load_on_host
+from selectn_core.shared_model import ReserveHost, load_on_host, reserve_nothing
 from selectn_core.steering import LinkShare, Steering
 from selectn_core.steps import StepLog, StepShape
 from selectn_core.transformers_cb import Callbacks, ContinuousBatching, GenerationOutput, KvPages, kv_geometry
@@ -135,13 +135,15 @@ class Engine:
         *,
         executor_class: type[Executor] = OverlappedExecutor,
         on_progress: OnProgress = lambda share, what: None,
+        reserve_host: ReserveHost = reserve_nothing,
     ) -> Engine:
         """Loads the configured model and builds an engine on it, steered by the configured policy.
 
         A policy needs a performance record. The first start on a machine makes one, within a minute, and later starts
-        find it in the cache (`performance_record`). `on_progress` is told how far that is.
+        find it in the cache (`performance_record`). `on_progress` is told how far that is. `reserve_host` is asked
+        before weights take host memory.
         """
-        engine = cls.unsteered(config, executor_class=executor_class)
+        engine = cls.unsteered(config, executor_class=executor_class, reserve_host=reserve_host)
         if config.offload.num_offloaded == "auto":
             try:
                 engine.steer(performance_record(engine, on_progress=on_progress))
@@ -151,9 +153,15 @@ class Engine:
         return engine
 
     @classmethod
-    def unsteered(cls, config: EngineConfig, *, executor_class: type[Executor] = OverlappedExecutor) -> Engine:
+    def unsteered(
+        cls,
+        config: EngineConfig,
+        *,
+        executor_class: type[Executor] = OverlappedExecutor,
+        reserve_host: ReserveHost = reserve_nothing,
+    ) -> Engine:
         """As `load`, without a policy: the fewest units are offloaded, or the configured number."""
-        loaded = load_on_host(config.model, config.host)
+        loaded = load_on_host(config.model, config.host, reserve_host)
         try:
             return cls(loaded, config, executor_class=executor_class)
         except BaseException:

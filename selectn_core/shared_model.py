@@ -8,7 +8,7 @@ import json
 import logging
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,15 @@ _MADV_DONTNEED = 4
 _LIBC = ctypes.CDLL(None)
 
 
+# Asked before host memory is used: bytes, and the name under which processes of the node share them (None: this process
+# alone). Raises HostMemoryExceeded where they are not to be had. Asking for the same again does no harm.
+ReserveHost = Callable[[int, str | None], None]
+
+
+def reserve_nothing(num_bytes: int, shared_as: str | None) -> None:
+    """For a process that shares its node's host memory with nobody."""
+
+
 class NotShareable(Exception):
     """`model` has been loaded, but cannot be made again from its configuration alone."""
 
@@ -55,34 +64,47 @@ class NotShareable(Exception):
         self.model = model
 
 
-def load_on_host(config: ModelConfig, host: HostConfig) -> LoadedModel:
+def load_on_host(config: ModelConfig, host: HostConfig, reserve_host: ReserveHost = reserve_nothing) -> LoadedModel:
     """Loads a model with its weights where `host` wants them.
+
+    What a file on a disk backs is not reserved. Private weights are when their size is known, which is when they are
+    loaded: refused, they are dropped again.
 
     Raises, besides what `load_model` does, HostMemoryExceeded where they do not fit, StoreRefused for a file in the
     way, and UnsupportedModel where sharing was asked for and this model cannot be shared.
     """
     if host.weights == "private":
-        return load_model(config)
+        return _reserved(load_model(config), reserve_host)
     resolved = resolve_source(config)
     name = resolved.served_name or resolved.source
     try:
-        model, store = open_shared(resolved, host)
+        model, store = open_shared(resolved, host, reserve_host)
     except NotShareable as error:
         if host.weights != "auto":
             raise UnsupportedModel(f"{name}: {error}: set host.weights to 'private'") from None
         logger.warning("%s: %s; its weights are private to this process", name, error)
-        return LoadedModel(model=error.model, tokenizer=load_tokenizer(resolved), name=name)
+        return _reserved(LoadedModel(model=error.model, tokenizer=load_tokenizer(resolved), name=name), reserve_host)
     logger.info("the weights of %s are in %s (%s bytes)", name, store.path, f"{store.num_bytes:,}")
     return LoadedModel(model=model, tokenizer=load_tokenizer(resolved), name=name, store=store)
 
 
-def open_shared(resolved: ModelConfig, host: HostConfig) -> tuple[PreTrainedModel, SharedStore]:
+def _reserved(loaded: LoadedModel, reserve_host: ReserveHost) -> LoadedModel:
+    tensors = {id(tensor): tensor.nbytes for _, tensor in _named_tensors(loaded.model)}
+    reserve_host(sum(tensors.values()), None)
+    return loaded
+
+
+def open_shared(
+    resolved: ModelConfig, host: HostConfig, reserve_host: ReserveHost = reserve_nothing
+) -> tuple[PreTrainedModel, SharedStore]:
     """A model bound to this node's store of its weights, which is built if it is not there. Raises NotShareable."""
     places, fingerprint = _usable_places(host), fingerprint_of(resolved)
     store = find_or_build(
-        [place.directory for place in places], fingerprint, lambda: _build(resolved, fingerprint, places)
+        [place.directory for place in places], fingerprint, lambda: _build(resolved, fingerprint, places, reserve_host)
     )
     try:
+        if any(place.in_memory and place.directory == store.path.parent for place in places):
+            reserve_host(store.num_bytes, fingerprint)
         return _bound_model(store), store
     except BaseException:
         store.close()
@@ -152,17 +174,25 @@ def _usable_places(host: HostConfig) -> list[_Place]:
     return usable
 
 
-def _place_for(places: Sequence[_Place], num_bytes: int) -> _Place:
+def _place_for(places: Sequence[_Place], num_bytes: int, reserve: Callable[[], None]) -> _Place:
     """The first place with room for `num_bytes`. Raises HostMemoryExceeded, saying what to set, if there is none."""
     reasons: list[str] = []
     for place in places:
-        reason = _why_not(place, num_bytes)
+        reason = _why_not(place, num_bytes) or (_why_refused(reserve) if place.in_memory else None)
         if reason is None:
             for passed_over in reasons:
                 logger.warning("%s; the weights go to a mapped file in %s instead", passed_over, place.directory)
             return place
         reasons.append(reason)
     raise HostMemoryExceeded("; ".join(reasons))
+
+
+def _why_refused(reserve: Callable[[], None]) -> str | None:
+    try:
+        reserve()
+    except HostMemoryExceeded as error:
+        return str(error)
+    return None
 
 
 def _why_not(place: _Place, num_bytes: int) -> str | None:
@@ -192,12 +222,13 @@ def _why_not(place: _Place, num_bytes: int) -> str | None:
 # -- building -----------------------------------------------------------------------------------------------------
 
 
-def _build(resolved: ModelConfig, fingerprint: str, places: Sequence[_Place]) -> SharedStore:
+def _build(resolved: ModelConfig, fingerprint: str, places: Sequence[_Place], reserve_host: ReserveHost) -> SharedStore:
     model = load_weights(resolved)
     description = _describe(model)
     _check_rebuilds(model, description)
     sections, tensors = _layout(model)
-    place = _place_for(places, stored_bytes(sections))
+    num_bytes = stored_bytes(sections)
+    place = _place_for(places, num_bytes, lambda: reserve_host(num_bytes, fingerprint))
     pages = _FilePages()
     return write_store(
         place.directory,

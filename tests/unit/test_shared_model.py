@@ -408,3 +408,43 @@ def test_a_configuration_that_leads_to_other_tensors_stays_private(checkpoint_of
     monkeypatch.setattr(shared_model, "_describe", with_fewer_layers)
     with pytest.raises(UnsupportedModel, match="its configuration alone leads to other tensors"):
         load_on_host(ModelConfig(source=checkpoint_of()), host)
+
+
+class Ledger:
+    """Host memory of a node, as the processes that load here ask for it."""
+
+    def __init__(self, free_bytes: int) -> None:
+        self.free_bytes = free_bytes
+        self.asked: list[tuple[int, str | None, bool]] = []
+        self.stores: Path | None = None
+
+    def __call__(self, num_bytes: int, shared_as: str | None) -> None:
+        stores = [path for path in self.stores.iterdir() if path.suffix != ".lock"] if self.stores else []
+        self.asked.append((num_bytes, shared_as, bool(stores)))
+        if num_bytes > self.free_bytes:
+            raise HostMemoryExceeded("the node has nothing left")
+
+
+def test_a_store_is_reserved_before_it_is_written_and_by_everyone_under_one_name(checkpoint_of, host) -> None:
+    config, ledger = ModelConfig(source=checkpoint_of()), Ledger(1 << 30)
+    ledger.stores = Path(host.directory)
+    first, second = load_on_host(config, host, ledger), load_on_host(config, host, ledger)
+    before, *after = ledger.asked
+    assert not before[2], "it was there before it was reserved"
+    assert 0.9 * first.store.num_bytes < before[0] <= first.store.num_bytes
+    assert [each[0] for each in after] == [first.store.num_bytes] * 2
+    assert {each[1] for each in ledger.asked} == {first.store.fingerprint}
+    first.store.close()
+    second.store.close()
+
+
+def test_what_the_node_refuses_goes_to_a_file_or_says_why(checkpoint_of, host, files) -> None:
+    config, nothing = ModelConfig(source=checkpoint_of()), Ledger(0)
+    with pytest.raises(HostMemoryExceeded, match="nothing left"):
+        load_on_host(config, HostConfig(weights="shared_memory", directory=host.directory), nothing)
+    with pytest.raises(HostMemoryExceeded, match="nothing left"):
+        load_on_host(config, HostConfig(weights="private"), nothing)
+    assert not [path for path in Path(host.directory).iterdir() if path.suffix != ".lock"]
+    loaded = load_on_host(config, HostConfig(directory=host.directory), nothing)
+    assert loaded.store.path.parent == files
+    loaded.store.close()
