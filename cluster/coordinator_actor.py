@@ -15,6 +15,9 @@ from ray.actor import ActorHandle
 
 from cluster.coordinator import Coordinator, CoordinatorConfig, CoordinatorStatus
 from cluster.messages import NodeState, RangeUpdate, ReplicaReport
+from cluster.node_agent import ActorSink
+from cluster.node_messages import NodeReport
+from cluster.node_state import node_state
 
 COORDINATOR_NAME = "selectn_coordinator"
 NAMESPACE = "selectn"
@@ -119,6 +122,29 @@ class CoordinatorConnection:
         result = ray.get(getattr(handle, method).remote(*arguments), timeout=timeout_s)
         self._handle = handle
         return result
+
+
+class CoordinatorSink:
+    """Where node agents send their reports: to the coordinator, in its words. Pickled into the agents' processes.
+
+    Where there is none nobody is told: a replica that looks for it will make it.
+    """
+
+    def __init__(self, *, num_sharing: int) -> None:
+        """`num_sharing`: see `node_state`."""
+        self._send = ActorSink(COORDINATOR_NAME, namespace=NAMESPACE, method="report_node")
+        self._num_sharing = num_sharing
+        self._heard_life, self._heard_unix_s = 0, 0.0
+
+    def __call__(self, report: NodeReport) -> None:
+        """Returns when a report has been taken; raises where it was not, and knows of no life then."""
+        # A sample from before this life was heard of may lack a replica that the one before it knew.
+        is_newer = report.telemetry.sampled_unix_s >= self._heard_unix_s
+        state = node_state(report, heard_life=self._heard_life if is_newer else 0, num_sharing=self._num_sharing)
+        heard_life, self._heard_life = self._heard_life, 0
+        self._heard_life = self._send(state)
+        if self._heard_life != heard_life:
+            self._heard_unix_s = time.time()
 
 
 def _wake(future: asyncio.Future[None] | None) -> None:

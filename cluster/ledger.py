@@ -60,6 +60,10 @@ class Ledger:
         """All entries, by owner."""
         return tuple(self._entries[owner] for owner in sorted(self._entries))
 
+    def is_open(self, now_s: float) -> bool:
+        """Whether every owner of before the start has had a lease's time to renew."""
+        return now_s >= self._opens_s
+
     def held_bytes(self, owner: str) -> int:
         """What `owner` has reserved."""
         entry = self._entries.get(owner)
@@ -73,7 +77,7 @@ class Ledger:
         """
         _checked(num_bytes, "num_bytes")
         more_bytes = num_bytes - self.held_bytes(owner)
-        if more_bytes > 0 and now_s < self._opens_s:
+        if more_bytes > 0 and not self.is_open(now_s):
             raise LedgerClosed(
                 f"{owner} asks for {more_bytes} more bytes of host memory {self._opens_s - now_s:.1f} s before all "
                 "reservations of before the restart can be known: ask again then"
@@ -89,10 +93,11 @@ class Ledger:
         """`owner` is alive and uses up to `num_bytes`, which this ledger or the one before it has granted.
 
         A claim is never refused, since the bytes are in use; nobody gets more until all claims fit. Only a claim
-        after a restart can be larger than the entry: at any other time that is an error of the owner (ValueError).
+        after a restart can be larger than the entry, and one that comes late finds none: at any other time that is an
+        error of the owner (ValueError).
         """
         _checked(num_bytes, "num_bytes")
-        if num_bytes > self.held_bytes(owner) and now_s >= self._opens_s:
+        if 0 < self.held_bytes(owner) < num_bytes and self.is_open(now_s):
             raise ValueError(
                 f"{owner} renews {num_bytes} bytes and has reserved {self.held_bytes(owner)}: reserve them first"
             )

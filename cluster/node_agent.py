@@ -9,13 +9,21 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import ray
 
-from cluster.node_messages import NodeReport
+from cluster.host_claims import HostClaims
+from cluster.node_messages import HostAnswer, HostClaim, HostReport, NodeReport
 from cluster.node_metrics import NodeGauges
-from cluster.telemetry import Telemetry, TelemetryConfig
+from cluster.telemetry import Telemetry, TelemetryConfig, read_host
+from selectn_core.host_memory import HostMemory
 
 logger = logging.getLogger(__name__)
+
+# Of a node's host memory, what replicas may reserve where the configuration does not say; the rest is for processes.
+RESERVABLE_SHARE = 0.9
+# What a ledger has where the limit cannot be read: it keeps account, and refuses nothing.
+UNLIMITED_BYTES = 1 << 62
 
 # Called with every new report, in a thread of its own: it may block, and then gets the newest report next.
 ReportSink = Callable[[NodeReport], None]
@@ -27,16 +35,22 @@ class NodeAgent:
     Sampling, and sending what was sampled, have a thread each, so that neither a driver nor a coordinator that does not
     answer keeps `latest` from answering.
 
-    The node's host-memory ledger is to be owned here, beside `_latest`: this is the one process per node that outlives
-    its replicas, and it knows what the ledger may promise (`telemetry.host.memory`).
+    The node's host-memory ledger is here: this is the one process per node that outlives its replicas and can see
+    theirs. After a restart it is made anew from the claims that they renew.
     """
 
-    def __init__(self, config: TelemetryConfig, sink: ReportSink | None = None) -> None:
+    def __init__(
+        self, config: TelemetryConfig, sink: ReportSink | None = None, reservable_bytes: int | None = None
+    ) -> None:
+        """`reservable_bytes` of host memory are for replicas; None: most of the node's limit."""
         self._node_id = ray.get_runtime_context().get_node_id()
         self._agent_id = uuid.uuid4().hex
         self._period_s = config.period_s
         self._telemetry = Telemetry(config, node_names=node_names(self._node_id))
         self._gauges = NodeGauges(self._node_id)
+        self._reservable_bytes = reservable_bytes
+        self._claims_lock = threading.Lock()
+        self._claims = HostClaims(self._capacity_bytes(read_host()), is_alive=is_alive, now_s=time.monotonic())
         self._latest: NodeReport | None = None
         self._changed = threading.Condition()
         threading.Thread(target=self._sample, name="sample", daemon=True).start()
@@ -46,6 +60,27 @@ class NodeAgent:
     def latest(self) -> NodeReport | None:
         """The newest report; None before the first, which takes a few deadlines at most."""
         return self._latest
+
+    def claim_host(self, claim: HostClaim) -> HostAnswer:
+        """Reserves host memory for a replica of this node, or renews what it has. See HostClaims."""
+        with self._claims_lock:
+            return self._claims.claim(claim, time.monotonic())
+
+    def release_host(self, replica_id: str) -> None:
+        """A replica of this node has ended."""
+        with self._claims_lock:
+            self._claims.release(replica_id)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if the ledger is not what the claims say."""
+        with self._claims_lock:
+            self._claims.check_integrity()
+
+    def _capacity_bytes(self, host: HostReport) -> int:
+        if self._reservable_bytes is not None:
+            return self._reservable_bytes
+        memory = host.memory
+        return int(RESERVABLE_SHARE * memory.limit_bytes) if isinstance(memory, HostMemory) else UNLIMITED_BYTES
 
     def _sample(self) -> None:
         next_s = time.monotonic()
@@ -59,7 +94,18 @@ class NodeAgent:
 
     def _publish(self, sequence: int) -> None:
         telemetry = self._telemetry.sample()
-        report = NodeReport(node_id=self._node_id, agent_id=self._agent_id, sequence=sequence, telemetry=telemetry)
+        with self._claims_lock:
+            self._claims.resize(self._capacity_bytes(telemetry.host))
+            for replica_id in self._claims.sweep(time.monotonic()):
+                logger.warning("replica %s has died; its host memory is free again", replica_id)
+            ledger = self._claims.report(time.monotonic())
+        report = NodeReport(
+            node_id=self._node_id,
+            agent_id=self._agent_id,
+            sequence=sequence,
+            telemetry=telemetry,
+            ledger=ledger,
+        )
         with self._changed:
             self._latest = report
             self._changed.notify_all()
@@ -98,8 +144,11 @@ class ActorSink:
         self._actor: Any = None
         self._under_way: Any = None
 
-    def __call__(self, report: NodeReport) -> None:
-        """Returns when the report has been taken. Raises if it was not, or if an earlier one still waits to be."""
+    def __call__(self, report: object) -> Any:
+        """Returns the answer when a report has been taken: this one, or an earlier one that still waited to be.
+
+        Raises if it was not taken, or not in time.
+        """
         if self._under_way is None:
             self._actor = self._actor or ray.get_actor(self._name, namespace=self._namespace)
             self._under_way = getattr(self._actor, self._method).remote(report)
@@ -108,7 +157,7 @@ class ActorSink:
         if not done:
             raise TimeoutError(f"{self._name} has not taken a report for {self._timeout_s} s")
         try:
-            ray.get(self._under_way)
+            return ray.get(self._under_way)
         except Exception:
             self._actor = None  # it may have been created anew: look it up again
             raise
@@ -123,3 +172,15 @@ def node_names(node_id: str) -> set[str]:
         if node["NodeID"] == node_id:
             names |= {str(node[key]) for key in ("NodeName", "NodeManagerHostname", "NodeManagerAddress")}
     return names
+
+
+def is_alive(claim: HostClaim) -> bool:
+    """Whether the process that made a claim is still there. False too for one that cannot be seen from here."""
+    try:
+        process = psutil.Process(claim.pid)
+        is_the_same = abs(process.create_time() - claim.process_started_unix_s) < 1.0
+        return is_the_same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True

@@ -59,8 +59,10 @@ class NodeAgents:
     restart, or beside a second manager, no node gets two.
     """
 
-    def __init__(self, config: TelemetryConfig, sink: ReportSink | None, period_s: float) -> None:
-        self._config, self._sink = config, sink
+    def __init__(
+        self, config: TelemetryConfig, sink: ReportSink | None, period_s: float, reservable_bytes: int | None = None
+    ) -> None:
+        self._arguments = (config, sink, reservable_bytes)
         self._started_s: dict[str, float] = {}
         threading.Thread(target=self._run, args=(period_s,), name="reconcile", daemon=True).start()
 
@@ -86,21 +88,27 @@ class NodeAgents:
             _kill(AGENT_PREFIX + node_id)
         for node_id in changes.start:
             self._started_s[node_id] = now_s
-            _start_agent(node_id, self._config, self._sink)
+            _start_agent(node_id, *self._arguments)
         self._started_s = {node: at_s for node, at_s in self._started_s.items() if node in nodes}
 
 
 def start_node_agents(
-    config: TelemetryConfig, sink: ReportSink | None = None, *, period_s: float = 1.0, timeout_s: float = 30.0
+    config: TelemetryConfig,
+    sink: ReportSink | None = None,
+    *,
+    reservable_bytes: int | None = None,
+    period_s: float = 1.0,
+    timeout_s: float = 30.0,
 ) -> None:
     """Has every node of this Ray cluster run an agent from now on, those too that join later.
 
     They outlive the caller: `stop_node_agents` ends them. Where they run already they stay as they are. `sink` gets the
-    reports, in the agents' processes; it is pickled. Raises RayError if the manager does not start in time.
+    reports, in the agents' processes; it is pickled. `reservable_bytes`: see NodeAgent.
+
+    Raises RayError if the manager does not start in time.
     """
-    manager = (
-        ray.remote(NodeAgents).options(**_detached(MANAGER_NAME), max_task_retries=-1).remote(config, sink, period_s)
-    )
+    manager_class = ray.remote(NodeAgents).options(**_detached(MANAGER_NAME), max_task_retries=-1)
+    manager = manager_class.remote(config, sink, period_s, reservable_bytes)
     ray.get(manager.ping.remote(), timeout=timeout_s)
 
 
@@ -133,6 +141,11 @@ def agent_nodes() -> list[str]:
     return [name.removeprefix(AGENT_PREFIX) for name in names]
 
 
+def find_agent(node_id: str) -> Any:
+    """The agent of a node. Raises ValueError if it has none."""
+    return ray.get_actor(AGENT_PREFIX + node_id, namespace=NAMESPACE)
+
+
 def _agents() -> Iterator[tuple[str, Any]]:
     for node_id in agent_nodes():
         with contextlib.suppress(ValueError):  # gone since the list was made
@@ -143,10 +156,10 @@ def _living_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def _start_agent(node_id: str, config: TelemetryConfig, sink: ReportSink | None) -> None:
+def _start_agent(node_id: str, config: TelemetryConfig, sink: ReportSink | None, reservable_bytes: int | None) -> None:
     pinned = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
     options = _detached(AGENT_PREFIX + node_id)
-    ray.remote(NodeAgent).options(**options, scheduling_strategy=pinned).remote(config, sink)
+    ray.remote(NodeAgent).options(**options, scheduling_strategy=pinned).remote(config, sink, reservable_bytes)
 
 
 def _detached(name: str) -> dict[str, Any]:

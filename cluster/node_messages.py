@@ -135,10 +135,62 @@ class NodeTelemetry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostClaim:
+    """What a replica keeps in its node's host memory, and where it is: made before the memory is used, then renewed.
+
+    `own_bytes` are its alone; the store is one for all replicas of the node that name it. `process_started_unix_s`
+    tells its process from a later one of the same `pid`. `is_renewal`: this was granted before, and is in use.
+    """
+
+    replica_id: str
+    bus_id: str | None
+    pid: int
+    process_started_unix_s: float
+    own_bytes: int = 0
+    store_name: str | None = None
+    store_bytes: int = 0
+    is_renewal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostAnswer:
+    """The answer to a claim: `held_bytes` are what the replica counts as its own, a store with the first of its users.
+
+    `refusal` says why the claim was not granted; what was held before still is. `ask_again`: that will pass.
+    """
+
+    held_bytes: int
+    refusal: str | None = None
+    ask_again: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """A replica that lives on the node, and the bus it uses; None: a bus of its own."""
+
+    replica_id: str
+    bus_id: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerReport:
+    """The node's host-memory ledger. While not `is_complete` replicas that live may be missing from it."""
+
+    capacity_bytes: int
+    reserved_bytes: int
+    replicas: tuple[Placement, ...]
+    is_complete: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeReport:
-    """A sample and where it is from. `sequence` counts the samples of one `agent_id`, which a restart changes."""
+    """A sample and where it is from. `sequence` counts the samples of one `agent_id`, which a restart changes.
+
+    `ledger` is None where nobody keeps one.
+    """
 
     node_id: str
     agent_id: str
     sequence: int
     telemetry: NodeTelemetry
+    ledger: LedgerReport | None = None

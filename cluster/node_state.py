@@ -1,0 +1,46 @@
+"""From a node's report to what the coordinator divides: the one place where telemetry's words become the protocol's."""
+
+from __future__ import annotations
+
+from cluster.messages import BusState, NodeState
+from cluster.node_messages import BusReport, NodeReport, Unavailable
+from selectn_core.host_memory import HostMemory
+
+
+def node_state(report: NodeReport, *, heard_life: int, num_sharing: int) -> NodeState:
+    """What `report` says of the node's buses and host memory.
+
+    A bus whose rate is not known is left out: nobody on it is told anything new. The devices of a bus are its GPUs; a
+    bus of emulated devices counts as many as are configured to share it (`num_sharing`), or as are there.
+    """
+    ledger, memory = report.ledger, report.telemetry.host.memory
+    limit_bytes = memory.limit_bytes if isinstance(memory, HostMemory) else 0
+    return NodeState(
+        node_id=report.node_id,
+        # An agent that was restarted counts its samples anew; the node's clock goes on.
+        sequence=round(report.telemetry.sampled_unix_s * 1e6),
+        heard_life=heard_life,
+        buses=tuple(
+            state for bus in report.telemetry.buses if (state := _bus_state(bus, report, num_sharing)) is not None
+        ),
+        host_limit_bytes=ledger.capacity_bytes if ledger is not None else limit_bytes,
+        host_available_bytes=memory.available_bytes if isinstance(memory, HostMemory) else 0,
+    )
+
+
+def _bus_state(bus: BusReport, report: NodeReport, num_sharing: int) -> BusState | None:
+    if isinstance(bus.bytes_per_s, Unavailable):
+        return None
+    ledger = report.ledger
+    placed = [each.replica_id for each in ledger.replicas if each.bus_id == bus.name] if ledger is not None else []
+    return BusState(
+        bus_id=bus.name,
+        bytes_per_s=int(bus.bytes_per_s),
+        num_devices=max(len(bus.gpus) or num_sharing, len(placed)),
+        replica_ids=tuple(placed) if ledger is not None and ledger.is_complete else None,
+    )
+
+
+def bus_of_gpu(report: NodeReport, gpu_uuid: str) -> str | None:
+    """The bus that a GPU is on; None where the node's report does not have it."""
+    return next((bus.name for bus in report.telemetry.buses if gpu_uuid in bus.gpus), None)
