@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Reports a replica's state and returns what it may do; may block for `hold_s` and longer, and may raise anything.
 Exchange = Callable[[ReplicaReport, float], RangeUpdate | None]
-# (link_bytes_per_s, (k_min, k_max))
-OnRange = Callable[[int, tuple[int, int]], None]
+# What is allowed, and (k_min, k_max).
+OnRange = Callable[[Allowance, tuple[int, int]], None]
 
 _MIN_PERIOD_S, _MAX_BACKOFF_S = 0.05, 2.0
 _LEAVE_TIMEOUT_S = 2.0
@@ -32,14 +32,21 @@ _MAX_CALLS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class RangeState:
-    """What a replica may do, for its headroom report and for people. `last_error`: why the last call failed."""
+    """What a replica may do, for its headroom report and for people.
+
+    `lease_end_s` is on the replica's clock, None without a lease. `last_error`: why the last call failed.
+    """
 
     allowed: Allowance
     k_range: tuple[int, int]
-    has_lease: bool
+    lease_end_s: float | None
     epoch: Epoch
     problem: str | None
     last_error: str | None
+
+    @property
+    def has_lease(self) -> bool:
+        return self.lease_end_s is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,7 @@ class RangeClient:
         self._state = RangeState(
             allowed=NOTHING,
             k_range=(link.k_min, link.k_min),
-            has_lease=False,
+            lease_end_s=None,
             epoch=holder.epoch,
             problem=None,
             last_error=None,
@@ -78,7 +85,7 @@ class RangeClient:
         self._should_report, self._is_closing = True, False
         self._calls: list[Future[RangeUpdate | None]] = []
         self._next_call_s, self._num_failures = clock(), 0
-        self._told: tuple[int, tuple[int, int]] | None = None
+        self._told: tuple[Allowance, tuple[int, int]] | None = None
         self._pool = ThreadPoolExecutor(_MAX_CALLS + 1, thread_name_prefix="coordinator-call")
         self._thread = threading.Thread(target=self._run, name="range-client", daemon=True)
 
@@ -132,7 +139,7 @@ class RangeClient:
                 self._take_answers()
                 self._call_if_due()
                 self._refresh_state()
-                told = (self._state.allowed.link_bytes_per_s, self._state.k_range)
+                told = (self._state.allowed, self._state.k_range)
                 if not self._holder.version or told == self._told:
                     self._changed.wait(self._until_next_s())
                     continue
@@ -176,14 +183,14 @@ class RangeClient:
             self._state,
             allowed=allowed,
             k_range=holder.k_range(self._demand.link, now_s),
-            has_lease=holder.has_lease(now_s),
+            lease_end_s=holder.lease_end_s,
             epoch=holder.epoch,
             problem=holder.problem,
         )
         if had_lease and not self._state.has_lease:
             logger.warning("the coordinator's lease has run out: going on with %d bytes/s", allowed.link_bytes_per_s)
 
-    def _tell(self, told: tuple[int, tuple[int, int]]) -> None:
+    def _tell(self, told: tuple[Allowance, tuple[int, int]]) -> None:
         try:
             self._on_range(*told)
         except Exception:

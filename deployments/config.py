@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.services import CoordinationConfig
 from cluster.telemetry import TelemetryConfig
 from selectn_core.config import (
     BatchConfig,
@@ -81,6 +82,7 @@ class AppArgs(Strict):
     host: HostConfig = Field(default_factory=HostConfig)
     slo: SloConfig = Field(default_factory=SloConfig)
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+    cluster: CoordinationConfig = Field(default_factory=CoordinationConfig)
     limits: RequestLimits = Field(default_factory=RequestLimits)
     num_replicas: int = Field(default=1, ge=1)
     num_ingress_replicas: int = Field(default=1, ge=1)

@@ -13,14 +13,19 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from ray import serve
 
 from cluster.door import Door, Visit
 from cluster.headroom import RecentPrefixes, ReplicaReport, prefix_hashes
+from cluster.member import Member
+from cluster.services import CoordinationConfig
+from cluster.telemetry import TelemetryConfig
 from deployments.config import ReplicaUserConfig, parse
 from deployments.detokenizer import Detokenizer, StopStrings
+from deployments.membership import open_member
 from deployments.messages import (
     Accepted,
     ChatMessage,
@@ -58,12 +63,22 @@ logger = logging.getLogger(__name__)
 class SelectNReplica:
     """The replica deployment's class. Its methods are called through a Serve handle."""
 
-    async def __init__(self, config: EngineConfig, default_max_tokens: int) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self,
+        config: EngineConfig,
+        default_max_tokens: int,
+        cluster: CoordinationConfig,
+        telemetry: TelemetryConfig,
+    ) -> None:
         bind_replica_to_node_address()
         self._default_max_tokens = default_max_tokens
         # One thread: a tokenizer is not thread-safe, and one keeps up with any engine.
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
-        self._engine = await asyncio.to_thread(_started_engine, config)
+        self._member, _ = await asyncio.gather(
+            asyncio.to_thread(open_member, cluster, telemetry, num_sharing=config.offload.num_sharing),
+            asyncio.to_thread(import_module, "selectn_core.engine"),  # which takes as long
+        )
+        self._engine = await asyncio.to_thread(_started_engine, config, self._member)
         self._tokenizer: Any = self._engine.tokenizer
         self._created_unix_s = int(time.time())
         self._prefixes = RecentPrefixes()
@@ -165,8 +180,8 @@ class SelectNReplica:
         )
 
     async def snapshot(self) -> dict[str, Any]:
-        """The engine's state, as plain JSON data."""
-        return self._engine.snapshot()
+        """The engine's state, as plain JSON data, and what the cluster allows it."""
+        return {**self._engine.snapshot(), "cluster": self._member.snapshot() if self._member is not None else None}
 
     async def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
         """Changes this replica's plan from its next iteration on. Raises ConfigError if it does not fit."""
@@ -196,7 +211,7 @@ class SelectNReplica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             self._door.close()
-            await asyncio.to_thread(engine.close)
+            await asyncio.to_thread(_close, engine, self._member)
             self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     def _sampling_params(self, sampling: Sampling, num_prompt_tokens: int) -> SamplingParams:
@@ -244,12 +259,26 @@ def _body_field(error: RequestError, request: GenerateRequest) -> str | None:
     return "messages" if error.field == "prompt" and is_chat else error.field
 
 
-def _started_engine(config: EngineConfig) -> Engine:
+def _started_engine(config: EngineConfig, member: Member | None) -> Engine:
     from selectn_core.engine import Engine
 
-    engine = Engine.load(config)
+    if member is None:
+        engine = Engine.load(config)
+    else:
+        member.reserve_kv(config.host.kv_gib)
+        engine = Engine.load(config, reserve_host=member.reserve)
     if engine.tokenizer is None:
         engine.close()
         raise UnsupportedModel(f"{engine.model_name} has no tokenizer, which serving text needs")
+    if member is not None:
+        member.join(engine, member.bus_of(engine))
     engine.start()
     return engine
+
+
+def _close(engine: Engine, member: Member | None) -> None:
+    if member is not None:
+        member.stop()
+    engine.close()
+    if member is not None:
+        member.leave()

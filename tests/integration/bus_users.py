@@ -23,7 +23,7 @@ class BusUser:
         self._client = RangeClient(
             RangeHolder(replica_id=replica_id, node_id=NODE, bus_id=BUS),
             CoordinatorConnection(config),
-            lambda link_bytes_per_s, k_range: self._told.append((time.monotonic(), link_bytes_per_s)),
+            lambda allowed, k_range: self._told.append((time.monotonic(), allowed.link_bytes_per_s)),
             link=link,
             hold_s=hold_s,
         )

@@ -39,6 +39,7 @@ def application(name: str, route_prefix: str, source: str, **args: Any) -> dict[
             "offload": {"num_offloaded": 0},
             "shutdown_grace_s": 1,
             "slo": {"ttft_ms": 60_000, "tpot_ms": 10_000},  # on this link few others would be met
+            "cluster": {"coordinator": False},  # test_cluster.py has one, and test_coordinator.py brings its own
             **args,
         },
     }

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.coordinator import Coordinator, CoordinatorConfig
-from cluster.messages import BusState, HostDemand, LinkDemand, NodeState, RangeUpdate, ReplicaReport
+from cluster.messages import Allowance, BusState, HostDemand, LinkDemand, NodeState, RangeUpdate, ReplicaReport
 from cluster.range_client import RangeClient
 from cluster.range_holder import RangeHolder
 
@@ -47,9 +47,9 @@ class Told:
         self.calls: list[tuple[int, tuple[int, int]]] = []
         self.changed = threading.Condition()
 
-    def __call__(self, link_bytes_per_s: int, k_range: tuple[int, int]) -> None:
+    def __call__(self, allowed: Allowance, k_range: tuple[int, int]) -> None:
         with self.changed:
-            self.calls.append((link_bytes_per_s, k_range))
+            self.calls.append((allowed.link_bytes_per_s, k_range))
             self.changed.notify_all()
 
     def wait_for(self, link_bytes_per_s: int, k_range: tuple[int, int]) -> None:
@@ -114,8 +114,8 @@ def test_it_falls_back_while_calls_fail_and_says_why(client, coordinator, told):
 
 
 def test_a_callback_that_fails_ends_nothing(coordinator, told):
-    def fail_first(link_bytes_per_s: int, k_range: tuple[int, int]) -> None:
-        told(link_bytes_per_s, k_range)
+    def fail_first(allowed: Allowance, k_range: tuple[int, int]) -> None:
+        told(allowed, k_range)
         if len(told.calls) == 1:
             raise RuntimeError("not now")
 

@@ -39,6 +39,10 @@ def test_the_defaults_are_the_engines_defaults():
             r"buses\.1\.gb_per_sec'; did you mean",
         ),
         ({"telemetry": {"buses": [{"name": "a b"}]}}, "buses.name='a b' is not allowed"),
+        ({"cluster": {"lease": 3}}, "unknown key 'cluster.lease'; did you mean 'lease_s'?"),
+        ({"cluster": {"lease_s": 0}}, "cluster.lease_s=0.0 is not allowed: expected more than 0, at most 120"),
+        ({"cluster": {"lease_s": 4, "period_s": 2}}, "cluster.period_s=2.0 .* at most a quarter of cluster.lease_s: 1"),
+        ({"cluster": {"host_gib": -1}}, "cluster.host_gib=-1.0 is not allowed"),
         ([], "valid dictionary"),
     ],
 )
