@@ -38,7 +38,7 @@ _BUSY_STEPS = 24
 _RAISE_AFTER_STEPS = 4
 # By how much a step may exceed its limit before weights come home for it (predictions are rounded to a few percent),
 # and by how much more must be freed before others move.
-_TOLERANCE, _GAIN = 0.06, 0.1
+_TOLERANCE, _GAIN = 0.04, 0.1
 _ROUNDING = 0.02
 # Steps longer than this many objectives are reason to take memory from running requests.
 _URGENT_SHARE = 1.25
