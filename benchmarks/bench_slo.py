@@ -9,7 +9,7 @@ Reported per policy and objective: the share of all offered requests that meet b
 arrive, bytes only in host memory (weighted by time), use of the link; for Select-N also the error of the predicted step
 times, what the controller costs, and how many steps were too long after the bandwidth fell. TTFT's objective is what a
 queue of a few requests takes. Two replicas share the bus: `static` plans for both copying, and no policy lets more
-requests begin than fit what half of the bus frees. Select-N's units are attention and MLP blocks, the others' are layers.
+requests begin than fit what half of the bus frees. Select-N offloads attention and MLP blocks, the others layers.
 """
 
 from __future__ import annotations
