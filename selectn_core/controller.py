@@ -40,6 +40,7 @@ _RAISE_AFTER_STEPS = 4
 # and by how much more must be freed before others move.
 _TOLERANCE, _GAIN = 0.04, 0.1
 _ROUNDING = 0.02
+_PAYS_OFF_STEPS = 16
 # Steps longer than this many objectives are reason to take memory from running requests.
 _URGENT_SHARE = 1.25
 # Copies of one step that are believed without a second step; otherwise two steps must agree.
@@ -270,14 +271,23 @@ class Controller:
         """Between the plan that holds and the one that is wanted: no moving to and fro for a hair's breadth."""
         if not self.policy.adapts:
             return wanted
-        if self._predict(shape, current) > limit_s * (1 + _TOLERANCE):
+        current_s = self._predict(shape, current)
+        if current_s > limit_s * (1 + _TOLERANCE):
             self._may_raise = 0
-        else:  # weights come home over the link, and other ones go for a reason: neither is free
-            gains = self._freed_bytes(wanted) > (1 + _GAIN) * self._freed_bytes(current)
-            self._may_raise = self._may_raise + 1 if gains else 0
-            if self._may_raise < _RAISE_AFTER_STEPS:
-                return current
+            plan = self._with_few_moves(shape, current, wanted, limit_s)
+            return plan if current_s > self._tpot_s or self._pays_off(shape, current, plan) else current
+        # weights come home over the link, and other ones go for a reason: neither is free
+        gains = self._freed_bytes(wanted) > (1 + _GAIN) * self._freed_bytes(current)
+        self._may_raise = self._may_raise + 1 if gains else 0
+        if self._may_raise < _RAISE_AFTER_STEPS:
+            return current
         return self._with_few_moves(shape, current, wanted, limit_s)
+
+    def _pays_off(self, shape: StepShape, current: OffloadPlan, plan: OffloadPlan) -> bool:
+        """Whether shorter steps soon make up for the time in which the link brings weights home."""
+        promoted_bytes = sum(self.times.unit_bytes[unit] for unit in set(current.offloaded) - set(plan.offloaded))
+        saved_s = self._predict(shape, current) - self._predict(shape, plan)
+        return saved_s * _PAYS_OFF_STEPS >= promoted_bytes / self.link.link.bytes_per_s
 
     def _freed_bytes(self, plan: OffloadPlan) -> int:
         sizes = [self.times.unit_bytes[unit] for unit in plan.offloaded]
