@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -67,7 +68,9 @@ class Steering:
         self.controller.min_freed_bytes = max(0, wanted_bytes - engine.arena.reachable_bytes(0))
         self._decision: Decision | None = None
         self._admission = Admission(prefill_tokens=0, may_begin=True)
-        self._guaranteed = self.controller.guaranteed_plan(load_of({}, {}, self.objectives))
+        # Before there is a request: as if one waited, since without an objective everything could be offloaded.
+        first = Waiting(prefill_tokens=0, deadline_s=math.inf, tpot_s=self.objectives.tpot_s)
+        self._guaranteed = self.controller.guaranteed_plan(replace(load_of({}, {}, self.objectives), waiting=[first]))
         self._num_decoding = 0
         self.spent_s = 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def test_a_plan_by_hand_rests_the_policy_until_it_is_resumed(tmp_path: Path, mon
         engine.resume_policy()
         assert engine.steering is not None
         assert len(engine.submit(make_prompts()[0], greedy()).result()) > 0
+
+
+def test_an_idle_engine_counts_on_no_more_memory_than_its_objective_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
+    capacities = []
+    for tpot_ms in (1e-3, 1e6):  # nothing may be offloaded, and everything
+        config = replace(engine_config("auto"), slo=SloConfig(ttft_ms=1000.0, tpot_ms=tpot_ms))
+        engine = Engine(tiny_model(), config)
+        engine.steer(performance_record(engine, budget_s=2.0))
+        capacities.append(engine.headroom().kv_capacity_tokens)
+        engine.close()
+    assert capacities[0] < capacities[1]
 
 
 def share_of(num_units: int, engine: Engine) -> LinkShare:
