@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from benchmarks.common import Check, finish, parse_arguments, random_prompts, table
 from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
-from selectn_core.controller import PLANNED_SHARE
 from selectn_core.device.bus import Bus
 from selectn_core.engine import Engine
+from selectn_core.in_flight import PLANNED_SHARE
 from selectn_core.kv_geometry import KvGeometry
 from selectn_core.latency import Link
 from selectn_core.memory_model import MemoryModel

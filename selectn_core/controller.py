@@ -8,26 +8,18 @@ as much as possible lives in host memory. It decides; the executor moves the byt
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from selectn_core.device import LinkUsage
+from selectn_core.in_flight import PLANNED_SHARE, Load, prefill_pace_s, tpot_limit_s
 from selectn_core.latency import Link, simulate_steps_s
+from selectn_core.learning import ComputeScale, LinkEstimate
 from selectn_core.placement import OffloadPlan, nearest_plan
 from selectn_core.policies import Policy, Situation
 from selectn_core.remembered import Remembered
 from selectn_core.step_times import StepTimes, scaled, slowed
 from selectn_core.steps import StepRecord, StepShape
 
-# Of a TPOT objective, what steps are planned to take: the rest is for what nobody can predict.
-PLANNED_SHARE = 0.92
-# A request whose average exceeds this share is behind, and catches up over so many tokens.
-_BEHIND_SHARE = 0.97
-_HORIZON_TOKENS = 8
-# Of the time to a waiting request's deadline, what its prefill is planned to take.
-_TTFT_SHARE = 0.8
 _SMALLEST_CHUNK = 16
 # Of a step that decodes, what its compute may take with a chunk of prefill in it: what is left hides copies.
 _CHUNK_SHARE = 0.85
@@ -43,61 +35,7 @@ _ROUNDING = 0.02
 _PAYS_OFF_STEPS = 16
 # Steps longer than this many objectives are reason to take memory from running requests.
 _URGENT_SHARE = 1.25
-# Copies of one step that are believed without a second step; otherwise two steps must agree.
-_COPIES_TO_BELIEVE = 4
-# Shares of the way to a higher bandwidth: when it was seen, and per step in which nothing was copied.
-_UPWARD, _DRIFT = 0.5, 0.02
-_GOOD_SHARE = 0.98
-# Of a guaranteed share, what arrives while others use theirs.
-_SHARED_EFFICIENCY = 0.95
-_BROKEN_SHARE = 0.85
 _FEWEST_COPIED = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """A request that has its first token: how many it has, when the first came, how many may follow, its TPOT."""
-
-    num_tokens: int
-    first_token_s: float
-    num_left: int
-    tpot_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Waiting:
-    """A request without a token yet: tokens of prefill that are left, and the instant by which TTFT wants its first."""
-
-    prefill_tokens: int
-    deadline_s: float
-    tpot_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """All requests, waiting ones in the order in which they will be served; instants on one clock, in seconds.
-
-    `num_fitting` of the waiting ones have KV cache or may have (None: all): of the others none begins, however many
-    tokens a step has room for. `is_full`: there is no room for one more, whether or not it waits here.
-    """
-
-    now_s: float
-    decoding: Sequence[Decoding]
-    waiting: Sequence[Waiting]
-    mean_kv_tokens: int  # keys of a decoding request, on average
-    num_fitting: int | None = None
-    is_full: bool = False
-
-    @property
-    def fitting(self) -> Sequence[Waiting]:
-        """Those of the waiting that may begin."""
-        return self.waiting[: self.num_fitting]
-
-    @property
-    def tightest_tpot_s(self) -> float:
-        """The smallest TPOT objective; infinite without requests."""
-        objectives_s = [each.tpot_s for each in self.decoding] + [each.tpot_s for each in self.waiting]
-        return min(objectives_s, default=math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +102,9 @@ class Controller:
         decode = StepShape.decode(max(1, batch), kv_tokens)
         unloaded_s = self._unloaded_s(decode)
         self._tpot_s = load.tightest_tpot_s
-        limits_s = [_limit_s(each, load.now_s, unloaded_s) for each in load.decoding]
+        limits_s = [tpot_limit_s(each, load.now_s, unloaded_s) for each in load.decoding]
         self._limit_s = min([PLANNED_SHARE * self._tpot_s, *limits_s])
-        self._prefill_s_per_token = _prefill_pace(load)
+        self._prefill_s_per_token = prefill_pace_s(load)
         self._busy_steps = (
             _BUSY_STEPS if load.is_full or len(load.fitting) < len(load.waiting) else max(0, self._busy_steps - 1)
         )
@@ -351,114 +289,10 @@ class Controller:
         return simulate_steps_s(costs, plan.offloaded, plan.num_slots, link, 1, promoted=promoted, in_slots=kept)[0]
 
 
-class LinkEstimate:
-    """The bandwidth that the link gives now, from what steps have seen of it.
-
-    Down at once, where several copies agree: a single one may have been unlucky. Up slowly. Where nothing is copied
-    nothing is seen, and the estimate drifts back to the record's.
-    """
-
-    def __init__(self, nominal: Link, guaranteed_share: float = 1.0) -> None:
-        self.nominal = nominal
-        self.guaranteed_bytes_per_s = nominal.bytes_per_s * guaranteed_share
-        self.share_bytes_per_s = math.inf  # what the coordinator allows
-        self._now_bytes_per_s = nominal.bytes_per_s
-        self._recent: deque[float] = deque(maxlen=6)
-        self._few: deque[float] = deque(maxlen=2)
-        self._is_stale = False
-
-    @property
-    def link(self) -> Link:
-        """The link to plan with."""
-        return Link(bytes_per_s=min(self._now_bytes_per_s, self.share_bytes_per_s), copy_s=self.nominal.copy_s)
-
-    @property
-    def guaranteed(self) -> Link:
-        """What will be there whatever others do, less what sharing costs."""
-        is_shared = self.guaranteed_bytes_per_s < self.nominal.bytes_per_s
-        share = _SHARED_EFFICIENCY if is_shared else 1.0
-        return Link(bytes_per_s=share * self.guaranteed_bytes_per_s, copy_s=self.nominal.copy_s)
-
-    def add(self, usage: LinkUsage) -> None:
-        """Takes in the copies of one step."""
-        self._is_stale = usage.num_copies == 0 and self._now_bytes_per_s < _GOOD_SHARE * self.nominal.bytes_per_s
-        if usage.num_copies == 0:
-            self._drift_back()
-            return
-        seen = usage.share_bytes_per_s
-        self._recent.append(seen)
-        self._few.append(seen)
-        believed = usage.num_copies >= _COPIES_TO_BELIEVE or len(self._few) == self._few.maxlen
-        if not believed:
-            return
-        low = seen if usage.num_copies >= _COPIES_TO_BELIEVE else max(self._few)
-        if low < self._now_bytes_per_s:
-            self._now_bytes_per_s = low
-        else:
-            self._now_bytes_per_s += _UPWARD * max(0.0, median(self._recent) - self._now_bytes_per_s)
-
-    def _drift_back(self) -> None:
-        missing = self.nominal.bytes_per_s - self._now_bytes_per_s
-        self._now_bytes_per_s += max(0.0, _DRIFT * missing)
-
-    @property
-    def is_below_guarantee(self) -> bool:
-        """Whether the link gives clearly less than what was promised."""
-        return self._now_bytes_per_s < _BROKEN_SHARE * self.guaranteed.bytes_per_s
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether it was once slower than it should be, and has not been seen since."""
-        return self._is_stale
-
-
-class ComputeScale:
-    """How far the record is off now: measured over expected compute, in the middle and on the high side."""
-
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque([1.0] * 3, maxlen=24)
-        self.middle = self.high = 1.0
-
-    def add(self, ratio: float) -> None:
-        """Takes in one step. One alone changes little."""
-        self._recent.append(ratio)
-        ordered = sorted(self._recent)
-        self.middle = ordered[len(ordered) // 2]
-        self.high = ordered[len(ordered) * 4 // 5]
-
-
 def _rounded_up(num_tokens: int) -> int:
     """To a sixteenth or so: the keys of a batch grow with every step, and nothing hangs on one."""
     unit = max(16, 1 << max(0, num_tokens.bit_length() - 4))
     return -(-num_tokens // unit) * unit
-
-
-def _limit_s(request: Decoding, now_s: float, unloaded_s: float) -> float:
-    """Seconds that steps may take so that this request keeps its TPOT: less for a while where it is behind.
-
-    A request that cannot catch up at all, even with nothing offloaded, makes nobody hurry.
-    """
-    for horizon in (min(_HORIZON_TOKENS, request.num_left), request.num_left):
-        tokens = max(1, horizon)
-        due_s = request.first_token_s + (request.num_tokens - 1 + tokens) * _BEHIND_SHARE * request.tpot_s
-        limit_s = (due_s - now_s) / tokens
-        if limit_s >= unloaded_s:
-            return min(PLANNED_SHARE * request.tpot_s, limit_s)
-    return PLANNED_SHARE * request.tpot_s
-
-
-def _prefill_pace(load: Load) -> float:
-    """Seconds per token of prefill with which every waiting request has its first token in time.
-
-    Those that are late already have their turn, but nobody hurries for them.
-    """
-    pace_s, tokens = math.inf, 0
-    for request in load.waiting:
-        tokens += max(1, request.prefill_tokens)
-        left_s = request.deadline_s - load.now_s
-        if left_s > 0:
-            pace_s = min(pace_s, _TTFT_SHARE * left_s / tokens)
-    return pace_s
 
 
 def _chunks(most: int) -> list[int]:

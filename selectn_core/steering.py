@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from selectn_core.config import SloConfig
-from selectn_core.controller import PLANNED_SHARE, Admission, Controller, Decision, Decoding, Load, Waiting
+from selectn_core.controller import Admission, Controller, Decision
+from selectn_core.in_flight import PLANNED_SHARE, Decoding, Load, Waiting
 from selectn_core.objectives import Objectives, resolve_objectives
 from selectn_core.placement import OffloadPlan
 from selectn_core.plan_question import offloadable_sets

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selectn_core.controller import Controller, Decoding, Load, Waiting
+from selectn_core.controller import Controller
 from selectn_core.device import LinkUsage
+from selectn_core.in_flight import Decoding, Load, Waiting
 from selectn_core.latency import Link, simulate_steps_s
 from selectn_core.placement import OffloadPlan
 from selectn_core.policies import Frontier, Policy, SelectN

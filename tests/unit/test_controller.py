@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selectn_core.controller import PLANNED_SHARE, ComputeScale, Decoding, LinkEstimate, Load, Waiting
 from selectn_core.device import LinkUsage
+from selectn_core.in_flight import PLANNED_SHARE, Decoding, Load, Waiting
 from selectn_core.latency import Link
+from selectn_core.learning import ComputeScale, LinkEstimate
 from selectn_core.policies import Paper
 from selectn_core.steps import StepShape
 from tests.unit.controlled import BATCH, LENGTH, LINK, MAX_TOKENS, NUM_UNITS, UNIT_BYTES, Machine, frontier, step_times
