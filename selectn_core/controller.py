@@ -137,7 +137,7 @@ class Controller:
         become slow, without taking memory from anybody.
         """
         shape = StepShape.decode(len(load.decoding) + 1, _rounded_up(load.mean_kv_tokens))
-        scale = round((1 + self._slowdown) * self._scales[True].high, 2)
+        scale = math.ceil((1 + self._slowdown) * self._scales[True].high / _ROUNDING) * _ROUNDING
         limit_s, link = PLANNED_SHARE * load.tightest_tpot_s, self.link.guaranteed
         asked = (shape, scale, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
         if asked != self._guaranteed_for:
@@ -187,7 +187,16 @@ class Controller:
         return limit_s
 
     def _choose(self, shape: StepShape, current: OffloadPlan, limit_s: float) -> OffloadPlan:
-        factor = self._factor(shape, current, careful=True)
+        """What the policy wants now, at what compute takes beside the copies of `current`, and beside its own."""
+        wanted = self._choose_beside(shape, current, current, limit_s)
+        if wanted != current and self._predict(shape, wanted) > limit_s * (1 + _ROUNDING):
+            wanted = self._choose_beside(shape, wanted, current, limit_s)
+        return wanted
+
+    def _choose_beside(
+        self, shape: StepShape, copying: OffloadPlan, current: OffloadPlan, limit_s: float
+    ) -> OffloadPlan:
+        factor = self._factor(shape, copying, careful=True)
         return self.policy.choose(
             Situation(
                 costs=self.times.expected(shape),

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 _MAX_WARM_UP_STEPS = 64
 _SAME_STATE_S = 1e-12
@@ -42,7 +43,12 @@ class StepCosts:
     @cached_property
     def unloaded_s(self) -> float:
         """The step's time with every unit resident: R + sum c_l."""
-        return self.rest_s + sum(self.compute_s)
+        return self.starts_s[-1] + self.rest_s
+
+    @cached_property
+    def starts_s(self) -> tuple[float, ...]:
+        """When each unit starts with every unit resident, and when the last one ends."""
+        return tuple(accumulate(self.compute_s, initial=0.0))
 
     @cached_property
     def distinct(self) -> tuple[tuple[float, int], ...]:
@@ -139,11 +145,11 @@ class _Walk:
         self.is_offloaded = set(self.offloaded)
         # For each offloaded unit, in order: compute of the resident ones before it, and its own. Then what follows.
         self.stretches: list[tuple[float, float]] = []
-        before = 0
+        before, starts_s = 0, costs.starts_s
         for unit in self.offloaded:
-            self.stretches.append((sum(costs.compute_s[before:unit]), costs.compute_s[unit]))
+            self.stretches.append((starts_s[unit] - starts_s[before], costs.compute_s[unit]))
             before = unit + 1
-        self.tail_s = sum(costs.compute_s[before:]) + costs.rest_s
+        self.tail_s = starts_s[-1] - starts_s[before] + costs.rest_s
         self.copy_s = [link.seconds(costs.unit_bytes[unit]) for unit in self.offloaded]
         self.copies_every_step = len(self.offloaded) > self.num_slots
         self.clock_s = 0.0

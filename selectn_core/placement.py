@@ -53,11 +53,7 @@ def place_evenly(num_offloaded: int, costs: StepCosts, *, among: Sequence[int] |
     where units differ. O(L). Raises ValueError where there are fewer than k units to choose from.
     """
     allowed = _choice(num_offloaded, len(costs.compute_s), among)
-    starts_s, clock_s = [], 0.0
-    for compute_s in costs.compute_s:
-        starts_s.append(clock_s)
-        clock_s += compute_s
-    period_s = clock_s + costs.rest_s
+    starts_s, period_s = costs.starts_s, costs.unloaded_s
     wanted_s = [(i + 1) * period_s / num_offloaded for i in range(num_offloaded)]
     return tuple(allowed[i] for i in _nearest_distinct(wanted_s, [starts_s[unit] for unit in allowed]))
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -101,35 +101,38 @@ class Frontier:
         nothing = _Candidate(
             among=everything, num_offloaded=0, num_slots=1, interval=None, offloaded_bytes=0, freed_bytes=0
         )
-        self.integer_intervals = [*_integer_intervals(unit_bytes), nothing]
+        intervals = _integer_intervals(unit_bytes)
+        self.integer_intervals = _Candidates([*intervals, nothing])
         even = [each for among in (everything, *sets) for each in _even(tuple(among), unit_bytes, max_slots)]
         # The most memory freed first; of equals those with most on the host.
-        self.every_plan = [
-            *sorted(
-                [*even, *self.integer_intervals[:-1]], key=lambda c: (c.freed_bytes, c.num_offloaded), reverse=True
-            ),
-            nothing,
-        ]
+        most_first = sorted([*even, *intervals], key=lambda c: (c.freed_bytes, c.num_offloaded), reverse=True)
+        self.every_plan = _Candidates([*most_first, nothing])
 
-    def largest(self, situation: Situation, candidates: Sequence[_Candidate]) -> OffloadPlan:
-        """The first of `candidates` within the limit and the range; the one with the fewest in the range if none is."""
+    def largest(self, situation: Situation, candidates: _Candidates) -> OffloadPlan:
+        """What frees most within the limit and the range; the one with the fewest in the range if nothing is."""
         low, high = situation.min_freed_bytes, situation.max_offloaded_bytes
         costs, link, limit_s = situation.costs, situation.link, situation.limit_s * (1 + _ROUNDING)
         key = alike(costs, link)
         most_bytes = limit_s * link.bytes_per_s  # at least what is freed is copied
-        first = bisect_left(candidates, -most_bytes, key=lambda c: -c.freed_bytes)
-        for candidate in candidates[first:] if costs.unloaded_s <= limit_s else ():
+        first = bisect_left(candidates.by_freed, -most_bytes, key=lambda c: -c.freed_bytes)
+        for candidate in candidates.by_freed[first:] if costs.unloaded_s <= limit_s else ():
             if not candidate.is_within(low, high):
                 continue
             bound_s = candidate.bound_s(costs, link)
             if bound_s > limit_s:
                 continue
-            excess, plan = self._remembered.get((id(candidate), key), partial(self._step, candidate, costs, link))
+            # Slots make no step longer: what is too slow with the most of them is asked once, not once for each number.
+            if candidate.roomiest and self._excess(candidate.roomiest, key, costs, link)[0] * bound_s > limit_s:
+                continue
+            excess, plan = self._excess(candidate, key, costs, link)
             if excess * bound_s <= limit_s:
                 return plan
         # Nothing is fast enough: as little as memory allows.
-        allowed = [c for c in candidates if c.is_within(low, None)] or [candidates[0]]
-        return self._step(min(allowed, key=lambda c: (c.offloaded_bytes, -c.freed_bytes)), costs, link)[1]
+        least = next((c for c in candidates.by_offloaded if c.is_within(low, None)), candidates.by_freed[0])
+        return self._step(least, costs, link)[1]
+
+    def _excess(self, candidate: _Candidate, key: Hashable, costs: StepCosts, link: Link) -> tuple[float, OffloadPlan]:
+        return self._remembered.get((id(candidate), key), partial(self._step, candidate, costs, link))
 
     def _step(self, candidate: _Candidate, costs: StepCosts, link: Link) -> tuple[float, OffloadPlan]:
         """The step's time over its bound, and the plan."""
@@ -157,6 +160,7 @@ class _Candidate:
     interval: int | None
     offloaded_bytes: float
     freed_bytes: float
+    roomiest: _Candidate | None = None  # the same with more slots, the most that compete
 
     def bound_s(self, costs: StepCosts, link: Link) -> float:
         """T_bound, of average units."""
@@ -169,22 +173,33 @@ class _Candidate:
         return self.freed_bytes >= min_freed_bytes and (most is None or self.offloaded_bytes <= most)
 
 
+class _Candidates:
+    """Plans from the most device memory freed down, in the order given, and from the fewest bytes offloaded up."""
+
+    def __init__(self, by_freed: Sequence[_Candidate]) -> None:
+        self.by_freed = by_freed
+        self.by_offloaded = sorted(by_freed, key=lambda c: (c.offloaded_bytes, -c.freed_bytes))
+
+
 def _even(among: tuple[int, ...], unit_bytes: Sequence[int], max_slots: int) -> list[_Candidate]:
     sizes = [unit_bytes[unit] for unit in among]
     average, largest = sum(sizes) / len(sizes), max(sizes)
-    return [
-        _Candidate(
-            among=among,
-            num_offloaded=k,
-            num_slots=s,
-            interval=None,
-            offloaded_bytes=k * average,
-            freed_bytes=k * average - min(s, k) * largest,
-        )
-        for k in range(1, len(among) + 1)
-        for s in range(1, max_slots + 1)
-        if s < k or s == 1
-    ]
+    candidates = []
+    for k in range(1, len(among) + 1):
+        roomiest = None
+        for num_slots in range(max(1, min(max_slots, k - 1)), 0, -1):
+            candidate = _Candidate(
+                among=among,
+                num_offloaded=k,
+                num_slots=num_slots,
+                interval=None,
+                offloaded_bytes=k * average,
+                freed_bytes=k * average - num_slots * largest,
+                roomiest=roomiest,
+            )
+            candidates.append(candidate)
+            roomiest = roomiest or candidate
+    return candidates
 
 
 def _integer_intervals(unit_bytes: Sequence[int]) -> list[_Candidate]:

@@ -10,7 +10,7 @@ from selectn_core.in_flight import Decoding, Load, Waiting
 from selectn_core.latency import Link, simulate_steps_s
 from selectn_core.placement import OffloadPlan
 from selectn_core.policies import Frontier, Policy, SelectN
-from selectn_core.step_times import MeasuredStep, StepTimes
+from selectn_core.step_times import MeasuredStep, StepTimes, while_copying
 from selectn_core.steps import StepRecord, StepShape
 
 NUM_UNITS, UNIT_BYTES = 16, 10_000_000
@@ -64,16 +64,27 @@ def frontier() -> Frontier:
 class Machine:
     """Decodes with `BATCH` requests for ever, each step as long as the recurrence says for the true costs."""
 
-    def __init__(self, times: StepTimes, *, policy: Policy | None = None, tpot_s: float, link: Link = LINK) -> None:
-        self.true, self.tpot_s = step_times(), tpot_s
+    def __init__(
+        self,
+        times: StepTimes,
+        *,
+        policy: Policy | None = None,
+        tpot_s: float,
+        link: Link = LINK,
+        slowdown: float = 0.0,
+    ) -> None:
+        """`slowdown` is how much a link that is always busy slows compute, which the controller knows."""
+        self.true, self.tpot_s, self.slowdown = step_times(), tpot_s, slowdown
         self.link = LINK
-        self.controller = Controller(times, link, policy or SelectN(frontier()), max_tokens=MAX_TOKENS)
+        policy = policy or SelectN(frontier())
+        self.controller = Controller(times, link, policy, slowdown=slowdown, max_tokens=MAX_TOKENS)
         self.plan = OffloadPlan(offloaded=(), num_slots=1, num_units=NUM_UNITS)
         self.shape = StepShape.decode(BATCH, LENGTH)
         self.waiting: Sequence[Waiting] = ()
         self.num_fitting: int | None = None
         self.now_s, self.num_tokens = 0.0, 1
         self.usage = LinkUsage(copied_bytes=0, num_copies=0, busy_s=0.0)
+        self.computed_s = 0.0  # of the last step
         self.durations_s: list[float] = []
         self.plans: list[OffloadPlan] = []
         self.urgent: list[bool] = []
@@ -119,6 +130,8 @@ class Machine:
         promoted = sorted(set(self.plan.offloaded) - set(plan.offloaded))
         copies = promoted + (list(plan.offloaded) if plan.num_offloaded > plan.num_slots else [])
         copied_bytes = sum(costs.unit_bytes[unit] for unit in copies)
+        costs = while_copying(costs, copied_bytes, self.link, self.slowdown)
+        self.computed_s = costs.unloaded_s
         self.usage = LinkUsage(
             copied_bytes=self.usage.copied_bytes + copied_bytes,
             num_copies=self.usage.num_copies + len(copies),
@@ -129,14 +142,13 @@ class Machine:
         ]
 
     def _record(self, duration_s: float) -> StepRecord:
-        compute_s = self.true.expected(self.shape).unloaded_s
         return StepRecord(
             iteration=len(self.durations_s),
             shape=self.shape,
             num_offloaded=self.plan.num_offloaded,
             num_slots=self.plan.num_slots,
             duration_s=duration_s,
-            stall_s=max(0.0, duration_s - compute_s),
-            offloaded_bytes=0,
+            stall_s=max(0.0, duration_s - self.computed_s),
+            offloaded_bytes=self.plan.num_offloaded * UNIT_BYTES,
             ended_s=self.now_s,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from statistics import mean
 
 import pytest
@@ -34,6 +35,16 @@ def test_steady_steps_meet_the_objective_and_use_most_of_it(multiple: float) -> 
     k = machine.plan.num_offloaded
     assert k == NUM_UNITS or left_s < 2 * UNIT_BYTES / LINK.bytes_per_s + 0.08 * machine.tpot_s
     assert k > 0
+
+
+@pytest.mark.parametrize("slowdown", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("multiple", [1.2, 1.35, 1.5, 2.0])
+def test_plans_do_not_go_to_and_fro_where_copies_slow_compute(multiple: float, slowdown: float) -> None:
+    """What fits beside the few copies of now need not fit beside its own."""
+    machine = Machine(step_times(), tpot_s=multiple * UNLOADED_S, slowdown=slowdown).run(80)
+    settled = machine.plans[30:]
+    assert len(set(settled)) <= 2
+    assert sum(a != b for a, b in pairwise(settled)) <= 2
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
