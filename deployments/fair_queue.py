@@ -7,12 +7,15 @@ served; the one that is least far comes next. Weights instead of strict prioriti
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar, get_args
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
+
+Flow = tuple[Priority, str]  # a priority and a key
 
 T = TypeVar("T")
 
@@ -119,19 +122,48 @@ class FairQueue(Generic[T]):
             flow.entries.remove(entry)
             self._drop_if_empty(each, entry.key)
 
-    def tokens_ahead(self, key: str, priority: Priority) -> int:
-        """About how many tokens are served until all that `key` has waiting is: as many of each other key, and what is
-        more important.
+    def tokens_before(self, entry: Entry[T], coming: Mapping[Flow, float]) -> float:
+        """About how many tokens are served before `entry`, the newest of its key, if as many come as `coming` says.
 
-        An estimate from below: what will yet come and overtake is not in it, nor is what is less important.
+        Who comes later may still be served sooner, but only until it is as far as `entry` will be by then: so the
+        weights bound what each other key and priority can take meanwhile.
         """
-        flows = self._classes[priority].flows
-        own = sum(entry.tokens for entry in flows[key].entries) if key in flows else 0
-        others = sum(
-            min(own, sum(entry.tokens for entry in flow.entries)) for name, flow in flows.items() if name != key
+        own, each = self._classes[entry.priority], self._classes[entry.priority].flows[entry.key]
+        before = float(sum(other.tokens for other in each.entries if other is not entry))
+        reaches = each.served + before
+        names = {*own.flows, *own.ahead, *(key for priority, key in coming if priority == entry.priority)}
+        tokens = before + sum(
+            self._before_in_class(own, key, reaches, coming.get((entry.priority, key), 0.0))
+            for key in names - {entry.key}
         )
-        higher = PRIORITIES[: PRIORITIES.index(priority)]
-        return own + others + sum(self._classes[each].tokens for each in higher)
+        class_reaches = own.served + tokens / WEIGHTS[entry.priority]
+        for priority in PRIORITIES:
+            if priority != entry.priority:
+                more = sum(amount for (other, _), amount in coming.items() if other == priority)
+                tokens += self._before_class(priority, entry.priority, class_reaches, more)
+        return tokens
+
+    def _before_in_class(self, own: _Class[T], key: str, reaches: float, coming: float) -> float:
+        """Tokens of another key of the class until its virtual time has reached this."""
+        flow = own.flows.get(key)
+        served = flow.served if flow is not None else max(own.now, own.ahead.get(key, 0.0))
+        tokens = 0.0
+        for entry in flow.entries if flow is not None else ():
+            if served + tokens > reaches:
+                return tokens
+            tokens += entry.tokens
+        return tokens + min(coming, max(0.0, reaches - served - tokens))
+
+    def _before_class(self, priority: Priority, before: Priority, reaches: float, coming: float) -> float:
+        """Tokens of another class until its virtual time has reached this, the one begun last to its end."""
+        each = self._classes[priority]
+        served = each.served if each.flows else max(each.served, self._now)
+        is_first_of_equals = PRIORITIES.index(priority) < PRIORITIES.index(before)
+        if served > reaches or (served == reaches and not is_first_of_equals):
+            return 0.0
+        waiting, count = each.tokens, len(each)
+        begun_last = waiting / count if count else 0.0
+        return min(waiting + coming, (reaches - served) * WEIGHTS[priority] + begun_last)
 
     def _flow_of(self, entry: Entry[T]) -> _Flow[T]:
         each = self._classes[entry.priority]

@@ -166,6 +166,63 @@ def test_one_that_will_be_late_is_refused_at_once_unless_that_is_off():
     run(check())
 
 
+def test_room_for_tokens_does_not_help_where_all_places_are_taken():
+    """Requests are few and the KV cache is large: what is free of it is nothing that one who waits could use."""
+
+    async def check():
+        case = Case(ttft_s=2.0)
+        case.report(promises=(Promise(origin="other", tokens=100, requests=8),), drain_tokens_per_s=100.0)
+        await case.enter(50)  # at the door
+        waiting = case.enter(50)  # at this caller's half of the rate one second
+        await settle()
+        assert not waiting.done()
+        assert (await refusal(case.enter(60))).code == "objective_unreachable"
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    run(check())
+
+
+def test_those_who_come_more_often_do_not_have_others_wait_in_vain():
+    """Important requests come all the time: an unimportant one is told at once that it would be late."""
+
+    async def check():
+        for is_busy in (False, True):
+            case = Case(ttft_s=2.0, max_queued_requests=100)
+            case.report(promises=FULL, drain_tokens_per_s=200.0)
+            await case.enter(100)
+            running = [case.enter(100)]  # of this key one waits already
+            await settle()
+            if is_busy:
+                running += [case.enter(10, key="busy", priority="high") for _ in range(30)]
+                await settle()
+            unimportant = case.enter(50)
+            await settle()
+            assert unimportant.done() == is_busy
+            for each in (*running, unimportant):
+                each.cancel()
+            await asyncio.gather(*running, unimportant, return_exceptions=True)
+
+    run(check())
+
+
+def test_what_a_start_takes_is_kept_for_it():
+    """Of an objective of 2 s what requests lately took from their place to the first text is not for waiting."""
+
+    async def check():
+        case = Case(ttft_s=2.0)
+        case.report()
+        before = (await case.enter(10)).deadline_s - case.admission.now_s
+        case.admission.has_started(case.claim().ask, 1.2)
+        after = (await case.enter(10)).deadline_s - case.admission.now_s
+        assert before == pytest.approx(2.0, abs=0.1)
+        assert after == pytest.approx(0.8, abs=0.1)
+        case.admission.has_started(case.claim().ask, 20.0)
+        assert (await case.enter(10)).deadline_s - case.admission.now_s == pytest.approx(0.5, abs=0.1)
+
+    run(check())
+
+
 def test_one_that_becomes_late_while_it_waits_is_refused_then():
     async def check():
         case = Case(ttft_s=0.05)
