@@ -48,7 +48,7 @@ LINK_GB_PER_S = 1.0
 TIMES_CAPACITY = 10
 KEY_SHARES = {"most": 0.6, "some": 0.3, "few": 0.1}
 PRIORITY_SHARES = {"high": 0.02, "normal": 0.88, "low": 0.1}
-SHORTEST, LONGEST = 8, 48  # output tokens
+SHORTEST, LONGEST = 4, 28  # output tokens
 SAMPLE_PERIOD_S = 1.0
 PROCESSES = {"proxy": "ProxyActor", "ingress": "SelectNIngress", "replica": REPLICA_NAME}
 REFUSED_WITHIN_S = 0.25
@@ -320,9 +320,11 @@ def _attained(part: Part, objectives: Objectives) -> float:
 
 
 def _tokens_by_key(part: Part) -> list[int]:
-    """Tokens that each API key's requests of normal priority got, in the order of `KEY_SHARES`."""
-    normal = [each for each in part.admitted if each.priority == "normal"]
-    return [sum(each.num_tokens for each in normal if each.owner == owner) for owner in KEY_SHARES]
+    """Tokens, prompt and output, that each key got for requests of normal priority, in the order of `KEY_SHARES`."""
+    normal = [
+        (each.owner, each.num_prompt_tokens + each.num_tokens) for each in part.admitted if each.priority == "normal"
+    ]
+    return [sum(tokens for owner, tokens in normal if owner == name) for name in KEY_SHARES]
 
 
 def _growth(watch: Watch, part: Part, name: str) -> float:

@@ -55,6 +55,7 @@ class Outcome:
     ended_s: float
     first_s: float | None = None
     num_tokens: int = 0
+    num_prompt_tokens: int = 0
     retry_after_s: float | None = None
     code: str | None = None
 
@@ -140,13 +141,20 @@ async def _follow(response: aiohttp.ClientResponse, seen: dict) -> Outcome:
         last_s = time.perf_counter() if b'"text":' in data else last_s
         first_s = first_s or last_s
         tail = (tail + data)[-4096:]
-    num_tokens = 0
+    usage = {"completion_tokens": 0, "prompt_tokens": 0}
     for line in tail.splitlines():
         if line.startswith(b'data: {"') and b'"usage":{' in line:
-            num_tokens = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
-    is_whole = tail.rstrip().endswith(b"data: [DONE]") and first_s is not None and num_tokens > 0
-    ended_s = last_s or time.perf_counter()
-    return Outcome(**seen, status=200, is_whole=is_whole, ended_s=ended_s, first_s=first_s, num_tokens=num_tokens)
+            usage = json.loads(line.removeprefix(b"data: "))["usage"]
+    num_tokens = usage["completion_tokens"]
+    return Outcome(
+        **seen,
+        status=200,
+        is_whole=tail.rstrip().endswith(b"data: [DONE]") and first_s is not None and num_tokens > 0,
+        ended_s=last_s or time.perf_counter(),
+        first_s=first_s,
+        num_tokens=num_tokens,
+        num_prompt_tokens=usage["prompt_tokens"],
+    )
 
 
 async def _refusal(response: aiohttp.ClientResponse, seen: dict) -> Outcome:

@@ -194,6 +194,10 @@ class Board:
         """Tokens that the replicas can still promise, as far as they are known to; none where no more requests fit."""
         return sum(self._free_tokens(replica_id) for replica_id in self._seen)
 
+    def door_tokens(self) -> int:
+        """Tokens of this caller's requests that wait at the doors of full replicas."""
+        return sum(sent.ask.tokens for sent in self._sent.values() if sent.at_door)
+
     def drain_tokens_per_s(self) -> float | None:
         """At which this caller gets tokens back from full replicas: its share of what they measured."""
         reports = self._fresh_reports()

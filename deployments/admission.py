@@ -25,6 +25,8 @@ MAX_RETRY_AFTER_S = 60.0
 LEAST_WAIT_SHARE = 0.25
 # What it lately took from a place to the first text, beyond the prefill: of so many requests, so many percent.
 NUM_STARTS, START_PERCENT = 64, 95
+# How many requests end within a time varies by about the root of their number: by so many such roots fewer may do so.
+SPREADS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,15 +208,19 @@ class Admission:
         waiter, claim, ttft_s = entry.item, entry.item.claim, entry.item.claim.ask.ttft_s
         if claim.has_waited or not self._config.refuse_late or ttft_s is None:
             return
-        with self._shared.locked() as board:
-            free, rate = board.free_tokens(), board.drain_tokens_per_s()
+        free, rate = self._free_tokens_and_rate()
         if rate is None:
             return
         # If it had to wait until its deadline, could all that would be before it be served by then?
         longest_s = waiter.deadline_s - self._clock()
-        before = self._queue.tokens_before(entry, self._arrivals.expected(longest_s))
-        if before + entry.tokens - free > rate * longest_s:
+        tokens = self._queue.tokens_before(entry, self._arrivals.expected(longest_s)) + entry.tokens - free
+        if tokens + SPREADS * math.sqrt(max(0.0, tokens) * entry.tokens) > rate * longest_s:
             raise late(ttft_s, self._retry_after_s(0, beyond_s=longest_s))
+
+    def _free_tokens_and_rate(self) -> tuple[int, float | None]:
+        """Tokens that are free for those who wait here, below 0 where more are promised already; tokens/s to come."""
+        with self._shared.locked() as board:
+            return board.free_tokens() - board.door_tokens(), board.drain_tokens_per_s()
 
     def _push(self, entry: Entry[_Waiter], *, front: bool) -> None:
         # Where nobody may wait, one may still find a place at once.
@@ -250,8 +256,7 @@ class Admission:
     def _retry_after_s(self, tokens: int, *, beyond_s: float = 0.0) -> float:
         """When a request of `tokens` would be due, all that wait now served before it; less what it would wait."""
         queued = self._queue.num_tokens
-        with self._shared.locked() as board:
-            free, rate = board.free_tokens(), board.drain_tokens_per_s()
+        free, rate = self._free_tokens_and_rate()
         if rate is None:
             return 1.0
         wait_s = (queued + tokens - free) / rate - beyond_s
