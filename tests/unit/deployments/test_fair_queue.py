@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,6 +90,26 @@ def test_a_key_that_did_not_wait_has_no_credit_for_it_and_one_that_left_keeps_it
         queue.push(entry(number, "late"))
     first = [queue.pop().key for _ in range(6)]
     assert first.count("busy") == 3
+
+
+def least_share(*, keeps_turn: bool) -> float:
+    """Least over most served, where keys send 6 : 3 : 1 of ten times that, and whoever would wait long is refused."""
+    rng, queue, served = random.Random(0), FairQueue[int](100), dict.fromkeys("abc", 0)
+    coming = {("normal", key): 1e9 for key in "abc"}
+    for number in range(6000):
+        (key,) = rng.choices("abc", (6, 3, 1))
+        newcomer = entry(number, key, tokens=rng.randint(50, 150))
+        queue.push(newcomer)
+        if queue.tokens_before(newcomer, coming) + newcomer.tokens > 200:
+            (queue.refuse if keeps_turn else queue.discard)(newcomer)
+        if rng.random() < 0.1 and len(queue):
+            each = queue.pop()
+            served[each.key] += each.tokens
+    return min(served.values()) / max(served.values())
+
+
+def test_a_key_that_comes_less_often_and_is_refused_keeps_its_turn():
+    assert least_share(keeps_turn=True) >= 0.9 > least_share(keeps_turn=False)
 
 
 @given(st.lists(st.sampled_from(["high", "normal"]), max_size=30))
@@ -201,9 +223,12 @@ def test_discarding_is_harmless_twice_and_keys_that_left_are_forgotten():
             queue.pop()
         else:
             queue.discard(each)
-            queue.discard(each)
+            queue.refuse(each)
+        refused = entry(number, key=f"r{number}")
+        queue.push(refused)
+        queue.refuse(refused)
     assert len(queue) == 0
-    assert all(len(each.ahead) <= 10 for each in queue._classes.values())
+    assert all(len(each.ahead) <= 10 and len(each.refused) <= 10 for each in queue._classes.values())
 
 
 def test_an_empty_queue_has_no_head():
