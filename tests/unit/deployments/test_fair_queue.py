@@ -96,7 +96,7 @@ def least_share(*, keeps_turn: bool) -> float:
     """Least over most served, where keys send 6 : 3 : 1 of ten times that, and whoever would wait long is refused."""
     rng, queue, served = random.Random(0), FairQueue[int](100), dict.fromkeys("abc", 0)
     coming = {("normal", key): 1e9 for key in "abc"}
-    for number in range(6000):
+    for number in range(20_000):
         (key,) = rng.choices("abc", (6, 3, 1))
         newcomer = entry(number, key, tokens=rng.randint(50, 150))
         queue.push(newcomer)
