@@ -191,8 +191,12 @@ class Board:
         return not self._seen or any(_may_hold(seen.report, ask) for seen in self._seen.values())
 
     def free_tokens(self) -> int:
-        """Tokens that the replicas can still promise, as far as they are known to."""
-        return sum(max(0, room) for room in (self._room(each, self._mine(each)) for each in self._seen) if room)
+        """Tokens that the replicas can still promise, as far as they are known to; none where no more requests fit."""
+        return sum(self._free_tokens(replica_id) for replica_id in self._seen)
+
+    def door_tokens(self) -> int:
+        """Tokens of this caller's requests that wait at the doors of full replicas."""
+        return sum(sent.ask.tokens for sent in self._sent.values() if sent.at_door)
 
     def drain_tokens_per_s(self) -> float | None:
         """At which this caller gets tokens back from full replicas: its share of what they measured."""
@@ -319,15 +323,26 @@ class Board:
         ended = min(seen.ended_tokens, sum(promise.tokens for promise in self._own(seen.report)))
         return seen.report.kv_capacity_tokens - seen.report.promised_tokens - unreported + ended
 
+    def _free_tokens(self, replica_id: str) -> int:
+        report, mine = self._seen[replica_id].report, self._mine(replica_id)
+        room = self._room(replica_id, mine)
+        if report is None or room is None or self._num_requests(replica_id, report, mine) >= report.max_requests:
+            return 0
+        return max(0, room)
+
+    def _num_requests(self, replica_id: str, report: ReplicaReport, mine: list[_Sent]) -> int:
+        """Requests on the replica and on their way there, those that have ended since it reported not counted."""
+        own = sum(promise.requests for promise in self._own(report))
+        ended = min(self._seen[replica_id].ended_requests, own)
+        reported = sum(promise.requests for promise in report.promises)
+        return reported + len(self._unreported(report, mine)) - ended
+
     def _standing(self, replica_id: str, report: ReplicaReport | None, ask: Ask) -> Standing:
         mine = [sent for sent in self._mine(replica_id) if sent.ask.request_id != ask.request_id]
         room = self._room(replica_id, mine)
         fits = is_late = False
         if report is not None and room is not None:
-            num_requests = sum(promise.requests for promise in report.promises)
-            num_requests += len(self._unreported(report, mine))
-            own = sum(promise.requests for promise in self._own(report))
-            num_requests -= min(self._seen[replica_id].ended_requests, own)
+            num_requests = self._num_requests(replica_id, report, mine)
             # One request alone may have more than the capacity of many: layers are offloaded for it.
             fits = num_requests == 0 or (num_requests < report.max_requests and ask.tokens <= room)
             is_late = ask.ttft_s is not None and self._prefill_s(report, ask) > ask.ttft_s

@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from cluster.headroom import Ask, Board
+from deployments.arrivals import Arrivals
 from deployments.board import SharedBoard
 from deployments.errors import ApiError, late, overloaded, too_large, unavailable
 from deployments.fair_queue import Entry, FairQueue, Priority, QueueFull
@@ -21,6 +23,10 @@ from deployments.fair_queue import Entry, FairQueue, Priority, QueueFull
 MAX_RETRY_AFTER_S = 60.0
 # A prompt whose prefill alone takes up the objective may wait this share of it: it is late already, not by the queue.
 LEAST_WAIT_SHARE = 0.25
+# What it took at most from a place to the first text, beyond the prefill, of so many requests: waiting must leave it.
+NUM_STARTS = 64
+# How many requests end within a time varies by about the root of their number: by so many such roots fewer may do so.
+SPREADS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +76,16 @@ class Turn:
     def __init__(self, admission: Admission, claim: Claim, replica_id: str, sequence: int, deadline_s: float) -> None:
         self._admission, self.claim = admission, claim
         self.replica_id, self.sequence, self.deadline_s = replica_id, sequence, deadline_s
+        self._begun_s = 0.0
 
     def begun(self) -> None:
         """The replica has let the request in."""
+        self._begun_s = self._admission.now_s
         self._admission.on_board(lambda board: board.begun(self.claim.ask.request_id))
+
+    def started(self) -> None:
+        """The request's first text is there."""
+        self._admission.has_started(self.claim.ask, self._admission.now_s - self._begun_s)
 
     def end(self) -> None:
         """The request is over, or has lost its place."""
@@ -88,6 +100,8 @@ class Admission:
     ) -> None:
         self._shared, self._config, self._clock = shared, config, clock
         self._queue: FairQueue[_Waiter] = FairQueue(config.max_queued_requests)
+        self._arrivals = Arrivals(clock)
+        self._starts_s: deque[float] = deque(maxlen=NUM_STARTS)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news = asyncio.Event()
         self.origin = shared.origin
@@ -109,15 +123,18 @@ class Admission:
         self._listen()
         waiter = _Waiter(claim=claim, deadline_s=self._deadline_s(claim))
         entry = Entry(item=waiter, key=claim.key, priority=claim.priority, tokens=claim.ask.tokens)
+        if not claim.has_waited:
+            self._arrivals.add((claim.priority, claim.key), claim.ask.tokens)
         self._push(entry, front=claim.has_waited)
         try:
             self._pump()
             if not waiter.placed.done():
-                self._refuse_what_is_hopeless(waiter)
+                self._refuse_what_is_hopeless(entry)
             async with asyncio.timeout(max(0.0, waiter.deadline_s - self._clock())):
                 replica_id = await waiter.placed
         except BaseException as error:
-            self._queue.discard(entry)
+            leave = self._queue.refuse if isinstance(error, ApiError | TimeoutError) else self._queue.discard
+            leave(entry)
             self.on_board(lambda board: board.end(claim.ask.request_id))
             if isinstance(error, TimeoutError):
                 raise self.overdue(claim) from None
@@ -131,6 +148,12 @@ class Admission:
         with self._shared.locked() as board:
             change(board)
         self._pump()
+
+    def has_started(self, ask: Ask, seconds: float) -> None:
+        """A request's first text is there, so long after it was let in."""
+        with self._shared.locked() as board:
+            prefill_s = board.prefill_s(ask)
+        self._starts_s.append(max(0.0, seconds - prefill_s))
 
     async def news(self, at_most_s: float) -> None:
         """Returns when a replica has reported or gone."""
@@ -171,23 +194,33 @@ class Admission:
             return claim.retried_s + wait_s
         if self._config.refuse_late and ttft_s is not None:
             with self._shared.locked() as board:
-                prefill_s = board.prefill_s(claim.ask)
-            wait_s = min(wait_s, max(ttft_s - prefill_s, LEAST_WAIT_SHARE * ttft_s))
+                start_s = board.prefill_s(claim.ask) + self._start_s()
+            wait_s = min(wait_s, max(ttft_s - start_s, LEAST_WAIT_SHARE * ttft_s))
         return claim.arrived_s + wait_s
 
-    def _refuse_what_is_hopeless(self, waiter: _Waiter) -> None:
+    def _start_s(self) -> float:
+        """From a place to the first text, beyond the prefill at its best: the step that runs, calls, threads."""
+        return max(self._starts_s, default=0.0)
+
+    def _refuse_what_is_hopeless(self, entry: Entry[_Waiter]) -> None:
         if self._config.max_queued_requests == 0:
             raise self._full()
-        claim, ttft_s = waiter.claim, waiter.claim.ask.ttft_s
+        waiter, claim, ttft_s = entry.item, entry.item.claim, entry.item.claim.ask.ttft_s
         if claim.has_waited or not self._config.refuse_late or ttft_s is None:
             return
-        with self._shared.locked() as board:
-            free, rate = board.free_tokens(), board.drain_tokens_per_s()
+        free, rate = self._free_tokens_and_rate()
         if rate is None:
             return
-        wait_s = (self._queue.tokens_ahead(claim.key, claim.priority) - free) / rate
-        if self._clock() + wait_s > waiter.deadline_s:
-            raise late(ttft_s, self._retry_after_s(0, beyond_s=waiter.deadline_s - self._clock()))
+        # If it had to wait until its deadline, could all that would be before it be served by then?
+        longest_s = waiter.deadline_s - self._clock()
+        tokens = self._queue.tokens_before(entry, self._arrivals.expected(longest_s)) + entry.tokens - free
+        if tokens + SPREADS * math.sqrt(max(0.0, tokens) * entry.tokens) > rate * longest_s:
+            raise late(ttft_s, self._retry_after_s(0, beyond_s=longest_s))
+
+    def _free_tokens_and_rate(self) -> tuple[int, float | None]:
+        """Tokens that are free for those who wait here, below 0 where more are promised already; tokens/s to come."""
+        with self._shared.locked() as board:
+            return board.free_tokens() - board.door_tokens(), board.drain_tokens_per_s()
 
     def _push(self, entry: Entry[_Waiter], *, front: bool) -> None:
         # Where nobody may wait, one may still find a place at once.
@@ -223,8 +256,7 @@ class Admission:
     def _retry_after_s(self, tokens: int, *, beyond_s: float = 0.0) -> float:
         """When a request of `tokens` would be due, all that wait now served before it; less what it would wait."""
         queued = self._queue.num_tokens
-        with self._shared.locked() as board:
-            free, rate = board.free_tokens(), board.drain_tokens_per_s()
+        free, rate = self._free_tokens_and_rate()
         if rate is None:
             return 1.0
         wait_s = (queued + tokens - free) / rate - beyond_s

@@ -7,12 +7,15 @@ served; the one that is least far comes next. Weights instead of strict prioriti
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar, get_args
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
+
+Flow = tuple[Priority, str]  # a priority and a key
 
 T = TypeVar("T")
 
@@ -31,7 +34,7 @@ class Entry(Generic[T]):
 
 @dataclass(kw_only=True)
 class _Flow(Generic[T]):
-    """One key's entries of one priority. `served` is its virtual time: tokens, never behind the class's own."""
+    """One key's entries of one priority. `served` is its virtual time: tokens."""
 
     served: float
     entries: deque[Entry[T]] = field(default_factory=deque)
@@ -39,12 +42,25 @@ class _Flow(Generic[T]):
 
 @dataclass(kw_only=True)
 class _Class(Generic[T]):
-    """One priority: flows of keys that wait, and how far those are served that do not wait now but were ahead."""
+    """One priority: flows of keys that wait, and how far those are served that do not wait now.
+
+    `ahead`: they had more than their part; `refused`: they would have waited.
+    """
 
     served: float = 0.0
     now: float = 0.0
     flows: dict[str, _Flow[T]] = field(default_factory=dict)
     ahead: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, float] = field(default_factory=dict)
+
+    def start(self, key: str, tokens: int) -> float:
+        """The virtual time at which a key begins that has nothing waiting.
+
+        Not to have waited gives no credit. To have been refused does, as much as one request of `tokens`: or a key
+        that comes less often than others, whose turn passes while it is away, would get less than they.
+        """
+        behind = max(self.refused.get(key, self.now), self.now - tokens)
+        return max(min(self.now, behind), self.ahead.get(key, 0.0))
 
     def __len__(self) -> int:
         return sum(len(flow.entries) for flow in self.flows.values())
@@ -104,7 +120,7 @@ class FairQueue(Generic[T]):
             raise IndexError("the queue is empty")
         each = self._classes[entry.priority]
         flow = each.flows[entry.key]
-        self._now, each.now = each.served, flow.served
+        self._now, each.now = each.served, max(each.now, flow.served)
         each.served += entry.tokens / WEIGHTS[entry.priority]
         flow.served += entry.tokens
         flow.entries.popleft()
@@ -119,19 +135,58 @@ class FairQueue(Generic[T]):
             flow.entries.remove(entry)
             self._drop_if_empty(each, entry.key)
 
-    def tokens_ahead(self, key: str, priority: Priority) -> int:
-        """About how many tokens are served until all that `key` has waiting is: as many of each other key, and what is
-        more important.
+    def refuse(self, entry: Entry[T]) -> None:
+        """Removes an entry that is refused; its key keeps its turn for the next one."""
+        each = self._classes[entry.priority]
+        flow = each.flows.get(entry.key)
+        if flow is not None and list(flow.entries) == [entry]:
+            each.refused[entry.key] = flow.served
+            if len(each.refused) > self._capacity:
+                del each.refused[next(iter(each.refused))]
+        self.discard(entry)
 
-        An estimate from below: what will yet come and overtake is not in it, nor is what is less important.
+    def tokens_before(self, entry: Entry[T], coming: Mapping[Flow, float]) -> float:
+        """About how many tokens are served before `entry`, the newest of its key, if as many come as `coming` says.
+
+        Who comes later may still be served sooner, but only until it is as far as `entry` will be by then: so the
+        weights bound what each other key and priority can take meanwhile.
         """
-        flows = self._classes[priority].flows
-        own = sum(entry.tokens for entry in flows[key].entries) if key in flows else 0
-        others = sum(
-            min(own, sum(entry.tokens for entry in flow.entries)) for name, flow in flows.items() if name != key
+        own, each = self._classes[entry.priority], self._classes[entry.priority].flows[entry.key]
+        before = float(sum(other.tokens for other in each.entries if other is not entry))
+        reaches = each.served + before
+        names = {*own.flows, *own.ahead, *(key for priority, key in coming if priority == entry.priority)}
+        tokens = before + sum(
+            self._before_in_class(own, key, reaches, coming.get((entry.priority, key), 0.0), entry.tokens)
+            for key in names - {entry.key}
         )
-        higher = PRIORITIES[: PRIORITIES.index(priority)]
-        return own + others + sum(self._classes[each].tokens for each in higher)
+        class_reaches = own.served + tokens / WEIGHTS[entry.priority]
+        for priority in PRIORITIES:
+            if priority != entry.priority:
+                more = sum(amount for (other, _), amount in coming.items() if other == priority)
+                tokens += self._before_class(priority, entry.priority, class_reaches, more)
+        return tokens
+
+    def _before_in_class(self, own: _Class[T], key: str, reaches: float, coming: float, size: int) -> float:
+        """Tokens of another key of the class until its virtual time has reached this; it comes with about `size`."""
+        flow = own.flows.get(key)
+        served = flow.served if flow is not None else own.start(key, size)
+        tokens = 0.0
+        for entry in flow.entries if flow is not None else ():
+            if served + tokens > reaches:
+                return tokens
+            tokens += entry.tokens
+        return tokens + min(coming, max(0.0, reaches - served - tokens))
+
+    def _before_class(self, priority: Priority, before: Priority, reaches: float, coming: float) -> float:
+        """Tokens of another class until its virtual time has reached this, the one begun last to its end."""
+        each = self._classes[priority]
+        served = each.served if each.flows else max(each.served, self._now)
+        is_first_of_equals = PRIORITIES.index(priority) < PRIORITIES.index(before)
+        if served > reaches or (served == reaches and not is_first_of_equals):
+            return 0.0
+        waiting, count = each.tokens, len(each)
+        begun_last = waiting / count if count else 0.0
+        return min(waiting + coming, (reaches - served) * WEIGHTS[priority] + begun_last)
 
     def _flow_of(self, entry: Entry[T]) -> _Flow[T]:
         each = self._classes[entry.priority]
@@ -139,7 +194,9 @@ class FairQueue(Generic[T]):
             each.served = max(each.served, self._now)
         flow = each.flows.get(entry.key)
         if flow is None:
-            flow = each.flows[entry.key] = _Flow(served=max(each.now, each.ahead.pop(entry.key, 0.0)))
+            flow = each.flows[entry.key] = _Flow(served=each.start(entry.key, entry.tokens))
+            each.ahead.pop(entry.key, None)
+            each.refused.pop(entry.key, None)
         return flow
 
     def _drop_if_empty(self, each: _Class[T], key: str) -> None:

@@ -144,6 +144,7 @@ class ReplicaClient:
                 if isinstance(accepted, Accepted):
                     self._sizes.counted(request, accepted.num_prompt_tokens)
                     first = await anext(messages)
+                    turn.started()
                     assert isinstance(first, Delta | Finished)
                     return Generation(num_prompt_tokens=accepted.num_prompt_tokens, messages=Messages(first, messages))
             except BaseException:
@@ -159,7 +160,8 @@ class ReplicaClient:
 
     async def _messages(self, request: GenerateRequest, turn: Turn) -> AsyncGenerator[Any, None]:
         """A replica's messages; closing this early cancels the request there. The place lasts as long."""
-        numbered = replace(request, sequence=turn.sequence)
+        waited_s = self._admission.now_s - turn.claim.arrived_s
+        numbered = replace(request, sequence=turn.sequence, waited_s=waited_s)
         stream: DeploymentResponseGenerator[GenerateMessage] = self._stream_handle.generate.remote(numbered)
         is_complete = False
         try:

@@ -42,6 +42,7 @@ class GenerateRequest:
 
     `ttft_ms` and `tpot_ms` are the request's own latency objectives; None: the server's.
     `origin` names the caller among those that share the replicas, `sequence` the request among the caller's.
+    `waited_s`: since it came to the caller, of which the time to its first token counts.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class GenerateRequest:
     tpot_ms: float | None = None
     origin: str = ""
     sequence: int = 0
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,13 +92,20 @@ class SelectNReplica:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateMessage]:
         """Refused, or Accepted, Delta..., Finished. Abandoning the iterator cancels the request."""
+        came_s = time.monotonic()
         try:
             prompt_ids = await self._in_tokenizer_thread(encode_prompt, self._tokenizer, request)
             params = self._sampling_params(request.sampling, len(prompt_ids))
             self._engine.check_request(prompt_ids, params)
             objectives = self._engine.objectives_for(ttft_ms=request.ttft_ms, tpot_ms=request.tpot_ms)
             async with self._let_in(request, prompt_ids, params) as visit:
-                handle = self._engine.submit(prompt_ids, params, request_id=request.request_id, objectives=objectives)
+                handle = self._engine.submit(
+                    prompt_ids,
+                    params,
+                    request_id=request.request_id,
+                    objectives=objectives,
+                    waited_s=request.waited_s + time.monotonic() - came_s,
+                )
                 visit.num_generated = lambda: handle.num_tokens
                 try:
                     yield Accepted(num_prompt_tokens=handle.num_prompt_tokens)

@@ -364,14 +364,17 @@ class Engine:
         *,
         request_id: str | None = None,
         objectives: Objectives | None = None,
+        waited_s: float = 0.0,
     ) -> RequestHandle:
         """Queues a request and returns at once. `objectives` None: the engine's.
+
+        `waited_s` is for how long the request has waited elsewhere: so much less of its TTFT objective is left.
 
         Raises RequestError (empty, too long, token out of range, id in use), EngineOverloaded when
         `batch.max_waiting` requests wait, EngineUnavailable when nothing would serve it.
         """
         self._check_prompt(prompt_ids, params)
-        handle = RequestHandle(request_id or uuid.uuid4().hex, len(prompt_ids), self._cancel)
+        handle = RequestHandle(request_id or uuid.uuid4().hex, len(prompt_ids), self._cancel, waited_s=waited_s)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         eos_ids = () if params.ignore_eos else self.default_eos_ids
         handle.eos_ids = frozenset((*eos_ids, *params.stop_token_ids))

@@ -37,7 +37,10 @@ class RequestTiming:
 class RequestHandle:
     """Iterate over it, with `for` or `async for` but only once, to receive TokenEvents until the last."""
 
-    def __init__(self, request_id: str, num_prompt_tokens: int, cancel: Callable[[str], None]) -> None:
+    def __init__(
+        self, request_id: str, num_prompt_tokens: int, cancel: Callable[[str], None], *, waited_s: float = 0.0
+    ) -> None:
+        """`waited_s`: for how long it has been waited for already; its TTFT counts from then."""
         self.request_id = request_id
         # What the batching knows the request by: a client may reuse its own name for it at once after cancelling.
         self.ticket = uuid.uuid4().hex
@@ -51,7 +54,7 @@ class RequestHandle:
         self._wake: Callable[[], None] | None = None
         self._finished = False
         self.objectives: Objectives | None = None
-        self.submitted_s = time.perf_counter()
+        self.arrived_s = time.perf_counter() - waited_s
         self.first_token_s = self._last_token_s = 0.0
 
     def cancel(self) -> None:
@@ -60,12 +63,12 @@ class RequestHandle:
 
     @property
     def timing(self) -> RequestTiming:
-        """TTFT from submission, and TPOT over the tokens after the first."""
+        """TTFT from arrival, what was waited before submission included, and TPOT over the tokens after the first."""
         if not self.num_tokens:
             return RequestTiming(ttft_s=None, tpot_s=None)
         later = self.num_tokens - 1
         return RequestTiming(
-            ttft_s=self.first_token_s - self.submitted_s,
+            ttft_s=self.first_token_s - self.arrived_s,
             tpot_s=(self._last_token_s - self.first_token_s) / later if later else None,
         )
 

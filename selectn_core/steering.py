@@ -225,7 +225,7 @@ def load_of(handles: Mapping[str, RequestHandle], progress: Mapping[str, int], d
             )
         elif not handle.num_tokens:
             tokens = handle.num_prompt_tokens if left is None else left
-            deadline_s = handle.submitted_s + objectives.ttft_s
+            deadline_s = handle.arrived_s + objectives.ttft_s
             waiting.append(Waiting(prefill_tokens=tokens, deadline_s=deadline_s, tpot_s=objectives.tpot_s))
     return Load(
         now_s=time.perf_counter(),

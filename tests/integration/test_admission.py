@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
+import gc
 import json
 import os
 import threading
@@ -21,6 +23,8 @@ from ray.serve.context import _get_global_client  # deploys a config, as `serve 
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.headroom import DOOR_REQUESTS, ReplicaReport
+from deployments.admission import Admission
+from deployments.board import board_of
 from deployments.config import REPLICA_NAME, AppArgs
 from tests.integration.conftest import (
     NUM_PAIR_INGRESSES,
@@ -50,11 +54,9 @@ def pair(pair_url) -> Iterator[httpx.Client]:
         yield client
 
 
-def replica_actors() -> list[ray.actor.ActorHandle]:
-    """The pair's replicas one by one: calls through Serve's handle go to either."""
-    names = [
-        each for each in ray.util.list_named_actors(all_namespaces=True) if f"pair#{REPLICA_NAME}#" in each["name"]
-    ]
+def replica_actors(deployment: str = REPLICA_NAME) -> list[ray.actor.ActorHandle]:
+    """The pair's replicas, of engine or ingress, one by one: calls through Serve's handle go to any."""
+    names = [each for each in ray.util.list_named_actors(all_namespaces=True) if f"pair#{deployment}#" in each["name"]]
     actors = []
     for each in names:
         with contextlib.suppress(ValueError):  # just gone
@@ -192,6 +194,62 @@ def test_the_rest_waits_in_bounded_queues_and_what_is_more_gets_429(pair):
         assert response.json()["error"]["type"] == "rate_limit_error"
     handle = serve.get_deployment_handle(REPLICA_NAME, "pair")
     assert handle.snapshot.remote().result()["preemptions"] == 0
+
+
+def tracked_by_ingresses() -> list[dict[str, int]]:
+    """What each ingress keeps of requests: how many it has sent, how many wait, and how many flows it remembers."""
+
+    def count(_: Any) -> dict[str, int]:
+        (admission,) = [each for each in gc.get_objects() if isinstance(each, Admission)]
+        with board_of("pair").locked() as board:
+            num_sent = len(board._sent)
+        return {"sent": num_sent, "waiting": admission.num_waiting, "flows": len(admission._arrivals)}
+
+    return ray.get([actor.__ray_call__.remote(count) for actor in replica_actors("SelectNIngress")], timeout=30)
+
+
+async def offer(url: str, requests_per_s: float, seconds: float) -> list[httpx.Response | None]:
+    """Whole and streamed answers, of all priorities; None for a client that has gone after a second."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, headers=KEY, timeout=60, trust_env=False, limits=limits) as client:
+
+        async def one(number: int) -> httpx.Response | None:
+            priority = ("normal", "high", "normal", "low")[number % 4]
+            request = body(max_tokens=24, stream=number % 2 == 0, priority=priority)
+            post = asyncio.create_task(client.post("/v1/completions", json=request))
+            if number % 10 == 0:
+                with contextlib.suppress(TimeoutError):
+                    return await asyncio.wait_for(post, timeout=1)
+                return None
+            return await post
+
+        tasks = []
+        for number in range(round(requests_per_s * seconds)):
+            tasks.append(asyncio.create_task(one(number)))
+            await asyncio.sleep(1 / requests_per_s)
+        return await asyncio.gather(*tasks)
+
+
+def test_ten_times_too_many_are_all_answered_and_leave_nothing_behind(pair, pair_url):
+    """A request of 24 tokens takes 1.7 s or more, and four run at once: two and a half a second is what is possible."""
+    responses = [each for each in asyncio.run(offer(pair_url, requests_per_s=25, seconds=10)) if each is not None]
+    served = [each for each in responses if each.status_code == 200]
+    refused = [each for each in responses if each.status_code != 200]
+    assert len(served) >= 2 * NUM_REPLICAS * PAIR_MAX_REQUESTS
+    assert len(refused) > len(served)
+    for response in refused:
+        assert response.status_code == 429, response.text
+        assert 1 <= int(response.headers["Retry-After"]) <= 60
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    for response in served:
+        is_stream = response.headers["content-type"].startswith("text/event-stream")
+        assert response.text.endswith("data: [DONE]\n\n") if is_stream else text_of(response)
+    wait_until(lambda: list(in_flight().values()) == [0] * NUM_REPLICAS, 60, "nothing runs or waits at a door")
+    tracked = tracked_by_ingresses()
+    assert len(tracked) == NUM_PAIR_INGRESSES
+    assert all((each["sent"], each["waiting"]) == (0, 0) for each in tracked)
+    assert all(each["flows"] <= 3 for each in tracked)  # one key, three priorities
+    assert text_of(pair.post("/v1/completions", json=body(max_tokens=2)))
 
 
 def test_one_that_would_miss_its_first_token_is_refused_not_served_late(small_url):

@@ -87,6 +87,14 @@ def test_objectives_change_while_requests_run(tmp_path: Path, monkeypatch: pytes
     assert all(record.limit_s is not None for record in engine.steps.records)
 
 
+def test_a_request_that_has_waited_too_long_elsewhere_has_missed_its_objective() -> None:
+    config = replace(engine_config(0), slo=SloConfig(ttft_ms=60_000.0, tpot_ms=60_000.0))
+    with Engine(tiny_model(), config) as engine:
+        for waited_s, attained in ((1.0, 1.0), (100.0, 0.5)):
+            engine.submit(make_prompts()[0], greedy(), waited_s=waited_s).result()
+            assert engine.snapshot()["attainment"]["attained"] == attained
+
+
 def test_a_plan_by_hand_rests_the_policy_until_it_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
     engine = Engine(tiny_model(), engine_config("auto"))

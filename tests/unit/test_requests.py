@@ -77,6 +77,14 @@ def test_timing_needs_tokens() -> None:
     assert handle.timing.tpot_s >= 0
 
 
+def test_what_was_waited_before_counts_to_the_first_token_alone() -> None:
+    handle = RequestHandle("request", 3, lambda ticket: None, waited_s=100.0)
+    handle.push(TokenEvent(token_ids=(1,)))
+    handle.push(TokenEvent(token_ids=(2,)))
+    assert 100 <= (handle.timing.ttft_s or 0) < 150
+    assert (handle.timing.tpot_s or 0) < 50
+
+
 def test_an_event_for_a_reader_whose_loop_has_ended_is_dropped() -> None:
     handle = new_handle()
 

@@ -57,6 +57,19 @@ def ranked(board: Board, wanted: Ask) -> list[str]:
     return [standing.replica_id for standing in board.rank(wanted)]
 
 
+def test_tokens_are_not_free_where_no_more_requests_may_run():
+    full = report("full", promises=others(100, 2), max_requests=2)
+    assert board_of(full, report("roomy", promises=others(100, 1), max_requests=2)).free_tokens() == 900
+
+
+def test_tokens_at_doors_are_those_that_have_not_begun():
+    board = board_of(report("a", promises=others(1000)))
+    board.place(ask("r1", 70))
+    assert board.door_tokens() == 70
+    board.begun("r1")
+    assert board.door_tokens() == 0
+
+
 class TestRanking:
     def test_most_room_comes_first(self):
         board = board_of(report("a", promises=others(600)), report("b", promises=others(100)))

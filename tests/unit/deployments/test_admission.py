@@ -126,8 +126,9 @@ def test_a_full_queue_is_a_429_with_the_measured_time():
         await settle()
         error = await refusal(case.enter())
         assert (error.status, error.code) == (429, "rate_limit_exceeded")
-        # 800 tokens wait, at a share of 100 tokens/s: 400 of ours are among 1400 that are promised, or 1 of 2 callers.
-        assert error.retry_after_s == 800 / 50
+        # 800 tokens wait, and 400 at the door, at a share of 100 tokens/s: 400 of ours are among 1400 that are
+        # promised, or 1 of 2 callers.
+        assert error.retry_after_s == (800 + 400) / 50
         for each in waiting:
             each.cancel()
         await settle()
@@ -159,9 +160,66 @@ def test_one_that_will_be_late_is_refused_at_once_unless_that_is_off():
             if refuse_late:
                 error = await refusal(waiting)
                 assert (error.status, error.code) == (429, "objective_unreachable")
-                assert error.retry_after_s in (6, 7)  # 8 s to wait, 2 s that it may
+                assert error.retry_after_s in (14, 15)  # 16 s to wait, 2 s that it may
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
+
+    run(check())
+
+
+def test_room_for_tokens_does_not_help_where_all_places_are_taken():
+    """Requests are few and the KV cache is large: what is free of it is nothing that one who waits could use."""
+
+    async def check():
+        case = Case(ttft_s=2.0)
+        case.report(promises=(Promise(origin="other", tokens=100, requests=8),), drain_tokens_per_s=200.0)
+        await case.enter(50)  # at the door
+        waiting = case.enter(50)  # at this caller's half of the rate a second, give or take 0.7
+        await settle()
+        assert not waiting.done()
+        assert (await refusal(case.enter(60))).code == "objective_unreachable"
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    run(check())
+
+
+def test_those_who_come_more_often_do_not_have_others_wait_in_vain():
+    """Important requests come all the time: an unimportant one is told at once that it would be late."""
+
+    async def check():
+        for is_busy in (False, True):
+            case = Case(ttft_s=2.0, max_queued_requests=100)
+            case.report(promises=FULL, drain_tokens_per_s=200.0)
+            await case.enter(20)
+            waiting = [case.enter(20)]
+            await settle()
+            if is_busy:
+                waiting += [case.enter(10, key="busy", priority="high") for _ in range(30)]
+                await settle()
+            unimportant = case.enter(40)
+            await settle()
+            assert unimportant.done() == is_busy
+            for each in (*waiting, unimportant):
+                each.cancel()
+            await asyncio.gather(*waiting, unimportant, return_exceptions=True)
+
+    run(check())
+
+
+def test_what_a_start_takes_is_kept_for_it():
+    """Of an objective of 2 s what requests lately took from their place to the first text is not for waiting."""
+
+    async def check():
+        case = Case(ttft_s=2.0)
+        case.report()
+        before = (await case.enter(10)).deadline_s - case.admission.now_s
+        case.admission.has_started(case.claim().ask, 1.2)
+        after = (await case.enter(10)).deadline_s - case.admission.now_s
+        assert before == pytest.approx(2.0, abs=0.1)
+        assert after == pytest.approx(0.8, abs=0.1)
+        case.admission.has_started(case.claim().ask, 20.0)
+        assert (await case.enter(10)).deadline_s - case.admission.now_s == pytest.approx(0.5, abs=0.1)
 
     run(check())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,6 +92,26 @@ def test_a_key_that_did_not_wait_has_no_credit_for_it_and_one_that_left_keeps_it
     assert first.count("busy") == 3
 
 
+def least_share(*, keeps_turn: bool) -> float:
+    """Least over most served, where keys send 6 : 3 : 1 of ten times that, and whoever would wait long is refused."""
+    rng, queue, served = random.Random(0), FairQueue[int](100), dict.fromkeys("abc", 0)
+    coming = {("normal", key): 1e9 for key in "abc"}
+    for number in range(20_000):
+        (key,) = rng.choices("abc", (6, 3, 1))
+        newcomer = entry(number, key, tokens=rng.randint(50, 150))
+        queue.push(newcomer)
+        if queue.tokens_before(newcomer, coming) + newcomer.tokens > 200:
+            (queue.refuse if keeps_turn else queue.discard)(newcomer)
+        if rng.random() < 0.1 and len(queue):
+            each = queue.pop()
+            served[each.key] += each.tokens
+    return min(served.values()) / max(served.values())
+
+
+def test_a_key_that_comes_less_often_and_is_refused_keeps_its_turn():
+    assert least_share(keeps_turn=True) >= 0.9 > least_share(keeps_turn=False)
+
+
 @given(st.lists(st.sampled_from(["high", "normal"]), max_size=30))
 def test_every_priority_moves_on(arrivals):
     """A low one is served within the tokens that its weight promises, however many important ones come."""
@@ -148,13 +170,48 @@ class TestFull:
         assert [each.item for each in drain(queue)] == [0, 1]
 
 
-@given(ARRIVALS, st.sampled_from("abcd"), st.sampled_from(PRIORITIES))
-def test_tokens_ahead_is_no_more_than_what_waits(arrivals, key, priority):
+@given(ARRIVALS, st.integers(0, 30), st.sampled_from("abcd"), st.sampled_from(PRIORITIES))
+def test_tokens_before_is_what_is_served_before_if_nobody_comes(arrivals, num_served, key, priority):
     queue: FairQueue[int] = FairQueue(100)
-    inside = fill(queue, arrivals)
-    ahead = queue.tokens_ahead(key, priority)
-    assert ahead <= queue.num_tokens
-    assert ahead >= sum(each.tokens for each in inside if (each.key, each.priority) == (key, priority))
+    fill(queue, arrivals)
+    for _ in range(min(num_served, len(queue))):
+        queue.pop()
+    newest = entry(999, key, priority)
+    queue.push(newest)
+    expected = queue.tokens_before(newest, {})
+    assert expected <= queue.num_tokens - newest.tokens
+    served = drain(queue)
+    before = sum(each.tokens for each in served[: served.index(newest)])
+    assert abs(expected - before) <= 2 * 1000  # of each other priority the request begun last counts as a mean one
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(PRIORITIES)), min_size=1, max_size=12))
+def test_tokens_before_counts_who_will_come_and_be_served_sooner(flows):
+    """Requests of some keys and priorities come without end: until ours is served that many tokens are, about."""
+    queue: FairQueue[int] = FairQueue(1000)
+    for number, (key, priority) in enumerate(flows):
+        queue.push(entry(number, key, priority))
+    ours = entry(999, "c", "normal")
+    queue.push(entry(998, "c", "normal"))
+    queue.push(ours)
+    expected = queue.tokens_before(ours, {(priority, key): 1e9 for key, priority in flows})
+    before = 0
+    while (served := queue.pop()) is not ours:
+        before += served.tokens
+        if served.item != 998:
+            queue.push(entry(served.item + 1000, served.key, served.priority))
+    assert abs(expected - before) <= 100 * (2 + 2)  # one begun last of each key and of each other priority
+
+
+def test_tokens_before_knows_how_many_will_come():
+    queue: FairQueue[int] = FairQueue(100)
+    queue.push(entry(0, "a"))
+    ours = entry(1, "a")
+    queue.push(ours)
+    assert queue.tokens_before(ours, {}) == 100
+    assert queue.tokens_before(ours, {("high", "b"): 50.0}) == 150
+    assert queue.tokens_before(ours, {("normal", "b"): 1e9}) == 200  # as far as its own key
+    assert queue.tokens_before(ours, {("normal", "a"): 1e9, ("low", "b"): 1e9}) == 100 + 100 / 4  # a fourth
 
 
 def test_discarding_is_harmless_twice_and_keys_that_left_are_forgotten():
@@ -166,9 +223,12 @@ def test_discarding_is_harmless_twice_and_keys_that_left_are_forgotten():
             queue.pop()
         else:
             queue.discard(each)
-            queue.discard(each)
+            queue.refuse(each)
+        refused = entry(number, key=f"r{number}")
+        queue.push(refused)
+        queue.refuse(refused)
     assert len(queue) == 0
-    assert all(len(each.ahead) <= 10 for each in queue._classes.values())
+    assert all(len(each.ahead) <= 10 and len(each.refused) <= 10 for each in queue._classes.values())
 
 
 def test_an_empty_queue_has_no_head():
