@@ -74,8 +74,8 @@ class Load:
     num_rounds: int
 
 
-QUICK = Load(requests_per_s=6.5, duration_s=20, num_rounds=1)
-FULL = Load(requests_per_s=6.5, duration_s=40, num_rounds=3)
+QUICK = Load(requests_per_s=8.5, duration_s=20, num_rounds=1)
+FULL = Load(requests_per_s=8.5, duration_s=40, num_rounds=3)
 
 
 @dataclass(frozen=True, kw_only=True)

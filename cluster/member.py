@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import psutil
 import ray
 
-from cluster.messages import Allowance, HostDemand, KvUse, LinkDemand
+from cluster.messages import Allowance, KvUse, LinkDemand
 from cluster.node_agents import find_agent
 from cluster.node_messages import HostAnswer, HostClaim, NodeReport
 from cluster.node_state import bus_of_gpu
@@ -254,7 +254,6 @@ class Member:
         if engine is None or bus_id is None:
             return
         link = link_demand(engine, self._k_min)
-        host = HostDemand(held_bytes=self._held_bytes, wanted_bytes=self._held_bytes)
         if self._range is None and self._is_granted:
             holder = RangeHolder(replica_id=self._claim.replica_id, node_id=self._node_id, bus_id=bus_id)
             self._range = RangeClient(holder, self._exchange, self._apply, link=link, hold_s=self._hold_s)
@@ -264,7 +263,7 @@ class Member:
                 used_tokens=engine.batching.geometry.tokens_in(engine.batching.pages.num_in_use),
                 reachable_tokens=engine.reachable_kv_tokens(self._range.state.k_range[1]),
             )
-            self._range.set_demand(link=link, host=host, kv=kv)
+            self._range.set_demand(link=link, kv=kv)
 
     def _apply(self, allowed: Allowance, k_range: tuple[int, int]) -> None:
         self._history.append((time.monotonic(), allowed.link_bytes_per_s, k_range[1]))

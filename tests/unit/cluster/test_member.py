@@ -36,8 +36,6 @@ class Node:
             sequence=1,
             heard_life=1,
             buses=(bus,),
-            host_limit_bytes=CAPACITY,
-            host_available_bytes=CAPACITY,
         )
         self.core.on_node_report(state, now_s)
         self.fault: Callable[[], object] = lambda: None
