@@ -16,8 +16,9 @@ nobody waits for ever.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -26,7 +27,7 @@ from selectn_core.errors import EngineOverloaded, EngineUnavailable
 
 _RECENT = 64
 # Requests do not keep step exactly: one waits for its prefill, another's last token is on its way. Each counts as there
-# for up to two times as many steps more, which also bounds how many steps there are to look at.
+# for so many steps more: always as many, so that what was predicted of a step is still so when it has come closer.
 SLACK_STEPS = 8
 # Progress opens the door too, and is looked at this often while somebody waits.
 PROGRESS_PERIOD_S = 0.05
@@ -52,15 +53,16 @@ class Visit:
 
 @dataclass(frozen=True, kw_only=True)
 class _Course:
-    """A visit's tokens at every step from now on: it `begins` with `tokens` and gets one per step until it has `more`.
-
-    `until`: the last step at which it counts as there.
-    """
+    """A visit's tokens at every step to come: it `begins` with `tokens`, and gets one per step until it has `more`."""
 
     tokens: int
     more: int
-    begins: int
-    until: int
+    begins: int = 0
+
+    @property
+    def until(self) -> int:
+        """The last step at which it counts as there."""
+        return self.begins + self.more + SLACK_STEPS
 
     def at(self, step: int) -> int:
         return self.tokens + min(step - self.begins, self.more) if self.begins <= step <= self.until else 0
@@ -146,8 +148,7 @@ class Door:
         others = [visit for visit in islice(self._waiting, 1, 1 + MAX_PASSING) if self._has_room_for(visit)]
         if not others:
             return None
-        # Without slack, so that the first one's turn stays at the same step whoever passes; with it for who may pass.
-        courses = [_exact_course(visit) for visit in self._inside]
+        courses = [_course(visit) for visit in self._inside]
         turn = self._turn_of(first, courses)
         return next((visit for visit in others if self._turn_of(first, [*courses, _course(visit)]) <= turn), None)
 
@@ -167,24 +168,38 @@ class Door:
         return best
 
     def _turn_of(self, visit: Visit, courses: Sequence[_Course]) -> int:
-        """The first step at which the visit could come in beside these, if nobody else comes."""
-        capacity = self._capacity_tokens()
+        """The first step at which the visit could come in beside these, if nobody else comes.
 
-        def held(step: int) -> int:
-            return sum(self._footprint(course.at(step)) for course in courses)
-
+        There was no room a step before, so then somebody is gone, or the visit will be that much smaller when another
+        is gone, or gone itself after another: only such steps are tried.
+        """
         ends = sorted({course.until for course in courses})
-        held_at = {end: held(end) for end in ends}
-        for turn in [0, *(end + 1 for end in ends)]:
-            num_there = sum(course.until >= turn for course in courses)
-            if num_there == 0:
-                return turn
-            own = _exact_course(visit, begins=turn)
-            peaks = [held_at[end] + self._footprint(own.at(end)) for end in ends if end >= turn]
-            peaks.append(held(own.until) + self._footprint(own.at(own.until)))
-            if num_there < self._max_requests and max(peaks) <= capacity:
+        held_at = {end: self._held(courses, end) for end in ends}
+        own = _course(visit)
+        turns = {0}
+        for end in ends:
+            smaller = self._most_more(own, self._capacity_tokens() - held_at[end])
+            turns.update((end + 1, end - smaller, end + 1 - own.until))
+        for turn in sorted(turn for turn in turns if turn >= 0):
+            if self._may_begin(replace(own, begins=turn), courses, held_at):
                 return turn
         raise AssertionError("nobody is inside after the last one's end")
+
+    def _may_begin(self, own: _Course, courses: Sequence[_Course], held_at: Mapping[int, int]) -> bool:
+        num_there = sum(course.until >= own.begins for course in courses)
+        if num_there == 0:
+            return True
+        peaks = [held + self._footprint(own.at(end)) for end, held in held_at.items() if end >= own.begins]
+        peaks.append(self._held(courses, own.until) + self._footprint(own.at(own.until)))
+        return num_there < self._max_requests and max(peaks) <= self._capacity_tokens()
+
+    def _held(self, courses: Sequence[_Course], step: int) -> int:
+        return sum(self._footprint(course.at(step)) for course in courses)
+
+    def _most_more(self, course: _Course, room_tokens: int) -> int:
+        """How many more tokens than it begins with a course may have to fit; below 0 if it never does."""
+        sizes = range(course.tokens, course.tokens + course.more + 1)
+        return bisect_right(sizes, room_tokens, key=self._footprint) - 1
 
     # -- what a report says -------------------------------------------------------------------------------------
 
@@ -192,6 +207,11 @@ class Door:
     def inside_tokens(self) -> int:
         """What the visits inside will hold at most together."""
         return sum(self._at_peak(list(self._inside)))
+
+    @property
+    def waiting(self) -> tuple[Visit, ...]:
+        """Those at the door, the first in turn first."""
+        return tuple(self._waiting)
 
     @property
     def num_waiting(self) -> int:
@@ -238,16 +258,9 @@ class Door:
         assert len(self._waiting) <= self._max_waiting, "more wait than may"
 
 
-def _exact_course(visit: Visit, begins: int = 0) -> _Course:
-    tokens = visit.prompt_tokens + visit.num_generated()
-    more = max(0, visit.total_tokens - tokens)
-    return _Course(tokens=tokens, more=more, begins=begins, until=begins + more)
-
-
 def _course(visit: Visit) -> _Course:
-    """The visit's course with slack: longer than it should be there."""
-    course = _exact_course(visit)
-    return replace(course, until=(-(-course.more // SLACK_STEPS) + 1) * SLACK_STEPS)
+    tokens = visit.prompt_tokens + visit.num_generated()
+    return _Course(tokens=tokens, more=max(0, visit.total_tokens - tokens))
 
 
 def _sum(visit: Visit, promise: Promise | None, tokens: int) -> Promise:
