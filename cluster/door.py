@@ -18,8 +18,9 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import islice
 
 from cluster.headroom import MAX_ORIGINS, Promise
@@ -173,28 +174,31 @@ class Door:
         There was no room a step before, so then somebody is gone, or the visit will be that much smaller when another
         is gone, or gone itself after another: only such steps are tried.
         """
-        ends = sorted({course.until for course in courses})
-        held_at = {end: self._held(courses, end) for end in ends}
+        room_at = self._room_at(courses)
         own = _course(visit)
         turns = {0}
-        for end in ends:
-            smaller = self._most_more(own, self._capacity_tokens() - held_at[end])
+        for end in {course.until for course in courses}:
+            smaller = self._most_more(own, room_at(end))
             turns.update((end + 1, end - smaller, end + 1 - own.until))
         for turn in sorted(turn for turn in turns if turn >= 0):
-            if self._may_begin(replace(own, begins=turn), courses, held_at):
+            if self._may_begin(replace(own, begins=turn), courses, room_at):
                 return turn
         raise AssertionError("nobody is inside after the last one's end")
 
-    def _may_begin(self, own: _Course, courses: Sequence[_Course], held_at: Mapping[int, int]) -> bool:
+    def _may_begin(self, own: _Course, courses: Sequence[_Course], room_at: Callable[[int], int]) -> bool:
+        ends = {course.until for course in courses if course.until >= own.begins}
         num_there = sum(course.until >= own.begins for course in courses)
-        if num_there == 0:
-            return True
-        peaks = [held + self._footprint(own.at(end)) for end, held in held_at.items() if end >= own.begins]
-        peaks.append(self._held(courses, own.until) + self._footprint(own.at(own.until)))
-        return num_there < self._max_requests and max(peaks) <= self._capacity_tokens()
+        return num_there == 0 or (
+            num_there < self._max_requests
+            and all(self._footprint(own.at(end)) <= room_at(end) for end in (*ends, own.until))
+        )
 
-    def _held(self, courses: Sequence[_Course], step: int) -> int:
-        return sum(self._footprint(course.at(step)) for course in courses)
+    def _room_at(self, courses: Sequence[_Course]) -> Callable[[int], int]:
+        """What is left beside the courses, by step."""
+        capacity = self._capacity_tokens()
+        return lru_cache(maxsize=None)(
+            lambda step: capacity - sum(self._footprint(course.at(step)) for course in courses)
+        )
 
     def _most_more(self, course: _Course, room_tokens: int) -> int:
         """How many more tokens than it begins with a course may have to fit; below 0 if it never does."""

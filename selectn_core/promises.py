@@ -28,7 +28,8 @@ class Promises:
 
     @property
     def plan(self) -> OffloadPlan:
-        """The plan whose memory requests may count on: the one by hand, or what the guaranteed share streams in time.
+        """The plan whose memory requests may count on: the one by hand or of a policy that keeps to one, or what the
+        guaranteed share streams in time.
 
         The policy says what that is when it plans a step. What the coordinator has said since then counts at once, also
         on an engine that plans none for want of requests, if it is less: no more units than its range has, and no more
@@ -38,7 +39,7 @@ class Promises:
         if steering is None:
             return engine.target_plan
         plan = steering.guaranteed_plan
-        if share is None:
+        if share is None or not steering.controller.policy.adapts:
             return plan
         most_bytes = most_streamed_bytes(share, steering.objectives.tpot_s)
         if sum(engine.units[index].num_bytes for index in plan.offloaded) <= most_bytes:
