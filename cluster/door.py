@@ -33,7 +33,7 @@ SLACK_STEPS = 8
 # Progress opens the door too, and is looked at this often while somebody waits.
 PROGRESS_PERIOD_S = 0.05
 # How many behind the first are looked at whether they may pass.
-MAX_PASSING = 8
+MAX_PASSING = 4
 
 
 @dataclass(eq=False, kw_only=True)
@@ -150,8 +150,8 @@ class Door:
         if not others:
             return None
         courses = [_course(visit) for visit in self._inside]
-        turn = self._turn_of(first, courses)
-        return next((visit for visit in others if self._turn_of(first, [*courses, _course(visit)]) <= turn), None)
+        then = replace(_course(first), begins=self._turn_of(first, courses))
+        return next((visit for visit in others if self._may_begin(then, [*courses, _course(visit)])), None)
 
     def _has_room_for(self, visit: Visit) -> bool:
         if not self._inside:  # alone it may have all there is: more layers are offloaded for it
@@ -185,12 +185,14 @@ class Door:
                 return turn
         raise AssertionError("nobody is inside after the last one's end")
 
-    def _may_begin(self, own: _Course, courses: Sequence[_Course], room_at: Callable[[int], int]) -> bool:
+    def _may_begin(self, own: _Course, courses: Sequence[_Course], room_at: Callable[[int], int] | None = None) -> bool:
+        """Whether there is room for a course from its beginning to its end; `room_at` is that of the courses."""
         ends = {course.until for course in courses if course.until >= own.begins}
         num_there = sum(course.until >= own.begins for course in courses)
+        room_at = room_at or self._room_at(courses)
         return num_there == 0 or (
             num_there < self._max_requests
-            and all(self._footprint(own.at(end)) <= room_at(end) for end in (*ends, own.until))
+            and all(self._footprint(own.at(end)) <= room_at(end) for end in (own.until, *ends))
         )
 
     def _room_at(self, courses: Sequence[_Course]) -> Callable[[int], int]:
