@@ -145,8 +145,6 @@ def node_report(bus: str, sequence: int, heard_life: int) -> NodeState:
         sequence=sequence,
         heard_life=heard_life,
         buses=(report,),
-        host_limit_bytes=2**40,
-        host_available_bytes=2**40,
     )
 
 

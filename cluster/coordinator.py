@@ -69,7 +69,6 @@ class ReplicaStatus:
     version: int
     allowed: Allowance
     committed_bytes_per_s: int
-    committed_host_bytes: int
     link: LinkDemand
     kv: KvUse
 
@@ -113,27 +112,20 @@ class _Node:
 
 @dataclass(frozen=True, kw_only=True)
 class _View:
-    """A bus at one moment. The rooms are what no account covers; the bus's is negative while it is overcommitted."""
+    """A bus at one moment. `room` is what no account covers; it is negative while the bus is overcommitted."""
 
     committed: dict[str, int]
     room: int
     equal_share: int
     shares: dict[str, int]
     counts: dict[str, int]
-    host_shares: dict[str, int]
-    host_room: int | None
 
     def allowed(self, replica: _Replica) -> Allowance:
         """What the replica should do, as far as the accounts of the others allow it now."""
         name, own = replica.report.replica_id, replica.report.allowed
         room = self.room + self.committed[name]
         link = min(self.shares.get(name, own.link_bytes_per_s), max(own.link_bytes_per_s, room))
-        host_room = own.host_bytes if self.host_room is None else self.host_room + _committed_host(replica)
-        return Allowance(
-            link_bytes_per_s=link,
-            fallback_bytes_per_s=min(link, self.equal_share),
-            host_bytes=min(self.host_shares.get(name, own.host_bytes), max(own.host_bytes, host_room)),
-        )
+        return Allowance(link_bytes_per_s=link, fallback_bytes_per_s=min(link, self.equal_share))
 
 
 class Coordinator:
@@ -149,7 +141,7 @@ class Coordinator:
         return self._life
 
     def on_node_report(self, report: NodeState, now_s: float) -> None:
-        """Takes note of a node's buses and host memory. Older reports than the last are ignored."""
+        """Takes note of a node's buses. Older reports than the last are ignored."""
         node = self._nodes.get(report.node_id)
         if node is None or report.sequence > node.report.sequence:
             self._nodes[report.node_id] = _Node(report, now_s)
@@ -238,7 +230,6 @@ class Coordinator:
                 version=replica.report.version,
                 allowed=replica.report.allowed,
                 committed_bytes_per_s=self._committed_link(replica, now_s),
-                committed_host_bytes=_committed_host(replica),
                 link=replica.report.link,
                 kv=replica.report.kv,
             )
@@ -318,15 +309,12 @@ class Coordinator:
         unheard = self._num_unheard(key, report, now_s) * _equal_share(report)
         committed = {name: self._committed_link(each, now_s) for name, each in bus.replicas.items()}
         self._divide(bus, report, committed, unheard, now_s)
-        host_shares, host_room = self._divide_host(self._nodes[key[0]].report, now_s)
         return _View(
             committed=committed,
             room=report.bytes_per_s - unheard - sum(committed.values()),
             equal_share=_equal_share(report),
             shares=bus.shares,
             counts=bus.counts,
-            host_shares=host_shares,
-            host_room=host_room,
         )
 
     def _divide(self, bus: _Bus, report: BusState, committed: dict[str, int], unheard: int, now_s: float) -> None:
@@ -352,37 +340,17 @@ class Coordinator:
         spare = (capacity - sum(needed.values())) // max(1, len(live))
         bus.shares = {name: share + spare for name, share in needed.items()}
 
-    def _divide_host(self, node: NodeState, now_s: float) -> tuple[dict[str, int], int | None]:
-        """(bytes each live replica of the node should hold at most, what no account of theirs covers).
-
-        Max-min fair, what is held first. The latter is None while it is not known what the others hold.
-        """
-        buses = {(node.node_id, bus.bus_id): bus for bus in node.buses if (node.node_id, bus.bus_id) in self._buses}
-        replicas = [each for key in buses for each in self._buses[key].replicas.values()]
-        committed = {each.report.replica_id: _committed_host(each) for each in replicas}
-        live = {each.report.replica_id: each.report.host for each in replicas if self._is_live(each, now_s)}
-        silent = sum(num_bytes for name, num_bytes in committed.items() if name not in live)
-        shares = max_min_shares(
-            max(0, node.host_limit_bytes - silent),
-            {name: host.wanted_bytes for name, host in live.items()},
-            {name: host.held_bytes for name, host in live.items()},
-        )
-        is_known = all(each.report.heard_life == self._life for each in replicas) and not any(
-            self._num_unheard(key, bus, now_s) for key, bus in buses.items()
-        )
-        return shares, node.host_limit_bytes - sum(committed.values()) if is_known else None
-
 
 def _should_change(replica: _Replica, view: _View | None) -> bool:
     if view is None:
         return False
     new, old = view.allowed(replica), replica.report.allowed
-    pairs = ((new.link_bytes_per_s, old.link_bytes_per_s), (new.host_bytes, old.host_bytes))
-    return any(abs(a - b) > _WORTH_SENDING * max(a, b) for a, b in pairs)
+    a, b = new.link_bytes_per_s, old.link_bytes_per_s
+    return abs(a - b) > _WORTH_SENDING * max(a, b)
 
 
 def _concerns_others(report: ReplicaReport) -> tuple[object, ...]:
-    return report.allowed, report.link, report.host, report.heard_life
+    return report.allowed, report.link, report.heard_life
 
 
 def _equal_share(bus: BusState) -> int:
@@ -390,16 +358,10 @@ def _equal_share(bus: BusState) -> int:
     return bus.bytes_per_s // max(1, bus.num_devices)
 
 
-def _committed_host(replica: _Replica) -> int:
-    report = replica.report
-    return max(report.allowed.host_bytes, report.host.held_bytes, replica.sent.host_bytes)
-
-
 def _larger(a: Allowance, b: Allowance) -> Allowance:
     return Allowance(
         link_bytes_per_s=max(a.link_bytes_per_s, b.link_bytes_per_s),
         fallback_bytes_per_s=max(a.fallback_bytes_per_s, b.fallback_bytes_per_s),
-        host_bytes=max(a.host_bytes, b.host_bytes),
     )
 
 
@@ -407,5 +369,4 @@ def _lapsed(allowed: Allowance) -> Allowance:
     return Allowance(
         link_bytes_per_s=allowed.fallback_bytes_per_s,
         fallback_bytes_per_s=allowed.fallback_bytes_per_s,
-        host_bytes=allowed.host_bytes,
     )

@@ -1,4 +1,4 @@
-"""A replica's door: requests come in first come first served, and only those whose KV is sure to find room.
+"""A replica's door: requests come in in turn, and only those whose KV is sure to find room.
 
 Callers choose a replica by reports, which are late, and several of them choose at once. Here, where all requests of a
 replica meet, it is exact: nobody is let in with whom the requests inside might at some step not fit together.
@@ -6,24 +6,34 @@ replica meet, it is exact: nobody is let in with whom the requests inside might 
 That step is looked for. Every request inside gets a token per step until it has its last one, and gives back all it
 has; so what they will hold together is known for every step to come, if none stops early. Its peak is what is promised:
 less than the sum of what each has at its own end, since they do not end together.
+
+For the same reason it is known when the first in turn can come in. Until then there may be room that it cannot use, and
+whoever can use it without making the first one's turn later may pass: known as backfilling where jobs are scheduled on
+a parallel machine (Lifka, "The ANL/IBM SP scheduling system", 1995). The first one's turn only ever comes closer, so
+nobody waits for ever.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import islice
 
 from cluster.headroom import MAX_ORIGINS, Promise
 from selectn_core.errors import EngineOverloaded, EngineUnavailable
 
 _RECENT = 64
 # Requests do not keep step exactly: one waits for its prefill, another's last token is on its way. Each counts as there
-# for up to two times as many steps more, which also bounds how many steps there are to look at.
+# for so many steps more: always as many, so that what was predicted of a step is still so when it has come closer.
 SLACK_STEPS = 8
 # Progress opens the door too, and is looked at this often while somebody waits.
 PROGRESS_PERIOD_S = 0.05
+# How many behind the first are looked at whether they may pass.
+MAX_PASSING = 4
 
 
 @dataclass(eq=False, kw_only=True)
@@ -40,6 +50,23 @@ class Visit:
     decide: Callable[[bool], None] = field(repr=False)
     num_generated: Callable[[], int] = field(default=lambda: 0, repr=False)
     entered_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Course:
+    """A visit's tokens at every step to come: it `begins` with `tokens`, and gets one per step until it has `more`."""
+
+    tokens: int
+    more: int
+    begins: int = 0
+
+    @property
+    def until(self) -> int:
+        """The last step at which it counts as there."""
+        return self.begins + self.more + SLACK_STEPS
+
+    def at(self, step: int) -> int:
+        return self.tokens + min(step - self.begins, self.more) if self.begins <= step <= self.until else 0
 
 
 class Door:
@@ -93,8 +120,8 @@ class Door:
 
     def let_in(self) -> None:
         """Lets in whom there is room for; call it when the capacity may have grown, or requests are further."""
-        while self._waiting and self._has_room_for(self._waiting[0]):
-            visit = self._waiting.popleft()
+        while (visit := self._next()) is not None:
+            self._waiting.remove(visit)
             visit.entered_s = self._clock()
             self._inside[visit] = None
             visit.decide(True)
@@ -112,6 +139,20 @@ class Door:
         while self._waiting:
             self._waiting.popleft().decide(False)
 
+    def _next(self) -> Visit | None:
+        """Who may come in now: the first in turn, or else who does not delay it."""
+        if not self._waiting:
+            return None
+        first = self._waiting[0]
+        if self._has_room_for(first):
+            return first
+        others = [visit for visit in islice(self._waiting, 1, 1 + MAX_PASSING) if self._has_room_for(visit)]
+        if not others:
+            return None
+        courses = [_course(visit) for visit in self._inside]
+        then = replace(_course(first), begins=self._turn_of(first, courses))
+        return next((visit for visit in others if self._may_begin(then, [*courses, _course(visit)])), None)
+
     def _has_room_for(self, visit: Visit) -> bool:
         if not self._inside:  # alone it may have all there is: more layers are offloaded for it
             return True
@@ -121,17 +162,50 @@ class Door:
 
     def _at_peak(self, visits: Sequence[Visit]) -> list[int]:
         """What each of the visits holds when together they hold most, if from now on each gets a token per step."""
-        held = [visit.prompt_tokens + visit.num_generated() for visit in visits]
-        left = [max(0, visit.total_tokens - now) for visit, now in zip(visits, held, strict=True)]
+        courses = [_course(visit) for visit in visits]
         best: list[int] = []
-        until = [(-(-rest // SLACK_STEPS) + 1) * SLACK_STEPS for rest in left]
-        for step in set(until):  # whoever is there only grows, so the peak is when somebody is about to be gone
-            then = [
-                self._footprint(now + min(step, rest)) if step <= end else 0
-                for now, rest, end in zip(held, left, until, strict=True)
-            ]
-            best = max(best, then, key=sum)
+        for step in {course.until for course in courses}:  # whoever is there only grows: the peak is before one is gone
+            best = max(best, [self._footprint(course.at(step)) for course in courses], key=sum)
         return best
+
+    def _turn_of(self, visit: Visit, courses: Sequence[_Course]) -> int:
+        """The first step at which the visit could come in beside these, if nobody else comes.
+
+        There was no room a step before, so then somebody is gone, or the visit will be that much smaller when another
+        is gone, or gone itself after another: only such steps are tried.
+        """
+        room_at = self._room_at(courses)
+        own = _course(visit)
+        turns = {0}
+        for end in {course.until for course in courses}:
+            smaller = self._most_more(own, room_at(end))
+            turns.update((end + 1, end - smaller, end + 1 - own.until))
+        for turn in sorted(turn for turn in turns if turn >= 0):
+            if self._may_begin(replace(own, begins=turn), courses, room_at):
+                return turn
+        raise AssertionError("nobody is inside after the last one's end")
+
+    def _may_begin(self, own: _Course, courses: Sequence[_Course], room_at: Callable[[int], int] | None = None) -> bool:
+        """Whether there is room for a course from its beginning to its end; `room_at` is that of the courses."""
+        ends = {course.until for course in courses if course.until >= own.begins}
+        num_there = sum(course.until >= own.begins for course in courses)
+        room_at = room_at or self._room_at(courses)
+        return num_there == 0 or (
+            num_there < self._max_requests
+            and all(self._footprint(own.at(end)) <= room_at(end) for end in (own.until, *ends))
+        )
+
+    def _room_at(self, courses: Sequence[_Course]) -> Callable[[int], int]:
+        """What is left beside the courses, by step."""
+        capacity = self._capacity_tokens()
+        return lru_cache(maxsize=None)(
+            lambda step: capacity - sum(self._footprint(course.at(step)) for course in courses)
+        )
+
+    def _most_more(self, course: _Course, room_tokens: int) -> int:
+        """How many more tokens than it begins with a course may have to fit; below 0 if it never does."""
+        sizes = range(course.tokens, course.tokens + course.more + 1)
+        return bisect_right(sizes, room_tokens, key=self._footprint) - 1
 
     # -- what a report says -------------------------------------------------------------------------------------
 
@@ -139,6 +213,11 @@ class Door:
     def inside_tokens(self) -> int:
         """What the visits inside will hold at most together."""
         return sum(self._at_peak(list(self._inside)))
+
+    @property
+    def waiting(self) -> tuple[Visit, ...]:
+        """Those at the door, the first in turn first."""
+        return tuple(self._waiting)
 
     @property
     def num_waiting(self) -> int:
@@ -179,10 +258,15 @@ class Door:
         return full * tokens / token_s
 
     def check_integrity(self) -> None:
-        """Raises AssertionError where someone waits who has room, or more wait than may."""
+        """Raises AssertionError where someone waits who may come in, or more wait than may."""
         assert not set(self._inside).intersection(self._waiting), "a visit is inside and at the door"
-        assert not self._waiting or not self._has_room_for(self._waiting[0]), "there is room, and somebody waits"
+        assert self._next() is None, "there is room, and somebody waits"
         assert len(self._waiting) <= self._max_waiting, "more wait than may"
+
+
+def _course(visit: Visit) -> _Course:
+    tokens = visit.prompt_tokens + visit.num_generated()
+    return _Course(tokens=tokens, more=max(0, visit.total_tokens - tokens))
 
 
 def _sum(visit: Visit, promise: Promise | None, tokens: int) -> Promise:

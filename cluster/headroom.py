@@ -18,8 +18,9 @@ from typing import Any
 MAX_ORIGINS = 64
 MAX_PREFIXES = 128
 FIRST_PREFIX_BYTES, NUM_PREFIX_LENGTHS = 128, 8
-# A caller may have one request waiting at a full replica's door: the next one is there when the last one leaves.
-DOOR_REQUESTS = 1
+# A caller may have one request waiting at a full replica's door: the next one is there when the last one leaves. And
+# one more that is smaller: there may be room for it while the other waits for more.
+DOOR_REQUESTS, PASSING_REQUESTS = 1, 1
 # Headroom that differs by less than this share of a replica's capacity is equal: then prefixes decide.
 EQUAL_SHARE = 0.1
 
@@ -116,18 +117,22 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """A replica as a place for one request. `room_tokens` None: it has not reported, or not lately."""
+    """A replica as a place for one request. `room_tokens` None: it has not reported, or not lately.
+
+    `may_pass`: it is smaller than all that wait at the door, of which the replica knows when their turn is.
+    """
 
     replica_id: str
     room_tokens: int | None
     fits: bool
     is_late: bool
     num_at_door: int
+    may_pass: bool
 
     @property
     def can_take(self) -> bool:
         """Whether the request may be sent there now: it has room, or its door is free."""
-        return self.fits or self.num_at_door < DOOR_REQUESTS
+        return self.fits or self.num_at_door < DOOR_REQUESTS + (PASSING_REQUESTS if self.may_pass else 0)
 
 
 @dataclass(kw_only=True)
@@ -339,6 +344,7 @@ class Board:
 
     def _standing(self, replica_id: str, report: ReplicaReport | None, ask: Ask) -> Standing:
         mine = [sent for sent in self._mine(replica_id) if sent.ask.request_id != ask.request_id]
+        at_door = [sent.ask.tokens for sent in mine if sent.at_door]
         room = self._room(replica_id, mine)
         fits = is_late = False
         if report is not None and room is not None:
@@ -352,7 +358,8 @@ class Board:
             room_tokens=room,
             fits=fits,
             is_late=is_late,
-            num_at_door=sum(sent.at_door for sent in mine),
+            num_at_door=len(at_door),
+            may_pass=room is not None and ask.tokens < min(at_door, default=0),
         )
 
     def _prefill_s(self, report: ReplicaReport, ask: Ask) -> float:

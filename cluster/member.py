@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import psutil
 import ray
 
-from cluster.messages import Allowance, HostDemand, KvUse, LinkDemand
+from cluster.messages import Allowance, KvUse, LinkDemand
 from cluster.node_agents import find_agent
 from cluster.node_messages import HostAnswer, HostClaim, NodeReport
 from cluster.node_state import bus_of_gpu
@@ -38,6 +38,8 @@ CALL_TIMEOUT_S = 2.0
 AGENT_TIMEOUT_S = 20.0
 _RETRY_S = 0.2
 _MAX_HISTORY = 256
+# What was lately promised counts as needed for so many reports more: requests that come and go make no new demand.
+_NEEDED_FOR = 10
 _GIB = 1 << 30
 
 
@@ -104,6 +106,7 @@ class Member:
         self._host_problem: str | None = "the node's agent has not answered yet"
         self._engine: Engine | None = None
         self._k_min = 0
+        self._needed: deque[int] = deque([0], maxlen=_NEEDED_FOR)  # units that requests needed offloaded, lately
         self._range: RangeClient | None = None
         # (monotonic seconds, bytes/s, units at most) for people and tests: what was allowed, and when.
         self._history: deque[tuple[float, int, int]] = deque(maxlen=_MAX_HISTORY)
@@ -253,8 +256,8 @@ class Member:
         engine, bus_id = self._engine, self._claim.bus_id
         if engine is None or bus_id is None:
             return
-        link = link_demand(engine, self._k_min)
-        host = HostDemand(held_bytes=self._held_bytes, wanted_bytes=self._held_bytes)
+        self._needed.append(engine.promises.num_offloaded)
+        link = link_demand(engine, max(self._k_min, *self._needed))
         if self._range is None and self._is_granted:
             holder = RangeHolder(replica_id=self._claim.replica_id, node_id=self._node_id, bus_id=bus_id)
             self._range = RangeClient(holder, self._exchange, self._apply, link=link, hold_s=self._hold_s)
@@ -264,7 +267,7 @@ class Member:
                 used_tokens=engine.batching.geometry.tokens_in(engine.batching.pages.num_in_use),
                 reachable_tokens=engine.reachable_kv_tokens(self._range.state.k_range[1]),
             )
-            self._range.set_demand(link=link, host=host, kv=kv)
+            self._range.set_demand(link=link, kv=kv)
 
     def _apply(self, allowed: Allowance, k_range: tuple[int, int]) -> None:
         self._history.append((time.monotonic(), allowed.link_bytes_per_s, k_range[1]))
@@ -285,7 +288,7 @@ def link_share(engine: Engine, bytes_per_s: float, guaranteed_bytes_per_s: float
 
 
 def link_demand(engine: Engine, k_min: int) -> LinkDemand:
-    """What the engine wants of its bus: `k_min` units, which memory forces it to offload, up to all, within its TPOT.
+    """What the engine wants of its bus: `k_min` units, which memory and its promises need, up to all, within its TPOT.
 
     A plan by hand wants what it is. Where no objective says how long a step may take, it takes an equal share's time.
     """

@@ -41,14 +41,6 @@ class LinkDemand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostDemand:
-    """Host memory of one replica in bytes: what it has, and what it would like to have, that included."""
-
-    held_bytes: int = 0
-    wanted_bytes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class KvUse:
     """Tokens of KV a replica holds, and the most it could hold at its current k_max: what headroom is made of."""
 
@@ -58,15 +50,10 @@ class KvUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Allowance:
-    """What a replica may do.
-
-    `link_bytes_per_s` while its lease runs, `fallback_bytes_per_s` after that. `host_bytes` outlives the lease:
-    memory that holds something cannot be taken back by a clock.
-    """
+    """What a replica may use of its bus: `link_bytes_per_s` while its lease runs, `fallback_bytes_per_s` after that."""
 
     link_bytes_per_s: int = 0
     fallback_bytes_per_s: int = 0
-    host_bytes: int = 0
 
 
 NOTHING = Allowance()
@@ -90,7 +77,6 @@ class ReplicaReport:
     heard_life: int
     allowed: Allowance
     link: LinkDemand
-    host: HostDemand = HostDemand()
     kv: KvUse = KvUse()
     is_leaving: bool = False
 
@@ -130,15 +116,13 @@ class BusState:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeState:
-    """What of a node's report concerns the division of its buses and host memory; node_state.py makes it.
+    """What of a node's report concerns the division of its buses; node_state.py makes it.
 
-    `heard_life` is what the coordinator answered to the last one (0 before there was an answer). `host_limit_bytes` is
-    what all replicas of the node may hold together. A smaller `sequence` is an older state.
+    `heard_life` is what the coordinator answered to the last one (0 before there was an answer). A smaller `sequence`
+    is an older state.
     """
 
     node_id: str
     sequence: int
     heard_life: int
     buses: tuple[BusState, ...]
-    host_limit_bytes: int
-    host_available_bytes: int

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from cluster.messages import BusState, NodeState
 from cluster.node_messages import BusReport, NodeReport, Unavailable
-from selectn_core.host_memory import HostMemory
 
 
 def node_state(report: NodeReport, *, heard_life: int, num_sharing: int) -> NodeState:
-    """What `report` says of the node's buses and host memory.
+    """What `report` says of the node's buses.
 
     A bus whose rate is not known is left out: nobody on it is told anything new. The devices of a bus are its GPUs; a
     bus of emulated devices counts as many as are configured to share it (`num_sharing`), or as are there.
     """
-    ledger, memory = report.ledger, report.telemetry.host.memory
-    limit_bytes = memory.limit_bytes if isinstance(memory, HostMemory) else 0
     return NodeState(
         node_id=report.node_id,
         # An agent that was restarted counts its samples anew; the node's clock goes on.
@@ -23,8 +20,6 @@ def node_state(report: NodeReport, *, heard_life: int, num_sharing: int) -> Node
         buses=tuple(
             state for bus in report.telemetry.buses if (state := _bus_state(bus, report, num_sharing)) is not None
         ),
-        host_limit_bytes=ledger.capacity_bytes if ledger is not None else limit_bytes,
-        host_available_bytes=memory.available_bytes if isinstance(memory, HostMemory) else 0,
     )
 
 

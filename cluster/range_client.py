@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
-from cluster.messages import NOTHING, Allowance, Epoch, HostDemand, KvUse, LinkDemand, RangeUpdate, ReplicaReport
+from cluster.messages import NOTHING, Allowance, Epoch, KvUse, LinkDemand, RangeUpdate, ReplicaReport
 from cluster.range_holder import RangeHolder
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,6 @@ class RangeState:
 @dataclass(frozen=True, kw_only=True)
 class _Demand:
     link: LinkDemand
-    host: HostDemand = field(default_factory=HostDemand)
     kv: KvUse = field(default_factory=KvUse)
 
 
@@ -94,7 +93,7 @@ class RangeClient:
         self._thread.start()
 
     def close(self) -> None:
-        """Says goodbye and ends; call it when the replica no longer uses link or host memory. Idempotent."""
+        """Says goodbye and ends; call it when the replica no longer uses the link. Idempotent."""
         with self._changed:
             was_closing, self._is_closing = self._is_closing, True
             self._changed.notify_all()
@@ -120,14 +119,12 @@ class RangeClient:
         with self._changed:
             return self._state
 
-    def set_demand(
-        self, *, link: LinkDemand | None = None, host: HostDemand | None = None, kv: KvUse | None = None
-    ) -> None:
-        """What the replica wants from now on, any thread. A new link or host demand is reported at once."""
+    def set_demand(self, *, link: LinkDemand | None = None, kv: KvUse | None = None) -> None:
+        """What the replica wants from now on, any thread. A new link demand is reported at once."""
         with self._changed:
             before = self._demand
-            self._demand = replace(before, link=link or before.link, host=host or before.host, kv=kv or before.kv)
-            if (before.link, before.host) != (self._demand.link, self._demand.host):
+            self._demand = replace(before, link=link or before.link, kv=kv or before.kv)
+            if before.link != self._demand.link:
                 self._should_report = True
                 self._changed.notify_all()
 
@@ -152,7 +149,7 @@ class RangeClient:
         if now_s < self._next_call_s or not (is_idle or self._should_report) or len(self._calls) == _MAX_CALLS:
             return
         demand = self._demand
-        report = self._holder.report(demand.link, now_s, host=demand.host, kv=demand.kv)
+        report = self._holder.report(demand.link, now_s, kv=demand.kv)
         call = self._pool.submit(self._exchange, report, self._hold_s)
         self._calls.append(call)
         self._should_report, self._next_call_s = False, now_s + _MIN_PERIOD_S
@@ -167,7 +164,7 @@ class RangeClient:
                 self._num_failures = 0
                 update = call.result()
                 if update is not None:
-                    self._holder.apply(update, self._clock())
+                    self._holder.apply(update, self._clock(), self._demand.link)
             else:
                 self._num_failures += 1
                 backoff_s = min(_MAX_BACKOFF_S, _MIN_PERIOD_S * 2 ** min(self._num_failures, 10))

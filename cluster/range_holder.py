@@ -16,7 +16,6 @@ from cluster.messages import (
     NOTHING,
     Allowance,
     Epoch,
-    HostDemand,
     KvUse,
     LinkDemand,
     RangeUpdate,
@@ -63,11 +62,10 @@ class RangeHolder:
         link: LinkDemand,
         now_s: float,
         *,
-        host: HostDemand = HostDemand(),  # noqa: B008 -- frozen
         kv: KvUse = KvUse(),  # noqa: B008 -- frozen
         is_leaving: bool = False,
     ) -> ReplicaReport:
-        """The next report. With `is_leaving` the replica has stopped using link and host memory for good."""
+        """The next report. With `is_leaving` the replica has stopped using the link for good."""
         self._sequence += 1
         return ReplicaReport(
             replica_id=self.replica_id,
@@ -79,13 +77,16 @@ class RangeHolder:
             version=self._version,
             heard_life=self._heard_life,
             link=link,
-            host=host,
             kv=kv,
             is_leaving=is_leaving,
         )
 
-    def apply(self, update: RangeUpdate, now_s: float) -> bool:
-        """Takes what `update` allows, if it is of the coordinator's latest life, for this version, and in time."""
+    def apply(self, update: RangeUpdate, now_s: float, link: LinkDemand | None = None) -> bool:
+        """Takes what `update` allows, if it is of the coordinator's latest life, for this version, and in time.
+
+        And if it leaves what `link`, the demand of now, needs at least: one that was made before this much was needed
+        may have given it to others. It is dropped, and the next one will know.
+        """
         if update.replica_id != self.replica_id or update.epoch.life < self._heard_life:
             return False
         self._heard_life = update.epoch.life
@@ -93,10 +94,19 @@ class RangeHolder:
         lease_end_s = update.sent_s + update.lease_s
         if update.for_version != self._version or lease_end_s <= now_s:
             return False
+        if link is not None and self._takes_what_is_needed(update, link):
+            return False
         self._version += 1
         self._allowed, self._k_max = update.allowed, update.k_max
         self.epoch, self.problem, self.lease_end_s = update.epoch, update.problem, lease_end_s
         return True
+
+    def _takes_what_is_needed(self, update: RangeUpdate, link: LinkDemand) -> bool:
+        needed, own, new = link.k_min * unit_cost_bytes_per_s(link), self._allowed, update.allowed
+        is_less = new.link_bytes_per_s < min(needed, own.link_bytes_per_s) or new.fallback_bytes_per_s < min(
+            needed, own.fallback_bytes_per_s
+        )
+        return update.k_min < link.k_min and is_less
 
     def tick(self, now_s: float) -> bool:
         """Falls back if the lease has run out; True if that happened now."""

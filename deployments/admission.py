@@ -27,6 +27,8 @@ LEAST_WAIT_SHARE = 0.25
 NUM_STARTS = 64
 # How many requests end within a time varies by about the root of their number: by so many such roots fewer may do so.
 SPREADS = 1.0
+# How many that cannot be placed, each smaller than the one before, are passed by at most in search of one that can.
+MAX_PASSED_BY = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +237,9 @@ class Admission:
         return overloaded(retry_after_s=self._retry_after_s(0))
 
     def _pump(self) -> None:
-        while (entry := self._queue.head()) is not None:
+        """Places whoever can be placed: the head, or where it cannot be, smaller ones behind it (cluster/door.py)."""
+        below_tokens, num_passed_by = math.inf, 0
+        while num_passed_by <= MAX_PASSED_BY and (entry := self._queue.head(below_tokens)) is not None:
             waiter = entry.item
             if waiter.placed.done():  # cancelled, or refused: its task will see to the rest
                 self._queue.discard(entry)
@@ -245,13 +249,14 @@ class Admission:
                 could_hold, longest = board.could_hold(claim.ask), board.longest_request_tokens
                 replica_id = board.place(claim.ask, claim.excluded)
             if replica_id is not None:
-                self._queue.pop()
+                self._queue.serve(entry)
                 waiter.placed.set_result(replica_id)
+                below_tokens, num_passed_by = math.inf, 0
             elif not could_hold:
                 self._queue.discard(entry)
                 waiter.fail(too_large(claim.ask.least_tokens, longest or 0))
             else:
-                return
+                below_tokens, num_passed_by = entry.tokens, num_passed_by + 1
 
     def _retry_after_s(self, tokens: int, *, beyond_s: float = 0.0) -> float:
         """When a request of `tokens` would be due, all that wait now served before it; less what it would wait."""

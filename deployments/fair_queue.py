@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Generic, Literal, TypeVar, get_args
 
 Priority = Literal["high", "normal", "low"]
@@ -104,28 +105,36 @@ class FairQueue(Generic[T]):
             flow.entries.append(entry)
         return victim
 
-    def head(self) -> Entry[T] | None:
-        """The next entry, or None."""
+    def head(self, below_tokens: float = inf) -> Entry[T] | None:
+        """The next entry, of those with fewer tokens than `below_tokens`, or None."""
         waiting = [priority for priority in PRIORITIES if self._classes[priority].flows]
-        if not waiting:
-            return None
-        priority = min(waiting, key=lambda each: self._classes[each].served)  # of equals the first: the higher
-        flows = self._classes[priority].flows
-        return min(flows.values(), key=lambda flow: flow.served).entries[0]
+        for priority in sorted(waiting, key=lambda each: self._classes[each].served):  # of equals the higher first
+            flows = self._classes[priority].flows.values()
+            for flow in sorted(flows, key=lambda flow: flow.served):
+                entry = next((entry for entry in flow.entries if entry.tokens < below_tokens), None)
+                if entry is not None:
+                    return entry
+        return None
 
     def pop(self) -> Entry[T]:
         """Removes the head, which counts as served. Raises IndexError where there is none."""
         entry = self.head()
         if entry is None:
             raise IndexError("the queue is empty")
+        self.serve(entry)
+        return entry
+
+    def serve(self, entry: Entry[T]) -> None:
+        """Removes an entry, which counts as served. One that is not the head has passed those that stay."""
         each = self._classes[entry.priority]
         flow = each.flows[entry.key]
-        self._now, each.now = each.served, max(each.now, flow.served)
+        # The present is how far the least served is: who passes others does not take it along.
+        self._now = max(self._now, min(one.served for one in self._classes.values() if one.flows))
+        each.now = max(each.now, min(one.served for one in each.flows.values()))
         each.served += entry.tokens / WEIGHTS[entry.priority]
         flow.served += entry.tokens
-        flow.entries.popleft()
+        flow.entries.remove(entry)
         self._drop_if_empty(each, entry.key)
-        return entry
 
     def discard(self, entry: Entry[T]) -> None:
         """Removes an entry unserved; does nothing if it is not there."""

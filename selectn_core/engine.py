@@ -47,6 +47,7 @@ from selectn_core.objectives import Objectives, configured_objectives, requested
 from selectn_core.placement import OffloadPlan
 from selectn_core.planner import fewest_offloaded, most_bytes, plan_bytes, unmeasured_plan
 from selectn_core.profiler import OnProgress
+from selectn_core.promises import Promises
 from selectn_core.record import PerformanceRecord
 from selectn_core.record_cache import performance_record
 from selectn_core.requests import RequestHandle, TokenEvent
@@ -93,7 +94,8 @@ class Engine:
         self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
         self.steering: Steering | None = None
         self._record: PerformanceRecord | None = None
-        self._link_share: LinkShare | None = None
+        self.link_share: LinkShare | None = None
+        self.promises = Promises(self)
         self._handles: dict[str, RequestHandle] = {}
         self._lock = threading.Lock()
         self._state = "loaded"  # loaded -> running -> closed, or failed
@@ -174,8 +176,8 @@ class Engine:
         record.require(fingerprint_of(self))
         self._record = record
         self.steering = Steering(self, record)
-        if self._link_share is not None:
-            self.steering.set_link_share(self._link_share)
+        if self.link_share is not None:
+            self.steering.set_link_share(self.link_share)
 
     @property
     def objectives(self) -> Objectives | None:
@@ -191,7 +193,7 @@ class Engine:
 
     def set_link_share(self, share: LinkShare) -> None:
         """What this replica may use of its host bus from the next step on, whoever steers; any thread."""
-        self._link_share = share
+        self.link_share = share
         if self.steering is not None:
             self.steering.set_link_share(share)
 
@@ -325,29 +327,28 @@ class Engine:
         return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
     def reachable_kv_tokens(self, k_max: int | None = None) -> int:
-        """Promised tokens that the KV cache holds if up to `k_max` units are offloaded.
-
-        None: as the plan says, or with a policy what the guaranteed share of the link frees.
-        """
-        steering = self.steering
-        target = steering.guaranteed_plan if steering is not None else self._target
+        """Promised tokens that the KV cache holds if up to `k_max` units are offloaded; None: `promises.plan`."""
+        target = self.promises.plan
         if k_max is not None and k_max > target.num_offloaded:
             target = unmeasured_plan(self.units, min(k_max, len(self.units)), target.num_slots)
         return capacity_tokens(self.batching.geometry, self.arena.num_sectors, self.kv_sectors(target))
 
     def headroom(self, k_max: int | None = None) -> Headroom:
-        """What this engine can take if it offloads up to `k_max` units (None: no more than its plan does)."""
-        with self._lock:
-            handles = list(self._handles.values())
+        """What this engine can take if it offloads up to `k_max` units (None: what may be promised)."""
         longest = self.max_model_len
         return Headroom(
             kv_capacity_tokens=self.reachable_kv_tokens(k_max),
             longest_request_tokens=longest,
             is_model_limit=longest == self._model_limit,
-            waiting_prefill_tokens=waiting_prefill_tokens(handles),
+            waiting_prefill_tokens=waiting_prefill_tokens(self.handles()),
             prefill_s_per_token=self.steps.prefill_s_per_token(),
             decode_step_s=decode_step_s(latest(self.steps.records)),
         )
+
+    def handles(self) -> list[RequestHandle]:
+        """The requests in flight, waiting ones included; any thread."""
+        with self._lock:
+            return list(self._handles.values())
 
     def promised_tokens(self, total_tokens: int) -> int:
         """What a request of `total_tokens`, prompt and output, takes of `headroom`."""

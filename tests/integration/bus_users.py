@@ -77,8 +77,6 @@ class ReportingNode:
                 sequence=time.time_ns(),
                 heard_life=heard_life,
                 buses=(bus,),
-                host_limit_bytes=2**30,
-                host_available_bytes=2**30,
             )
             try:
                 heard_life = self._connection.report_node(report)

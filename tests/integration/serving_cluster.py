@@ -99,14 +99,13 @@ class Accounts:
 
     `used`, by bus: what replicas last said that they do, or their fallback once their lease was over. `promised`: what
     this replica was told and the most that others on its bus may be doing, which a young life overestimates; it must
-    fit whenever the replica is given more (`is_raise`). `host`, by node: the most that may be held.
+    fit whenever the replica is given more (`is_raise`).
     """
 
     life: int
     is_raise: bool
     used_bytes_per_s: dict[str, int]
     promised_bytes_per_s: int
-    host_bytes: dict[str, int]
 
 
 class AuditedCoordinator(CoordinatorActor):
@@ -129,11 +128,9 @@ class _Audited(Coordinator):
         update = super().update_for(report, now_s)
         if update is not None:
             used: dict[str, int] = defaultdict(int)
-            host: dict[str, int] = defaultdict(int)
             replicas = self.status(now_s).replicas
             for each in replicas:
                 used[each.bus_id] += min(each.allowed.link_bytes_per_s, each.committed_bytes_per_s)
-                host[each.node_id] += each.committed_host_bytes
             entry = Accounts(
                 life=self.life,
                 is_raise=update.allowed.link_bytes_per_s > report.allowed.link_bytes_per_s,
@@ -144,7 +141,6 @@ class _Audited(Coordinator):
                     for each in replicas
                     if each.bus_id == report.bus_id and each.replica_id != report.replica_id
                 ),
-                host_bytes=host,
             )
             with Path(self._path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(vars(entry)) + "\n")

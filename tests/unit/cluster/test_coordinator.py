@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from cluster.coordinator import Coordinator, CoordinatorConfig
-from cluster.messages import BusState, HostDemand, LinkDemand, NodeState, RangeUpdate
+from cluster.messages import BusState, LinkDemand, NodeState, RangeUpdate
 from cluster.range_holder import RangeHolder
 
 CONFIG = CoordinatorConfig(lease_s=10.0, clock_drift=0.01, forget_after_s=100.0)
-BUS, HOST = 1000, 500
+BUS = 1000
 SETTLED_S = CONFIG.lease_bound_s
 
 
@@ -28,15 +28,11 @@ def node_report(coordinator: Coordinator, *replica_ids: str, sequence: int = 1, 
         sequence=sequence,
         heard_life=coordinator.life,
         buses=(bus,),
-        host_limit_bytes=HOST,
-        host_available_bytes=HOST,
     )
 
 
-def exchange(
-    coordinator: Coordinator, who: RangeHolder, link: LinkDemand, now_s: float, **more: HostDemand
-) -> RangeUpdate | None:
-    report = who.report(link, now_s, **more)
+def exchange(coordinator: Coordinator, who: RangeHolder, link: LinkDemand, now_s: float) -> RangeUpdate | None:
+    report = who.report(link, now_s)
     assert coordinator.on_replica_report(report, now_s) != "old"
     update = coordinator.update_for(report, now_s)
     if update is not None:
@@ -125,22 +121,27 @@ def test_minima_that_do_not_fit_share_the_bus_and_say_so(coordinator):
     assert a.allowed(13).link_bytes_per_s == b.allowed(13).link_bytes_per_s == BUS // 2
 
 
-def test_host_memory_is_shared_fairly_and_what_is_held_comes_first(coordinator):
-    a, b = holder("a"), holder("b")
-    link = demand(0, 1)
-    exchange(coordinator, a, link, 11, host=HostDemand(wanted_bytes=400))
-    exchange(coordinator, b, link, 11)
-    exchange(coordinator, a, link, 11, host=HostDemand(wanted_bytes=400))
-    assert a.allowed(11).host_bytes == 0, "b has not been heard since it heard of this life: it may hold anything"
-    exchange(coordinator, b, link, 12)
-    exchange(coordinator, a, link, 12, host=HostDemand(wanted_bytes=400))
-    assert a.allowed(12).host_bytes == 400
-    exchange(coordinator, b, link, 13, host=HostDemand(wanted_bytes=300))
-    assert b.allowed(13).host_bytes == 100, "a may hold 400 until it has said otherwise"
-    exchange(coordinator, a, link, 14, host=HostDemand(held_bytes=200, wanted_bytes=400))
-    exchange(coordinator, a, link, 15, host=HostDemand(held_bytes=200, wanted_bytes=400))
-    exchange(coordinator, b, link, 15, host=HostDemand(wanted_bytes=300))
-    assert (a.allowed(15).host_bytes, b.allowed(15).host_bytes) == (250, 250)
+def test_what_has_been_promised_is_not_given_to_others(coordinator):
+    """Promised memory is a higher k_min; an update from before that, which takes it away, is dropped."""
+    a, b, wanted = holder("a"), holder("b"), demand(0, 100, step_s=1.0)
+    looser = demand(0, 200, step_s=2.0)  # each of its bytes costs half as much: all that is free should be its own
+    for now_s in (11, 12):
+        exchange(coordinator, a, wanted, now_s)
+    assert a.allowed(12).fallback_bytes_per_s == BUS // 2
+    coordinator.on_replica_report(b.report(looser, 12), 12)
+    before = a.report(wanted, 12)
+    coordinator.on_replica_report(before, 12)
+    update = coordinator.update_for(before, 12)
+    assert update.allowed.link_bytes_per_s < 400
+    promised = demand(40, 100)
+    assert not a.apply(update, 12, promised)
+    for now_s in (13, 14):
+        exchange(coordinator, a, promised, now_s)
+        exchange(coordinator, b, looser, now_s)
+    assert a.k_range(promised, 14) == (40, 40)
+    assert b.allowed(14).link_bytes_per_s == 600
+    exchange(coordinator, a, wanted, 15)
+    assert a.allowed(15).link_bytes_per_s < 400, "the promise has been kept"
 
 
 def test_a_repeated_report_or_an_older_one_is_left_unanswered(coordinator):

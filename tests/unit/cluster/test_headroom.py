@@ -141,6 +141,21 @@ class TestRanking:
         board.begun("1")
         assert board.place(ask("2")) == "a"
 
+    def test_a_smaller_one_may_wait_beside_it_and_pass(self):
+        board = board_of(report("a", promises=others(1000, requests=4)))
+        assert board.place(ask("1", 100)) == "a"
+        assert board.place(ask("2", 100)) is None
+        assert board.place(ask("3", 99)) == "a"
+        assert board.place(ask("4", 10)) is None, "no more than one"
+        board.begun("3")
+        assert board.place(ask("4", 10)) == "a"
+
+    def test_of_a_replica_that_says_nothing_nobody_knows_whether_one_may_pass(self):
+        board = board_of()
+        board.observe({"a": None})
+        assert board.place(ask("1", 100)) == "a"
+        assert board.place(ask("2", 10)) is None
+
     def test_order_is_the_place_first_and_the_rest_behind(self):
         board = board_of(report("a"), report("b"), report("c", 300))
         placed = board.place(ask("1"))

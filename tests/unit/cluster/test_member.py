@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -16,8 +17,9 @@ from cluster.node_messages import HostAnswer, HostClaim
 from selectn_core.config import SloConfig
 from selectn_core.engine import Engine
 from selectn_core.errors import HostMemoryExceeded
+from selectn_core.record_cache import performance_record
 from tests.tiny_models import tiny_model
-from tests.unit.engines import engine_config
+from tests.unit.engines import engine_config, greedy
 
 TIMEOUT_S, LEASE_S = 30.0, 2.0
 CAPACITY, BUS_BYTES_PER_S = 1 << 30, 10**9
@@ -36,8 +38,6 @@ class Node:
             sequence=1,
             heard_life=1,
             buses=(bus,),
-            host_limit_bytes=CAPACITY,
-            host_available_bytes=CAPACITY,
         )
         self.core.on_node_report(state, now_s)
         self.fault: Callable[[], object] = lambda: None
@@ -163,19 +163,19 @@ def test_ranges_reach_the_engine_and_lapse_to_the_fallback(node, member, engine)
     assert snapshot["range"] == [3, 3], "a plan by hand is what it wants"
     assert snapshot["epoch"]["life"] == 1
     assert 0 < snapshot["lease_left_s"] <= LEASE_S
-    assert engine._link_share.bytes_per_s == BUS_BYTES_PER_S
-    assert engine._link_share.guaranteed_bytes_per_s == BUS_BYTES_PER_S // 2
-    assert engine._link_share.max_offloaded_bytes == 3 * max(unit.num_bytes for unit in engine.units)
+    assert engine.link_share.bytes_per_s == BUS_BYTES_PER_S
+    assert engine.link_share.guaranteed_bytes_per_s == BUS_BYTES_PER_S // 2
+    assert engine.link_share.max_offloaded_bytes == 3 * max(unit.num_bytes for unit in engine.units)
     node.fault = fail
     wait_until(lambda: member.snapshot()["lease_left_s"] is None)
-    wait_until(lambda: engine._link_share.bytes_per_s == BUS_BYTES_PER_S // 2)
+    wait_until(lambda: engine.link_share.bytes_per_s == BUS_BYTES_PER_S // 2)
 
 
 def test_before_it_has_a_share_it_offloads_what_it_must(node, member, engine):
     node.fault = fail
     member.join(engine, "b")
     assert engine.fewest_offloaded(2).num_offloaded == 0
-    assert engine._link_share.max_offloaded_bytes == 0
+    assert engine.link_share.max_offloaded_bytes == 0
 
 
 def test_other_objectives_are_another_demand(node, member, engine):
@@ -186,6 +186,34 @@ def test_other_objectives_are_another_demand(node, member, engine):
         wait_until(lambda: node.core.status(time.monotonic()).replicas[0].link.step_s == 0.05)
     finally:
         engine.set_objectives(SloConfig(ttft_ms=1000, tpot_ms=100))
+
+
+def test_what_requests_were_promised_is_what_it_needs_of_its_bus(node, member, tmp_path, monkeypatch):
+    """Its k_min, so that nobody else is given it: while requests need it, and a little longer."""
+    monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
+    config = replace(engine_config("auto", kv_tokens=64, max_requests=16), slo=SloConfig(ttft_ms=1e5, tpot_ms=1e5))
+    engine = Engine(tiny_model("llama"), config)
+    engine.steer(performance_record(engine, budget_s=1.0))
+
+    def k_min() -> int | None:
+        replicas = node.core.status(time.monotonic()).replicas
+        return replicas[0].link.k_min if replicas else None
+
+    try:
+        member.join(engine, "b")
+        wait_until(lambda: k_min() == 0)
+        handles = [engine.submit([5], greedy(60)) for _ in range(12)]  # nothing generates: they wait
+        needed = engine.promises.num_offloaded
+        assert needed > 0
+        wait_until(lambda: k_min() == needed)
+        assert member.snapshot()["range"][0] == needed
+        for handle in handles:
+            handle.cancel()
+        assert engine.promises.num_offloaded == 0
+        wait_until(lambda: k_min() == 0)
+    finally:
+        member.stop()
+        engine.close()
 
 
 def test_it_says_goodbye_to_both(node, member, engine):

@@ -77,20 +77,6 @@ def test_a_bus_whose_rate_is_not_known_is_not_divided():
     assert [each.bus_id for each in state.buses] == ["two"]
 
 
-@pytest.mark.parametrize(
-    ("ledger", "memory", "expected"),
-    [
-        (ledger_of(), MEMORY, (80, 60)),
-        (None, MEMORY, (100, 60)),
-        (None, UNKNOWN, (0, 0)),
-        (ledger_of(), UNKNOWN, (80, 0)),
-    ],
-)
-def test_host_memory_is_what_the_ledger_may_give_out(ledger, memory, expected):
-    state = node_state(report(ledger=ledger, memory=memory), heard_life=0, num_sharing=1)
-    assert (state.host_limit_bytes, state.host_available_bytes) == expected
-
-
 def test_a_restarted_agents_reports_are_newer_than_its_predecessors():
     before, after = report(at_s=1e9), replace(report(at_s=1e9 + 0.2), agent_id="another", sequence=0)
     states = [node_state(each, heard_life=0, num_sharing=1) for each in (before, after)]

@@ -4,21 +4,26 @@ Time is the machine's own. Each process has a monotonic clock of its own with an
 to `CLOCK_DRIFT`. Messages are kept for as long as hypothesis likes, across restarts.
 
 Safety, after every step: what the replicas of a bus may do, a crashed one's successor included, never exceeds the bus,
-nor what they hold the node's host memory. Liveness, at the end: when messages flow again, ranges are those of the
-allocation.
+nor what they use the node's host memory; and what a replica has promised to its requests stays possible for it.
+Liveness, at the end: when messages flow again, ranges are those of the allocation.
+
+Claims on host memory are calls between processes of one node: they come in order, but their answers may be lost, and
+the agent may be restarted at any time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from cluster.bus_allocation import allocate_bus, max_min_shares, unit_cost_bytes_per_s
+from cluster.bus_allocation import allocate_bus, unit_cost_bytes_per_s
 from cluster.coordinator import Coordinator, CoordinatorConfig
-from cluster.messages import BusState, HostDemand, LinkDemand, NodeState, RangeUpdate, ReplicaReport
+from cluster.host_claims import CLAIM_LEASE_S, HostClaims
+from cluster.messages import BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
+from cluster.node_messages import HostClaim
 from cluster.range_holder import RangeHolder
 
 NUM_DEVICES, BUS, HOST = 3, 1000, 500
@@ -38,13 +43,21 @@ DEMANDS = st.builds(
 
 @dataclass
 class Replica:
-    """A replica that uses all it may, as far as it has a use for it."""
+    """A replica that uses all it may, as far as it has a use for it.
+
+    `promised`: units with which its requests' memory is there to their end. `host`: what it knows to be granted.
+    """
 
     holder: RangeHolder
     clock: tuple[float, float]
     link: LinkDemand
-    host_wanted: int
-    host_held: int = 0
+    promised: int = 0
+    host: HostClaim | None = None
+
+    @property
+    def demand(self) -> LinkDemand:
+        k_min = max(self.link.k_min, self.promised)
+        return replace(self.link, k_min=k_min, k_max=max(k_min, self.link.k_max))
 
 
 @dataclass
@@ -52,6 +65,7 @@ class Agent:
     """A node's agent. It sees its node's processes, whatever the network does."""
 
     sequence: int
+    claims: HostClaims
     heard_life: int = 0
 
 
@@ -79,10 +93,10 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.true_s, self.num_started, self.num_lives, self.has_gone_back = 0.0, 0, 0, False
         self.tells_replicas = tells_replicas
         self.world = World()
-        self.agent = Agent(sequence=0)
+        self.agent = Agent(sequence=0, claims=self.new_claims(-CLAIM_LEASE_S))
         self.restart_coordinator(clock, False)
         for slot, (replica_clock, link) in enumerate(replicas):
-            self.start_replica(slot, replica_clock, link, HOST)
+            self.start_replica(slot, replica_clock, link)
         self.all_is_well(14 if replicas else 0, frozenset(range(NUM_DEVICES)), True)
 
     # -- what happens -------------------------------------------------------------------------------------------
@@ -97,23 +111,48 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.clock = clock
         self.coordinator = Coordinator(CONFIG, life=life, now_s=self.at(clock))
 
-    @rule(slot=SLOTS, clock=CLOCKS, link=DEMANDS, host_wanted=st.integers(0, HOST))
-    def start_replica(self, slot, clock, link, host_wanted):
+    @rule(slot=SLOTS, clock=CLOCKS, link=DEMANDS)
+    def start_replica(self, slot, clock, link):
         """On a device without one, or in the place of one that died."""
         self.num_started += 1
         holder = RangeHolder(replica_id=f"r{self.num_started}", node_id="n", bus_id="b")
-        self.world.replicas[slot] = Replica(holder, clock, link, host_wanted)
+        self.world.replicas[slot] = Replica(holder, clock, link)
 
     @rule(slot=SLOTS)
     def stop_replica(self, slot):
         replica = self.world.replicas.pop(slot, None)
         if replica is not None:
             self.send(replica.holder.report(replica.link, self.at(replica.clock), is_leaving=True))
+            self.agent.claims.release(replica.holder.replica_id)
 
-    @rule(slot=SLOTS, link=DEMANDS, host_wanted=st.integers(0, HOST))
-    def change_demand(self, slot, link, host_wanted):
+    @rule(slot=SLOTS, link=DEMANDS)
+    def change_demand(self, slot, link):
+        """Another objective is another promise: what was promised by the old one is over."""
         if slot in self.world.replicas:
-            self.world.replicas[slot].link, self.world.replicas[slot].host_wanted = link, host_wanted
+            self.world.replicas[slot].link, self.world.replicas[slot].promised = link, 0
+
+    @rule(slot=SLOTS, share=st.floats(0, 1))
+    def promise(self, slot, share):
+        """Requests are let in, or end: what they need is streamed within what is guaranteed."""
+        if slot in self.world.replicas:
+            replica = self.world.replicas[slot]
+            guaranteed = replica.holder.allowed(self.at(replica.clock)).fallback_bytes_per_s
+            replica.promised = int(share * guaranteed) // unit_cost_bytes_per_s(replica.link)
+
+    @rule(slot=SLOTS, num_bytes=st.integers(0, HOST), answer_is_lost=st.booleans())
+    def claim_host(self, slot, num_bytes, answer_is_lost):
+        """The memory is used from when the answer is there; less is used before it is given back."""
+        if slot not in self.world.replicas:
+            return
+        replica = self.world.replicas[slot]
+        if replica.host is not None and num_bytes < replica.host.own_bytes:
+            replica.host = replace(replica.host, own_bytes=num_bytes)
+        claim = HostClaim(
+            replica_id=replica.holder.replica_id, bus_id="b", pid=0, process_started_unix_s=0.0, own_bytes=num_bytes
+        )
+        answer = self.agent.claims.claim(claim, self.true_s)
+        if answer.refusal is None and not answer_is_lost:
+            replica.host = claim
 
     @rule(slot=SLOTS)
     def report(self, slot):
@@ -122,7 +161,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule()
     def restart_agent(self):
-        self.agent = Agent(sequence=self.agent.sequence + 1000)
+        self.agent = Agent(sequence=self.agent.sequence + 1000, claims=self.new_claims(self.true_s))
 
     @rule()
     def report_node(self):
@@ -146,14 +185,16 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule(slot=SLOTS, link=DEMANDS, answer_is_late=st.booleans())
     def exchange_with_other_demand(self, slot, link, answer_is_late):
-        self.change_demand(slot, link, HOST)
+        self.change_demand(slot, link)
         self.exchange(slot, answer_is_late)
 
-    @rule(slot=SLOTS, answer_is_late=st.booleans())
-    def exchange(self, slot, answer_is_late):
-        """A report that arrives, and its answer, unless that takes its time."""
+    @rule(slot=SLOTS, answer_is_late=st.booleans(), share=st.none() | st.just(1.0))
+    def exchange(self, slot, answer_is_late, share=None):
+        """A report that arrives, what may be promised meanwhile, and the answer, unless that takes its time."""
         if slot in self.world.replicas:
             answer = self.receive(self.report_of(self.world.replicas[slot]))
+            if share is not None:
+                self.promise(slot, share)
             if answer_is_late:
                 self.send(answer)
             else:
@@ -163,7 +204,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     def all_is_well(self, seconds, slots, with_agent):
         """For some, for a while; the others are cut off. What was in flight stays there."""
         for _ in range(seconds):
-            self.true_s += 1.0
+            self.time_passes(1.0)
             if with_agent:
                 report = self.node_report()
                 self.receive(self.receive(report))
@@ -175,7 +216,13 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.one_of(st.floats(0, 1), st.floats(0, 12)))
     def time_passes(self, seconds):
-        self.true_s += seconds
+        """Replicas renew their claims every second, and the agent looks who lives."""
+        while seconds > 0:
+            self.true_s, seconds = self.true_s + min(1.0, seconds), seconds - 1.0
+            for replica in self.world.replicas.values():
+                if replica.host is not None:
+                    self.agent.claims.claim(replace(replica.host, is_renewal=True), self.true_s)
+            self.agent.claims.sweep(self.true_s)
 
     @rule()
     def lose_everything(self):
@@ -193,13 +240,18 @@ class ProtocolMachine(RuleBasedStateMachine):
             return
         allowed = [each.holder.allowed(self.at(each.clock)) for each in self.world.replicas.values()]
         assert sum(each.link_bytes_per_s for each in allowed) <= BUS
-        assert sum(each.host_bytes for each in allowed) <= HOST
-        for replica in self.world.replicas.values():
-            budget = replica.holder.allowed(self.at(replica.clock)).host_bytes
-            if replica.host_held <= budget:  # what is in use is given back in its own time
-                replica.host_held = min(budget, replica.host_wanted)
-        held = sum(each.host_held for each in self.world.replicas.values())
-        assert held <= HOST
+        self.agent.claims.check_integrity()
+        used = [each.host.own_bytes for each in self.world.replicas.values() if each.host is not None]
+        assert sum(used) <= HOST
+
+    @invariant()
+    def what_was_promised_stays_possible(self):
+        """Unless the bus has less than all minima together, which the coordinator says."""
+        for replica in self.world.replicas.values() if hasattr(self, "world") else ():
+            allowed, needed = replica.holder.allowed(self.at(replica.clock)), replica.promised
+            needed *= unit_cost_bytes_per_s(replica.link)
+            is_possible = needed <= min(allowed.link_bytes_per_s, allowed.fallback_bytes_per_s)
+            assert is_possible or replica.holder.problem is not None
 
     def teardown(self):
         """Messages flow again: everybody has what the allocation of all demands gives, and a lease."""
@@ -210,17 +262,16 @@ class ProtocolMachine(RuleBasedStateMachine):
         assert all(each.holder.has_lease(self.at(each.clock)) for each in live.values())
         if not live or not self.tells_replicas:
             return  # the share of those who may be there is kept for them
-        minimum = sum(r.link.k_min * unit_cost_bytes_per_s(r.link) for r in live.values())
+        minimum = sum(r.demand.k_min * unit_cost_bytes_per_s(r.link) for r in live.values())
         if minimum > BUS:
             assert all(each.holder.problem for each in live.values())
             return
-        best = allocate_bus({name: each.link for name, each in live.items()}, BUS)
-        ranges = {name: each.holder.k_range(each.link, self.at(each.clock)) for name, each in live.items()}
+        best = allocate_bus({name: each.demand for name, each in live.items()}, BUS)
+        ranges = {name: each.holder.k_range(each.demand, self.at(each.clock)) for name, each in live.items()}
         total = sum(k_max for _, k_max in ranges.values()) * UNIT
         assert total >= 0.99 * best.host_bytes
-        budgets = {name: each.holder.allowed(self.at(each.clock)).host_bytes for name, each in live.items()}
-        wanted = {name: each.host_wanted for name, each in live.items()}
-        assert sum(budgets.values()) == sum(max_min_shares(HOST, wanted).values())
+        known = {each.replica_id for each in self.agent.claims.report(self.true_s).replicas}
+        assert {name for name, each in live.items() if each.host is not None} <= known <= set(live)
 
     # -- mechanics ----------------------------------------------------------------------------------------------
 
@@ -229,8 +280,13 @@ class ProtocolMachine(RuleBasedStateMachine):
         return offset_s + self.true_s * speed
 
     def report_of(self, replica: Replica) -> ReplicaReport:
-        host = HostDemand(held_bytes=replica.host_held, wanted_bytes=replica.host_wanted)
-        return replica.holder.report(replica.link, self.at(replica.clock), host=host)
+        return replica.holder.report(replica.demand, self.at(replica.clock))
+
+    def new_claims(self, now_s: float) -> HostClaims:
+        return HostClaims(HOST, is_alive=self.is_alive, now_s=now_s)
+
+    def is_alive(self, claim: HostClaim) -> bool:
+        return any(each.holder.replica_id == claim.replica_id for each in self.world.replicas.values())
 
     def node_report(self) -> NodeState:
         self.agent.sequence += 1
@@ -246,8 +302,6 @@ class ProtocolMachine(RuleBasedStateMachine):
             sequence=self.agent.sequence,
             heard_life=self.agent.heard_life,
             buses=(bus,),
-            host_limit_bytes=HOST,
-            host_available_bytes=HOST,
         )
 
     def send(self, message: Message | None) -> None:
@@ -266,7 +320,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             return NodeAnswer(sequence=message.sequence, life=self.coordinator.life)
         if isinstance(message, RangeUpdate):
             for replica in self.world.replicas.values():
-                replica.holder.apply(message, self.at(replica.clock))
+                replica.holder.apply(message, self.at(replica.clock), replica.demand)
         elif message is not None and message.sequence == self.agent.sequence:
             self.agent.heard_life = message.life
         return None

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.coordinator import Coordinator, CoordinatorConfig
-from cluster.messages import Allowance, BusState, HostDemand, LinkDemand, NodeState, RangeUpdate, ReplicaReport
+from cluster.messages import Allowance, BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
 from cluster.range_client import RangeClient
 from cluster.range_holder import RangeHolder
 
@@ -25,9 +25,7 @@ class LocalCoordinator:
         now_s = time.monotonic()
         self.core = Coordinator(config, life=1, now_s=now_s - 2 * LEASE_S)
         bus = BusState(bus_id="b", bytes_per_s=1000, num_devices=2, replica_ids=("a",))
-        report = NodeState(
-            node_id="n", sequence=1, heard_life=1, buses=(bus,), host_limit_bytes=500, host_available_bytes=500
-        )
+        report = NodeState(node_id="n", sequence=1, heard_life=1, buses=(bus,))
         self.core.on_node_report(report, now_s)
         self.fault: Callable[[], object] = lambda: None
         self.lock = threading.Lock()
@@ -76,13 +74,9 @@ def client(coordinator, told):
 
 def test_a_range_and_the_range_after_a_change_of_demand(client, told):
     told.wait_for(1000, (1, 30))
-    client.set_demand(link=LinkDemand(k_min=2, k_max=40, unit_bytes=10, step_s=0.25), host=HostDemand(wanted_bytes=9))
+    client.set_demand(link=LinkDemand(k_min=2, k_max=40, unit_bytes=10, step_s=0.25))
     told.wait_for(1000, (2, 25))
     assert client.state.has_lease
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while client.state.allowed.host_bytes != 9:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def test_it_falls_back_while_calls_hang_and_recovers(client, coordinator, told):

@@ -77,6 +77,27 @@ def test_with_room_it_is_immediate_and_the_end_of_one_lets_in_the_next():
     run(check())
 
 
+def test_a_smaller_one_passes_those_that_cannot_be_placed():
+    async def check():
+        case = Case()
+        case.report(promises=FULL)
+        await case.enter(400)  # at the door
+        large, same, small = case.enter(500), case.enter(400), case.enter(100)
+        await settle()
+        assert [each.done() for each in (large, same, small)] == [False, False, True]
+        another = case.enter(50)
+        await settle()
+        assert not another.done(), "one beside the first"
+        small.result().begun()
+        await settle()
+        assert [each.done() for each in (large, same, another)] == [False, False, True]
+        case.report(kv_capacity_tokens=2000)
+        await settle()
+        assert large.done(), "whoever was passed is still the first"
+
+    run(check())
+
+
 def test_a_report_lets_in_who_waits():
     async def check():
         case = Case()

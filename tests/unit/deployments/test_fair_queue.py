@@ -72,6 +72,29 @@ def test_keys_that_wait_are_served_alike(sizes, num_keys):
         assert max(served.values()) - min(served.values()) <= max(sizes)
 
 
+@given(ARRIVALS, st.integers(1, 1000))
+def test_the_head_below_a_size_is_the_first_in_order_that_is_smaller(arrivals, below_tokens):
+    """Of the order in which flows come next, and of each flow its first."""
+    queue: FairQueue[int] = FairQueue(100)
+    inside = fill(queue, arrivals)
+    found = queue.head(below_tokens)
+    smaller = [each for each in inside if each.tokens < below_tokens]
+    assert (found is None) == (not smaller)
+    if found is not None:
+        mine = [each for each in smaller if (each.key, each.priority) == (found.key, found.priority)]
+        assert found is mine[0]
+        queue.serve(found)
+        assert found not in drain(queue)
+
+
+def test_who_passes_is_served_and_its_key_comes_later_for_it():
+    queue: FairQueue[int] = FairQueue(100)
+    for number, (key, tokens) in enumerate([("a", 900), ("b", 900), ("a", 50), ("b", 50)]):
+        queue.push(entry(number, key, tokens=tokens))
+    queue.serve(queue.head(below_tokens=900))
+    assert [each.item for each in drain(queue)] == [1, 0, 3]
+
+
 def test_a_flood_of_one_key_does_not_hold_up_another():
     queue: FairQueue[int] = FairQueue(100)
     for number in range(50):

@@ -1,0 +1,77 @@
+"""What requests may be promised: the memory that stays theirs to their end, and what must be offloaded for it.
+
+A request that has begun needs KV cache until it ends, so it may only count on memory that nobody can take away. With a
+policy that is what the *guaranteed* share of the link frees: streamed in time even when the coordinator's lease has run
+out. Host memory takes nothing from it: the host's copy of every unit, and the room for swapped KV, are reserved before
+the engine serves (`ReserveHost`), however few units are offloaded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from selectn_core.placement import OffloadPlan
+from selectn_core.planner import fewest_offloaded, unmeasured_plan
+from selectn_core.steering import LinkShare
+
+if TYPE_CHECKING:
+    from selectn_core.engine import Engine
+
+
+class Promises:
+    """An engine's; any thread may ask."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._cut: tuple[tuple[int, int], OffloadPlan] | None = None  # (units at most, slots), and the plan for it
+
+    @property
+    def plan(self) -> OffloadPlan:
+        """The plan whose memory requests may count on: the one by hand or of a policy that keeps to one, or what the
+        guaranteed share streams in time.
+
+        The policy says what that is when it plans a step. What the coordinator has said since then counts at once, also
+        on an engine that plans none for want of requests, if it is less: no more units than its range has, and no more
+        than the guaranteed share streams within the TPOT objective (w k / B <= T, which no schedule beats).
+        """
+        engine, steering, share = self._engine, self._engine.steering, self._engine.link_share
+        if steering is None:
+            return engine.target_plan
+        plan = steering.guaranteed_plan
+        if share is None or not steering.controller.policy.adapts:
+            return plan
+        most_bytes = most_streamed_bytes(share, steering.objectives.tpot_s)
+        if sum(engine.units[index].num_bytes for index in plan.offloaded) <= most_bytes:
+            return plan
+        most = int(most_bytes // max(unit.num_bytes for unit in engine.units))
+        asked = (most, plan.num_slots)
+        if self._cut is None or self._cut[0] != asked:
+            least = engine.fewest_offloaded(plan.num_slots)
+            cut = unmeasured_plan(engine.units, most, plan.num_slots)
+            self._cut = asked, cut if most > least.num_offloaded else least
+        return self._cut[1]
+
+    @property
+    def num_offloaded(self) -> int:
+        """k_min with what is promised now: the fewest units offloaded with which requests have memory to their end.
+
+        What several are promised together is never more than `plan` has; what they hold already counts whatever it has.
+        """
+        engine = self._engine
+        sectors_for, plan = engine.batching.geometry.sectors_for_request, self.plan
+        handles = engine.handles()
+        at_their_ends = sum(sectors_for(each.max_total_tokens) for each in handles)
+        held = sum(sectors_for(each.num_prompt_tokens + each.num_tokens) for each in handles if each.num_tokens)
+        longest = max((sectors_for(each.max_total_tokens) for each in handles), default=0)
+        num_sectors = max(min(at_their_ends, engine.kv_sectors(plan)), held, longest)
+        budget = (engine.arena.num_sectors - num_sectors) * engine.arena.sector_bytes
+        round_up = engine.arena.round_up
+        needed = fewest_offloaded(engine.units, plan.num_slots, budget, round_up=round_up)
+        return needed.num_offloaded if needed is not None else len(engine.units)
+
+
+def most_streamed_bytes(share: LinkShare, tpot_s: float) -> float:
+    """Bytes of units that may be offloaded whatever happens: within the range, and streamed by the guaranteed share."""
+    in_range = math.inf if share.max_offloaded_bytes is None else share.max_offloaded_bytes
+    return min(in_range, share.guaranteed_bytes_per_s * tpot_s)
