@@ -38,7 +38,7 @@ class BusAllocation:
     """Units offloaded per replica, the bytes of host memory that is, and the most that any allocation can use.
 
     `bound_bytes` is larger than `host_bytes` by what fairness (`tie_bytes`) or the previous allocation was worth,
-    and where the search was cut short by what it has left open (benchmarks/bench_bus.py: 0.03 % at most).
+    and where the search was cut short by what it has left open (benchmarks/bench_bus.py: 0.08 % at most).
     """
 
     num_offloaded: dict[str, int]

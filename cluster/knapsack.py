@@ -61,7 +61,6 @@ class Knapsack:
         bound = search.best if complete else search.bound
         return Packing(counts=search.best_counts, value=search.best * self._grain, bound=bound * self._grain)
 
-
     def may_have(self, limits: Sequence[int], room: int, *, at_least: int) -> list[bool]:
         """Of each kind, whether a packing worth `at_least` may have one of it. False: none has; True: not ruled out."""
         search = _Search(self._values, self._costs, limits, room, Nodes(left=0))

@@ -156,7 +156,7 @@ def test_those_with_a_looser_objective_offload_more():
 
 @pytest.mark.parametrize("seed", range(12))
 def test_sixty_four_that_all_differ_get_nearly_the_most_that_there_can_be(seed):
-    """Where the search is cut short, `bound_bytes` is what no allocation exceeds, and 0.1 % of it are missing at most."""
+    """Where the search is cut short, `bound_bytes` is what no allocation exceeds, and 0.1 % of it missing at most."""
     generator = random.Random(seed)
     step_s = {0: lambda: 0.1, 1: lambda: generator.uniform(0.03, 0.4)}[seed % 2]
     demands = {
