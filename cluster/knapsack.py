@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cmp_to_key
 from itertools import accumulate
 from math import gcd
+from operator import mul
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +61,23 @@ class Knapsack:
         bound = search.best if complete else search.bound
         return Packing(counts=search.best_counts, value=search.best * self._grain, bound=bound * self._grain)
 
+    def may_have(self, limits: Sequence[int], room: int, *, at_least: int) -> list[bool]:
+        """Of each kind, whether a packing worth `at_least` may have one of it. False: none has; True: not ruled out."""
+        search = _Search(self._values, self._costs, limits, room, Nodes(left=0))
+        wanted = -(-at_least // self._grain)
+        return [
+            limit > 0 and cost <= room and value + search.bound_from(0, room - cost) >= wanted
+            for value, cost, limit in zip(self._values, self._costs, limits, strict=True)
+        ]
+
 
 class _Search:
     """One search, depth first: most of the most efficient kind first."""
 
     def __init__(self, values: list[int], costs: list[int], limits: Sequence[int], room: int, nodes: Nodes) -> None:
         self.values, self.costs, self.limits = values, costs, limits
-        self.cost_before = [0, *accumulate(cost * limit for cost, limit in zip(costs, limits, strict=True))]
-        self.value_before = [0, *accumulate(value * limit for value, limit in zip(values, limits, strict=True))]
+        self.cost_before = list(accumulate(map(mul, costs, limits), initial=0))
+        self.value_before = list(accumulate(map(mul, values, limits), initial=0))
         self.counts = [0] * len(values)
         self.best_counts: list[int] | None = None
         self.best = -1
@@ -85,9 +95,12 @@ class _Search:
 
     def take_greedily(self, room: int) -> None:
         """As many as fit of one kind after the other: what the search finds first, found faster."""
-        counts, value = [], 0
-        for own_value, own_cost, limit in zip(self.values, self.costs, self.limits, strict=True):
-            count = min(limit, room // own_cost)
+        cut = bisect_right(self.cost_before, room) - 1
+        counts, value, room = list(self.limits[:cut]), self.value_before[cut], room - self.cost_before[cut]
+        for own_value, own_cost, limit in zip(self.values[cut:], self.costs[cut:], self.limits[cut:], strict=True):
+            count = room // own_cost
+            if count > limit:
+                count = limit
             counts.append(count)
             room -= count * own_cost
             value += count * own_value

@@ -7,6 +7,7 @@ fewest units offloaded until it has a share, and with its fallback when it has l
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -40,6 +41,10 @@ _RETRY_S = 0.2
 _MAX_HISTORY = 256
 # What was lately promised counts as needed for so many reports more: requests that come and go make no new demand.
 _NEEDED_FOR = 10
+# Steps are planned to be a little shorter than they may be, so a unit takes more of the bus than k_min's part for it.
+_SURE = 1.15
+# Requests come and go: what they need has to fall by more than this share before less is asked for.
+_KEPT_SHARE = 1 / 3
 _GIB = 1 << 30
 
 
@@ -105,8 +110,8 @@ class Member:
         self._held_bytes = self._kv_bytes = 0
         self._host_problem: str | None = "the node's agent has not answered yet"
         self._engine: Engine | None = None
-        self._k_min = 0
-        self._needed: deque[int] = deque([0], maxlen=_NEEDED_FOR)  # units that requests needed offloaded, lately
+        self._k_min = self._wanted = 0
+        self._needed: deque[int] = deque([0], maxlen=_NEEDED_FOR)  # units that promises needed offloaded, lately
         self._range: RangeClient | None = None
         # (monotonic seconds, bytes/s, units at most) for people and tests: what was allowed, and when.
         self._history: deque[tuple[float, int, int]] = deque(maxlen=_MAX_HISTORY)
@@ -257,7 +262,8 @@ class Member:
         if engine is None or bus_id is None:
             return
         self._needed.append(engine.promises.num_offloaded)
-        link = link_demand(engine, max(self._k_min, *self._needed))
+        self._wanted = wanted_by_requests(engine, self._wanted)
+        link = link_demand(engine, max(self._k_min, *self._needed), self._wanted)
         if self._range is None and self._is_granted:
             holder = RangeHolder(replica_id=self._claim.replica_id, node_id=self._node_id, bus_id=bus_id)
             self._range = RangeClient(holder, self._exchange, self._apply, link=link, hold_s=self._hold_s)
@@ -287,17 +293,27 @@ def link_share(engine: Engine, bytes_per_s: float, guaranteed_bytes_per_s: float
     )
 
 
-def link_demand(engine: Engine, k_min: int) -> LinkDemand:
-    """What the engine wants of its bus: `k_min` units, which memory and its promises need, up to all, within its TPOT.
+def link_demand(engine: Engine, k_min: int, wanted: int = 0) -> LinkDemand:
+    """What the engine wants of its bus, within its TPOT objective: all units at most.
+
+    At least `k_min`, which memory and its promises need, and what its requests would like (`wanted`) if its equal share
+    of the bus carries that: so much is nobody else's, however much host memory they would use with it.
 
     A plan by hand wants what it is. Where no objective says how long a step may take, it takes an equal share's time.
     """
     unit_bytes, k_max = max(unit.num_bytes for unit in engine.units), len(engine.units)
     if engine.steering is None:
         k_min = k_max = max(k_min, engine.target_plan.num_offloaded)
-    objectives = engine.objectives
-    step_s = objectives.tpot_s if objectives is not None else max(1, k_max) * unit_bytes / equal_share(engine)
+    objectives, share = engine.objectives, equal_share(engine)
+    step_s = objectives.tpot_s if objectives is not None else max(1, k_max) * unit_bytes / share
+    k_min = max(k_min, min(wanted, k_max, int(share * step_s // unit_bytes)))
     return LinkDemand(k_min=k_min, k_max=k_max, unit_bytes=unit_bytes, step_s=step_s)
+
+
+def wanted_by_requests(engine: Engine, before: int) -> int:
+    """Units to be sure of for the requests in flight and those about to come; `before` while that is near."""
+    wanted = math.ceil(_SURE * engine.offloaded_for_requests())
+    return before if (1 - _KEPT_SHARE) * before <= wanted <= before else wanted
 
 
 def equal_share(engine: Engine) -> float:

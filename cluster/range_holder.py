@@ -51,7 +51,7 @@ class RangeHolder:
         return self.lease_end_s is not None
 
     def k_range(self, link: LinkDemand, now_s: float) -> tuple[int, int]:
-        """(k_min, k_max) of `link` under what is allowed now. k_min is the replica's own: its memory forces it."""
+        """(k_min, k_max) of `link` under what is allowed now. k_min is its own: memory or requests need it."""
         affordable = self.allowed(now_s).link_bytes_per_s // unit_cost_bytes_per_s(link)
         if self.lease_end_s is not None:
             affordable = min(affordable, self._k_max)

@@ -272,3 +272,25 @@ def test_activations_of_a_full_step_fit_what_is_left_to_them(family: str, unit: 
     peak = engine.device.peak_bytes(lambda: engine.batching.run_step([(limit - 7, 100), *[(1, 60)] * 7]))
     engine.close()
     assert 0 < peak <= engine.workspace_bytes
+
+
+def test_what_must_be_offloaded_for_the_requests_in_flight() -> None:
+    """With that many units offloaded all have room to their end, and some to come; with fewer they do not."""
+    engine = build(kv_tokens=48)
+    sectors_for = engine.batching.geometry.sectors_for_request
+    wanted = [engine.offloaded_for_requests()]
+    for prompt in PROMPTS:
+        engine.submit(prompt, greedy(MOST_TOKENS))
+        wanted.append(engine.offloaded_for_requests())
+    engine.close()
+    lengths = [len(prompt) + MOST_TOKENS for prompt in PROMPTS]
+    for num_requests, num_offloaded in enumerate(wanted[1:], 1):
+        sectors = [sectors_for(length) for length in lengths[:num_requests]]
+        num_more = min(num_requests // 4 + 1, 6 - num_requests)
+        needed = sum(sectors) + num_more * max(sectors)
+        have = [engine.kv_sectors(unmeasured_plan(engine.units, k, 1)) for k in range(NUM_LAYERS + 1)]
+        assert have[num_offloaded] >= needed or num_offloaded == NUM_LAYERS
+        assert all(fewer < needed for fewer in have[:num_offloaded])
+    assert wanted[0] == 0
+    assert wanted == sorted(wanted)
+    assert 0 < wanted[2] < NUM_LAYERS

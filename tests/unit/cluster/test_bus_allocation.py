@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Mapping
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import bus_allocation
 from cluster.bus_allocation import (
     KEEP_WITHIN,
     BusOvercommitted,
@@ -96,6 +98,10 @@ def test_equal_to_exhaustive_search(bus, tie_bytes):
     assert found.host_bytes == sum(shares(demands, counts))
     assert counts in optimal
     assert counts == fairest(demands, optimal, {})
+    with pytest.MonkeyPatch.context() as patch:  # small cases would never be raised level by level
+        patch.setattr(bus_allocation, "_FEW_UNITS", 0)
+        patch.setattr(bus_allocation, "_MANY_UNITS", 1)
+        assert allocate_bus(demands, capacity, tie_bytes=tie_bytes) == found
 
 
 @given(buses())
@@ -146,6 +152,37 @@ def test_a_newcomer_gets_its_part_of_a_full_bus():
 def test_those_with_a_looser_objective_offload_more():
     found = allocate_bus({"tight": demand(1, 30, 1000, 0.1), "loose": demand(1, 30, 1000, 0.4)}, 100_000)
     assert found.num_offloaded == {"tight": 2, "loose": 30}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sixty_four_that_all_differ_get_nearly_the_most_that_there_can_be(seed):
+    """Where the search is cut short, `bound_bytes` is what no allocation exceeds, and 0.1 % of it missing at most."""
+    generator = random.Random(seed)
+    step_s = {0: lambda: 0.1, 1: lambda: generator.uniform(0.03, 0.4)}[seed % 2]
+    demands = {
+        f"r{index:02}": demand(k := generator.randrange(4), k + generator.randrange(1, 76), size, step_s())
+        for index, size in enumerate(generator.sample(range(10_000_000, 900_000_000), 64))
+    }
+    least, most = (cost_of(demands, tuple(getattr(d, end) for d in demands.values())) for end in ("k_min", "k_max"))
+    capacity = int(least + generator.uniform(0.1, 0.9) * (most - least))
+    tie_bytes = min(d.unit_bytes for d in demands.values()) - 1
+    found = allocate_bus(demands, capacity, tie_bytes=tie_bytes)
+    counts = tuple(found.num_offloaded.values())
+    assert cost_of(demands, counts) <= capacity
+    assert all(d.k_min <= count <= d.k_max for d, count in zip(demands.values(), counts, strict=True))
+    assert 0.999 * found.bound_bytes - tie_bytes <= found.host_bytes <= found.bound_bytes
+    # A byte costs 1/T: no bytes can be worth more than the bus filled in the order of falling T, its last unit cut.
+    assert found.bound_bytes <= most_divisible_bytes(demands, capacity) + 1
+
+
+def most_divisible_bytes(demands: Mapping[str, LinkDemand], capacity: int) -> float:
+    room = capacity - cost_of(demands, tuple(d.k_min for d in demands.values()))
+    num_bytes = float(sum(d.k_min * d.unit_bytes for d in demands.values()))
+    for d in sorted(demands.values(), key=lambda d: d.unit_bytes / unit_cost_bytes_per_s(d), reverse=True):
+        units = min(d.k_max - d.k_min, room / unit_cost_bytes_per_s(d))
+        num_bytes += units * d.unit_bytes
+        room -= units * unit_cost_bytes_per_s(d)
+    return num_bytes
 
 
 def test_an_infeasible_set_says_who_is_over_and_by_how_much():

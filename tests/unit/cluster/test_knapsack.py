@@ -44,6 +44,20 @@ def test_whether_there_is_one_worth_so_much(kinds, room, at_least):
     assert found is None or found.value >= at_least
 
 
+@given(KINDS, st.integers(0, 300), st.integers(-5, 400))
+def test_a_kind_is_only_ruled_out_where_no_packing_has_it(kinds, room, at_least):
+    values, costs, limits = problem(kinds)
+    packings = [
+        counts
+        for counts in itertools.product(*(range(limit + 1) for limit in limits))
+        if sum(map(int.__mul__, counts, costs)) <= room and sum(map(int.__mul__, counts, values)) >= at_least
+    ]
+    may_have = Knapsack(values, costs).may_have(limits, room, at_least=at_least)
+    assert all(may or not any(counts[kind] for counts in packings) for kind, may in enumerate(may_have))
+    if at_least > sum(map(int.__mul__, values, limits)) + max(values):  # far more than there is: that much it sees
+        assert not any(may_have)
+
+
 @given(KINDS, st.integers(0, 300), st.integers(0, 5))
 def test_cut_short_it_says_what_it_left_open(kinds, room, num_nodes):
     values, costs, limits = problem(kinds)

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.coordinator import Coordinator, CoordinatorConfig
 from cluster.host_claims import HostClaims
-from cluster.member import Member, link_demand
+from cluster.member import Member, equal_share, link_demand, wanted_by_requests
 from cluster.messages import BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
 from cluster.node_messages import HostAnswer, HostClaim
 from selectn_core.config import SloConfig
@@ -229,6 +229,33 @@ def test_what_a_replica_wants_of_its_bus(engine):
     largest = max(unit.num_bytes for unit in engine.units)
     assert link_demand(engine, 0) == LinkDemand(k_min=3, k_max=3, unit_bytes=largest, step_s=0.1)
     assert link_demand(engine, 4).k_max == 4, "memory leaves no choice"
+
+
+def test_what_its_requests_need_is_asked_for_up_to_an_equal_share(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
+    engine = Engine(tiny_model("llama"), engine_config("auto"))
+    engine.steer(performance_record(engine, budget_s=2.0))
+    with engine:
+        engine.set_objectives(SloConfig(ttft_ms=1e6, tpot_ms=1e6))
+        assert [link_demand(engine, 1, wanted).k_min for wanted in (0, 3, 99)] == [1, 3, len(engine.units)]
+        one_unit_s = max(unit.num_bytes for unit in engine.units) / equal_share(engine)
+        engine.set_objectives(SloConfig(ttft_ms=1e6, tpot_ms=2.5 * one_unit_s * 1e3))
+        assert link_demand(engine, 1, 3).k_min == 2, "more than that others need not give up"
+        assert link_demand(engine, 3, 0).k_min == 3, "memory leaves no choice"
+
+
+def test_what_requests_need_rises_at_once_and_falls_when_it_has_fallen_far():
+    asked = [0]
+    for needed in (1, 8, 7, 9, 8, 7, 0):
+        asked.append(wanted_by_requests(Needing(needed), asked[-1]))
+    assert asked == [0, 2, 10, 10, 11, 11, 11, 0]
+
+
+class Needing:
+    """An engine's place, whose requests need `num_offloaded` units."""
+
+    def __init__(self, num_offloaded: int) -> None:
+        self.offloaded_for_requests = lambda: num_offloaded
 
 
 def test_without_objectives_a_replica_wants_an_equal_share():
