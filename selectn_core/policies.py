@@ -129,7 +129,7 @@ class Frontier:
                 return plan
         # Nothing is fast enough: as little as memory allows.
         least = next((c for c in candidates.by_offloaded if c.is_within(low, None)), candidates.by_freed[0])
-        return self._step(least, costs, link)[1]
+        return self._excess(least, key, costs, link)[1]
 
     def _excess(self, candidate: _Candidate, key: Hashable, costs: StepCosts, link: Link) -> tuple[float, OffloadPlan]:
         return self._remembered.get((id(candidate), key), partial(self._step, candidate, costs, link))
