@@ -23,8 +23,8 @@ from deployments.fair_queue import Entry, FairQueue, Priority, QueueFull
 MAX_RETRY_AFTER_S = 60.0
 # A prompt whose prefill alone takes up the objective may wait this share of it: it is late already, not by the queue.
 LEAST_WAIT_SHARE = 0.25
-# What it took at most from a place to the first text, beyond the prefill, of so many requests: waiting must leave it.
-NUM_STARTS = 64
+# What it lately took from a place to the first text, beyond the prefill: of so many requests, so many percent.
+NUM_STARTS, START_PERCENT = 64, 98
 # How many requests end within a time varies by about the root of their number: by so many such roots fewer may do so.
 SPREADS = 1.0
 # How many that cannot be placed, each smaller than the one before, are passed by at most in search of one that can.
@@ -202,7 +202,8 @@ class Admission:
 
     def _start_s(self) -> float:
         """From a place to the first text, beyond the prefill at its best: the step that runs, calls, threads."""
-        return max(self._starts_s, default=0.0)
+        ordered = sorted(self._starts_s)
+        return ordered[len(ordered) * START_PERCENT // 100] if ordered else 0.0
 
     def _refuse_what_is_hopeless(self, entry: Entry[_Waiter]) -> None:
         if self._config.max_queued_requests == 0:

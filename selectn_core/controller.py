@@ -88,6 +88,7 @@ class Controller:
         self._guaranteed: OffloadPlan | None = None
         self._guaranteed_for: object = None
         self._busy_steps = 0
+        self._is_prefill_held = False  # there is a prompt to compute, and no room for any of it beside who decodes
         self._is_broken = False  # the link gives less than is guaranteed, and steps are too long for it
         self._may_raise = 0
         self._last_usage: LinkUsage | None = None
@@ -109,6 +110,7 @@ class Controller:
             _BUSY_STEPS if load.is_full or len(load.fitting) < len(load.waiting) else max(0, self._busy_steps - 1)
         )
         tokens = self._chunk(load)
+        self._is_prefill_held = not tokens and any(each.prefill_tokens for each in load.fitting)
         may_begin = not batch or self._unloaded_s(StepShape.decode(batch + 1, kv_tokens)) <= self._limit_s
         self._planned = decode
         if tokens and batch:
@@ -260,6 +262,8 @@ class Controller:
         unloaded_s = self.times.expected_s(record.shape)
         unloaded_s *= slowed(unloaded_s, _bytes_copied(record), self.link.link, self._slowdown)
         self._scales[record.shape.is_decode_only].add((record.duration_s - record.stall_s) / unloaded_s)
+        if self._is_prefill_held:
+            self._scales[False].forget_worst()
 
     # -- prediction ---------------------------------------------------------------------------------------------
 

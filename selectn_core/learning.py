@@ -90,6 +90,15 @@ class ComputeScale:
     def add(self, ratio: float) -> None:
         """Takes in one step. One alone changes little."""
         self._recent.append(ratio)
+        self._update()
+
+    def forget_worst(self) -> None:
+        """For what such steps are said to take none is run: unless that is forgotten it stays so for ever."""
+        self._recent.remove(max(self._recent))
+        self._recent = self._recent or deque([1.0], maxlen=self._recent.maxlen)
+        self._update()
+
+    def _update(self) -> None:
         ordered = sorted(self._recent)
         self.middle = ordered[len(ordered) // 2]
         self.high = ordered[len(ordered) * 4 // 5]

@@ -142,6 +142,19 @@ def test_prefill_beside_decoding_is_cut_to_what_their_tpot_allows() -> None:
     assert machine.true.expected_s(shape) <= machine.tpot_s
 
 
+def test_prefill_is_not_held_for_ever_by_what_it_took_while_the_machine_was_disturbed() -> None:
+    """Steps with prefill took five times as long for a while; those that decode would go on for hours."""
+    machine = Machine(step_times(), tpot_s=2 * UNLOADED_S).run(20)
+    shape = StepShape.of([(16, 0)], [LENGTH] * BATCH)
+    for _ in range(24):
+        record = replace(machine._record(5 * step_times().expected_s(shape)), shape=shape, stall_s=0.0)
+        machine.controller.learn(record, machine.usage)
+    machine.waiting = [waiting(100, 1000.0)]
+    assert machine.controller.admit(machine.load(), machine.plan).prefill_tokens == 0
+    machine.run(30)
+    assert machine.controller.admit(machine.load(), machine.plan).prefill_tokens > 0
+
+
 def test_prefill_alone_is_not_cut() -> None:
     machine = Machine(step_times(), tpot_s=1.3 * UNLOADED_S)
     load = Load(now_s=0.0, decoding=(), waiting=[waiting(1000, 10.0)], mean_kv_tokens=1)
