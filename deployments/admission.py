@@ -24,7 +24,7 @@ MAX_RETRY_AFTER_S = 60.0
 # A prompt whose prefill alone takes up the objective may wait this share of it: it is late already, not by the queue.
 LEAST_WAIT_SHARE = 0.25
 # What it lately took from a place to the first text, beyond the prefill: of so many requests, so many percent.
-NUM_STARTS, START_PERCENT = 64, 98
+NUM_STARTS, START_PERCENT = 64, 95
 # How many requests end within a time varies by about the root of their number: by so many such roots fewer may do so.
 SPREADS = 1.0
 # How many that cannot be placed, each smaller than the one before, are passed by at most in search of one that can.
@@ -135,8 +135,7 @@ class Admission:
             async with asyncio.timeout(max(0.0, waiter.deadline_s - self._clock())):
                 replica_id = await waiter.placed
         except BaseException as error:
-            leave = self._queue.refuse if isinstance(error, ApiError | TimeoutError) else self._queue.discard
-            leave(entry)
+            self._queue.discard(entry)
             self.on_board(lambda board: board.end(claim.ask.request_id))
             if isinstance(error, TimeoutError):
                 raise self.overdue(claim) from None

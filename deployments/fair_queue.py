@@ -43,25 +43,20 @@ class _Flow(Generic[T]):
 
 @dataclass(kw_only=True)
 class _Class(Generic[T]):
-    """One priority: flows of keys that wait, and how far those are served that do not wait now.
-
-    `ahead`: they had more than their part; `refused`: they would have waited.
-    """
+    """One priority: flows of keys that wait, and how far the others were when they last waited."""
 
     served: float = 0.0
     now: float = 0.0
     flows: dict[str, _Flow[T]] = field(default_factory=dict)
-    ahead: dict[str, float] = field(default_factory=dict)
-    refused: dict[str, float] = field(default_factory=dict)
+    left: dict[str, float] = field(default_factory=dict)
 
     def start(self, key: str, tokens: int) -> float:
         """The virtual time at which a key begins that has nothing waiting.
 
-        Not to have waited gives no credit. To have been refused does, as much as one request of `tokens`: or a key
-        that comes less often than others, whose turn passes while it is away, would get less than they.
+        A key that was ahead still is. One that was behind gets no credit but one request of `tokens`: where few may
+        wait a key that comes seldom is often away, or refused, when its turn comes.
         """
-        behind = max(self.refused.get(key, self.now), self.now - tokens)
-        return max(min(self.now, behind), self.ahead.get(key, 0.0))
+        return max(self.left.get(key, self.now), self.now - tokens)
 
     def __len__(self) -> int:
         return sum(len(flow.entries) for flow in self.flows.values())
@@ -144,16 +139,6 @@ class FairQueue(Generic[T]):
             flow.entries.remove(entry)
             self._drop_if_empty(each, entry.key)
 
-    def refuse(self, entry: Entry[T]) -> None:
-        """Removes an entry that is refused; its key keeps its turn for the next one."""
-        each = self._classes[entry.priority]
-        flow = each.flows.get(entry.key)
-        if flow is not None and list(flow.entries) == [entry]:
-            each.refused[entry.key] = flow.served
-            if len(each.refused) > self._capacity:
-                del each.refused[next(iter(each.refused))]
-        self.discard(entry)
-
     def tokens_before(self, entry: Entry[T], coming: Mapping[Flow, float]) -> float:
         """About how many tokens are served before `entry`, the newest of its key, if as many come as `coming` says.
 
@@ -163,7 +148,7 @@ class FairQueue(Generic[T]):
         own, each = self._classes[entry.priority], self._classes[entry.priority].flows[entry.key]
         before = float(sum(other.tokens for other in each.entries if other is not entry))
         reaches = each.served + before
-        names = {*own.flows, *own.ahead, *(key for priority, key in coming if priority == entry.priority)}
+        names = {*own.flows, *own.left, *(key for priority, key in coming if priority == entry.priority)}
         tokens = before + sum(
             self._before_in_class(own, key, reaches, coming.get((entry.priority, key), 0.0), entry.tokens)
             for key in names - {entry.key}
@@ -204,8 +189,7 @@ class FairQueue(Generic[T]):
         flow = each.flows.get(entry.key)
         if flow is None:
             flow = each.flows[entry.key] = _Flow(served=each.start(entry.key, entry.tokens))
-            each.ahead.pop(entry.key, None)
-            each.refused.pop(entry.key, None)
+            each.left.pop(entry.key, None)
         return flow
 
     def _drop_if_empty(self, each: _Class[T], key: str) -> None:
@@ -213,10 +197,9 @@ class FairQueue(Generic[T]):
         if flow.entries:
             return
         del each.flows[key]
-        # What is behind the present is as good as new: only keys that are ahead of it need to be remembered.
-        each.ahead = {name: served for name, served in each.ahead.items() if served > each.now}
-        if flow.served > each.now and len(each.ahead) < self._capacity:
-            each.ahead[key] = flow.served
+        each.left[key] = flow.served
+        if len(each.left) > self._capacity:
+            del each.left[next(iter(each.left))]  # who has been away for longest
 
     def _victim(self, entry: Entry[T]) -> Entry[T] | None:
         lower = PRIORITIES[PRIORITIES.index(entry.priority) + 1 :]
