@@ -345,11 +345,11 @@ def _at(values: Sequence[float], percent: int) -> float:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)] if ordered else 0.0
 
 
-def _raw(outcome: Outcome, began_s: float) -> list[Any]:
-    """In `RAW` order, times from the part's beginning."""
+def _raw(outcome: Outcome, began_s: float) -> str:
+    """The values of `RAW`, times from the part's beginning."""
     first_s = None if outcome.first_s is None else round(outcome.first_s - began_s, 3)
     times_s = (round(outcome.sent_s - began_s, 3), first_s, round(outcome.ended_s - began_s, 3))
-    return [outcome.owner, outcome.priority, outcome.status, *times_s, outcome.num_tokens]
+    return " ".join(map(str, [outcome.owner, outcome.priority, outcome.status, *times_s, outcome.num_tokens]))
 
 
 def _print(rows: dict[str, dict[str, Any]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import gc
 import json
 import os
 import threading
@@ -200,7 +199,9 @@ def tracked_by_ingresses() -> list[dict[str, int]]:
     """What each ingress keeps of requests: how many it has sent, how many wait, and how many flows it remembers."""
 
     def count(_: Any) -> dict[str, int]:
-        (admission,) = [each for each in gc.get_objects() if isinstance(each, Admission)]
+        (listener,) = board_of("pair")._listeners
+        admission = listener.__self__
+        assert isinstance(admission, Admission)
         with board_of("pair").locked() as board:
             num_sent = len(board._sent)
         return {"sent": num_sent, "waiting": admission.num_waiting, "flows": len(admission._arrivals)}
