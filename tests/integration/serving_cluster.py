@@ -2,8 +2,7 @@
 
 Node "left" has a bus that two replicas share, node "right" one with a single replica; the head has the HTTP server, the
 ingress and Serve's controller. Each node has its shared memory in a directory of its own, as machines have. Where a
-stand-in NVML is given, "right" has GPUs; and it is where the coordinator and the agents' manager are, as long as it
-lives. Functions run in the driver's process; the cluster is a global of that process.
+stand-in NVML is given, "right" has GPUs. Functions run in the driver's process; the cluster is a global there.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ import psutil
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.coordinator import Coordinator, CoordinatorConfig, CoordinatorStatus
 from cluster.coordinator_actor import (
@@ -191,6 +189,9 @@ class AuditedCoordinator(CoordinatorActor):
     async def pid(self) -> int:
         return os.getpid()
 
+    async def node_id(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
     async def report_node(self, report: NodeState) -> int:
         self._states[report.node_id] = report
         return await super().report_node(report)
@@ -339,12 +340,11 @@ def start(pace: Pace, checkpoint: str, port: int, nvml: dict[str, str], with_gre
 
 
 def _detached(actor_class: type, name: str, *arguments: Any) -> None:
-    """As the product starts it, and on node "right" while that is there."""
-    on_right = NodeAffinitySchedulingStrategy(node_id=State.nodes["right"].node_id, soft=True)
+    """As the product starts it."""
     options: dict[str, Any] = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1}
     if actor_class is AuditedCoordinator:
         options["max_concurrency"] = MAX_WAITING_CALLS
-    ray.remote(actor_class).options(**options, num_cpus=0, scheduling_strategy=on_right).remote(*arguments)
+    ray.remote(actor_class).options(**options, num_cpus=0).remote(*arguments)
 
 
 def _profile(pace: Pace, checkpoint: str) -> None:
@@ -559,11 +559,13 @@ def coordinator_pid() -> int | None:
         return None
 
 
-def node_of(actor_name: str) -> str:
-    """Name of the node where an actor of the product's namespace runs."""
-    actor = ray.get_actor(actor_name, namespace=NAMESPACE)
-    node_id = ray.get(actor.__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id()), timeout=30)
-    return node_names()[node_id]
+def coordinator_node() -> str | None:
+    """Name of the node where it runs; None while it does not answer."""
+    try:
+        actor = ray.get_actor(COORDINATOR_NAME, namespace=NAMESPACE)
+        return node_names().get(ray.get(actor.node_id.remote(), timeout=1.0))
+    except (ValueError, ray.exceptions.RayError):
+        return None
 
 
 def send_signal(pid: int, name: str) -> None:

@@ -18,6 +18,7 @@ from tests.integration.processes import wait_until
 from tests.integration.serving_cluster import APP, LINK_GB_PER_S, NUM_REPLICAS, Pace
 
 START_TIMEOUT_S = 180
+MAX_MOVES = 40
 BUS_BYTES_PER_S = int(LINK_GB_PER_S * 1e9)
 
 Ledgers = dict[str, tuple[int, int]]
@@ -137,6 +138,15 @@ class WatchedCluster:
         began_s = self._kill(killed)
         self._wait_for_pid(serving_cluster.coordinator_pid, other_than=killed)
         return began_s
+
+    def move_coordinator(self, node: str) -> None:
+        """Kills it until Ray has it start on that node: where a detached actor of no CPUs goes cannot be asked for."""
+        for _ in range(MAX_MOVES):
+            wait_until(lambda: self.run(serving_cluster.coordinator_node) is not None, START_TIMEOUT_S, "a coordinator")
+            if self.run(serving_cluster.coordinator_node) == node:
+                return
+            self.kill_coordinator()
+        raise AssertionError(f"Ray started the coordinator {MAX_MOVES} times elsewhere than on {node}")
 
     @contextlib.contextmanager
     def coordinator_cut_off(self) -> Iterator[None]:
