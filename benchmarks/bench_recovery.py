@@ -1,10 +1,10 @@
 """How long until all is as it was after each kind of loss, on a real Ray cluster under HTTP load.
 
-The cluster of tests/integration/test_cluster.py: three raylets, three replicas of a tiny model on two emulated buses, the
-periods that a configuration has which says nothing (with --quick: the tests' own, shorter ones). Each loss is a
-SIGKILL, of all processes of a node at once, or a SIGSTOP for longer than a lease. Back to full: every replica runs, has the
-range that the allocation gives it, and is in its node's ledger. A lost node has been replaced as soon as Ray counts it
-as dead. `bound` is what docs/operations.md states (deployments/recovery.py).
+The cluster of tests/integration/test_cluster.py: three raylets, three replicas of a tiny model on two emulated buses,
+with the periods of a configuration that says nothing of them (--quick: the tests' own, shorter ones). Each loss is a
+SIGKILL, of all processes of a node at once, or a SIGSTOP for longer than a lease. Back to full: every replica runs, has
+the range that the allocation gives it, and is in its node's ledger. A lost node is replaced as soon as Ray counts it as
+dead. `bound` is what docs/operations.md states (deployments/recovery.py).
 """
 
 from __future__ import annotations
