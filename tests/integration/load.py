@@ -18,7 +18,7 @@ from tests.integration.processes import wait_until
 
 TIMEOUT_S = 150
 NUM_CLIENTS = {"whole": 2, "stream": 2}
-LOAD_TOKENS, LONG_TOKENS = 8, 60
+LOAD_TOKENS, LONG_TOKENS = 8, 80
 PROMPTS = [f"request number {number}" for number in range(4)]
 # From 128 bytes on replicas report which prompts they have let in: so long requests can be found.
 _FILLER = ", which goes on for long enough to be told from every other one by its first hundred and twenty-eight bytes"
@@ -198,11 +198,9 @@ class LongRequests:
         self._base_url, self._reference = base_url, reference
         self._number = 0
 
-    def start(self, *, is_stream: bool, is_slow: bool = False) -> LongRequest:
-        """`is_slow`: until its first token."""
+    def start(self, *, is_stream: bool) -> LongRequest:
         self._number += 1
-        filler = _FILLER * (3 if is_slow else 1)
-        prompt = f"long request number {self._number:03d}{filler}"
+        prompt = f"long request number {self._number:03d}{_FILLER}"
         expected = self._reference.text(prompt, LONG_TOKENS)
         request = LongRequest(Answer(prompt=prompt, is_stream=is_stream), expected)
         request.start(self._base_url)

@@ -109,8 +109,17 @@ class WatchedCluster:
         """What the ledgers have when all is well, as soon as it is."""
         wait_until(self.is_running, START_TIMEOUT_S, "the application runs")
         wait_until(self.has_converged, START_TIMEOUT_S, "ranges")
-        wait_until(lambda: bool(self.ledgers()), START_TIMEOUT_S, "ledgers")
+        before = self._sequences()
+
+        def are_newer() -> bool:
+            return all(now > before.get(node, -1) + 1 for node, now in self._sequences().items())
+
+        wait_until(lambda: are_newer() and bool(self.ledgers()), START_TIMEOUT_S, "ledgers of after that")
         return self.ledgers()
+
+    def _sequences(self) -> dict[str, int]:
+        """Of each node's latest report, which was sampled a while ago."""
+        return {node: report.sequence for node, report in self.run(serving_cluster.reports).items()}
 
     # -- losses -------------------------------------------------------------------------------------------------
 
