@@ -570,7 +570,3 @@ def coordinator_node() -> str | None:
 
 def send_signal(pid: int, name: str) -> None:
     os.kill(pid, getattr(signal, name))
-
-
-def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
