@@ -42,6 +42,7 @@ bench: $(READY)  ## Run every benchmark; results go to build/
 	$(BIN)/python -m benchmarks.enumerate_intervals --json build/enumerate_intervals.json --plot build/enumerate_intervals.png
 	$(BIN)/python -m benchmarks.bench_router --json build/bench_router.json
 	$(BIN)/python -m benchmarks.bench_overload --json build/bench_overload.json
+	$(BIN)/python -m benchmarks.bench_recovery --json build/bench_recovery.json
 
 gpu-check: $(READY)  ## On a machine with CUDA: device contract, token identity and bench_interval, one table
 	$(BIN)/python -m benchmarks.gpu_check

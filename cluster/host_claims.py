@@ -44,20 +44,20 @@ class HostClaims:
         try:
             self._enter(claim, now_s)
         except HostMemoryExceeded as error:
-            self._release_unused()
+            self._release_unclaimed()
             return HostAnswer(
                 held_bytes=self.held_bytes(claim.replica_id),
                 refusal=f"{error}; reserved are {self._shares()}",
                 ask_again=isinstance(error, LedgerClosed),
             )
         self._claimed[claim.replica_id] = _Claimed(claim, now_s, self._is_alive(claim))
-        self._release_unused()
+        self._release_unclaimed()
         return HostAnswer(held_bytes=self.held_bytes(claim.replica_id))
 
     def release(self, replica_id: str) -> None:
         """The replica uses nothing any more. Repeating it does no harm."""
         self._claimed.pop(replica_id, None)
-        self._release_unused()
+        self._release_unclaimed()
 
     def sweep(self, now_s: float) -> tuple[str, ...]:
         """Releases what belonged to processes that are gone; whose.
@@ -83,8 +83,8 @@ class HostClaims:
         if each is None:
             return 0
         users = [other for other, one in self._claimed.items() if one.claim.store_name == each.claim.store_name]
-        store_bytes = each.claim.store_bytes if users[0] == replica_id else 0
-        return each.claim.own_bytes + store_bytes
+        is_first = each.claim.store_name is not None and users[0] == replica_id
+        return each.claim.own_bytes + (self._store_bytes(each.claim.store_name) if is_first else 0)
 
     def report(self, now_s: float) -> LedgerReport:
         """What there is to see."""
@@ -100,11 +100,8 @@ class HostClaims:
     def check_integrity(self) -> None:
         """Raises AssertionError unless the ledger has what the claims say, each store once, and nothing else."""
         self._ledger.check_integrity()
-        expected: dict[str, int] = {}
-        for each in self._claimed.values():
-            expected.update(_amounts(each.claim))
         entries = {entry.owner: entry.num_bytes for entry in self._ledger.entries()}
-        assert entries == {owner: num_bytes for owner, num_bytes in expected.items() if num_bytes}
+        assert entries == {owner: num_bytes for owner, num_bytes in self._all_amounts().items() if num_bytes}
         assert sum(map(self.held_bytes, self._claimed)) == self._ledger.reserved_bytes
 
     def _enter(self, claim: HostClaim, now_s: float) -> None:
@@ -112,17 +109,35 @@ class HostClaims:
         known = self._claimed.get(claim.replica_id)
         if known is not None and _amounts(known.claim) != _amounts(claim):
             enter = self._ledger.reserve  # it has changed: more has to be there
-        for owner, num_bytes in _amounts(claim).items():
+        for owner, num_bytes in self._with_others(claim).items():
+            if claim.is_renewal and enter == self._ledger.renew and 0 < self._ledger.held_bytes(owner) < num_bytes:
+                self._ledger.release(owner)  # another renewed the store and knew less of it; in use is in use
             enter(owner, num_bytes, now_s=now_s)
 
-    def _release_unused(self) -> None:
-        """Drops the entries of which no claim has anything."""
-        claimed: dict[str, int] = {}
+    def _with_others(self, claim: HostClaim) -> dict[str, int]:
+        """The claim's amounts; its store is as large as whoever claims most of it says."""
+        others = [each.claim for name, each in self._claimed.items() if name != claim.replica_id]
+        return {
+            owner: max([num_bytes, *(_amounts(other).get(owner, 0) for other in others)])
+            for owner, num_bytes in _amounts(claim).items()
+        }
+
+    def _all_amounts(self) -> dict[str, int]:
+        """What all claims come to, by the ledger's owners."""
+        total: dict[str, int] = {}
         for each in self._claimed.values():
-            claimed.update(_amounts(each.claim))
+            for owner, num_bytes in _amounts(each.claim).items():
+                total[owner] = max(num_bytes, total.get(owner, 0))
+        return total
+
+    def _store_bytes(self, name: str | None) -> int:
+        return max(each.claim.store_bytes for each in self._claimed.values() if each.claim.store_name == name)
+
+    def _release_unclaimed(self) -> None:
+        """Gives back what entries have beyond what is claimed."""
+        claimed = self._all_amounts()
         for entry in self._ledger.entries():
-            if not claimed.get(entry.owner):
-                self._ledger.release(entry.owner)
+            self._ledger.release(entry.owner, keep_bytes=claimed.get(entry.owner, 0))
 
     def _shares(self) -> str:
         entries = [f"{entry.num_bytes:,} for {entry.owner}" for entry in self._ledger.entries()]

@@ -8,7 +8,7 @@ them by renewing, and only then is the rest given out. Pure, single-threaded; th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from selectn_core.errors import HostMemoryExceeded
 
@@ -103,10 +103,16 @@ class Ledger:
             )
         return self._set(owner, num_bytes, now_s)
 
-    def release(self, owner: str) -> int:
-        """`owner` uses nothing any more; returns the bytes it had. Repeating it does no harm."""
-        entry = self._entries.pop(owner, None)
-        return entry.num_bytes if entry else 0
+    def release(self, owner: str, *, keep_bytes: int = 0) -> int:
+        """`owner` uses no more than `keep_bytes`; returns the bytes it gave back. Repeating it does no harm."""
+        entry = self._entries.get(owner)
+        if entry is None or entry.num_bytes <= _checked(keep_bytes, "keep_bytes"):
+            return 0
+        if keep_bytes:
+            self._entries[owner] = replace(entry, num_bytes=keep_bytes)
+        else:
+            del self._entries[owner]
+        return entry.num_bytes - keep_bytes
 
     def lapsed(self, now_s: float) -> tuple[LedgerEntry, ...]:
         """Entries whose owner has not renewed in time. Release those whose owner is gone."""

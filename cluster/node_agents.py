@@ -59,6 +59,8 @@ class NodeAgents:
     restart, or beside a second manager, no node gets two.
     """
 
+    agent_class: type[NodeAgent] = NodeAgent
+
     def __init__(
         self, config: TelemetryConfig, sink: ReportSink | None, period_s: float, reservable_bytes: int | None = None
     ) -> None:
@@ -88,7 +90,7 @@ class NodeAgents:
             _kill(AGENT_PREFIX + node_id)
         for node_id in changes.start:
             self._started_s[node_id] = now_s
-            _start_agent(node_id, *self._arguments)
+            _start_agent(self.agent_class, node_id, *self._arguments)
         self._started_s = {node: at_s for node, at_s in self._started_s.items() if node in nodes}
 
 
@@ -156,10 +158,16 @@ def _living_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def _start_agent(node_id: str, config: TelemetryConfig, sink: ReportSink | None, reservable_bytes: int | None) -> None:
+def _start_agent(
+    agent_class: type[NodeAgent],
+    node_id: str,
+    config: TelemetryConfig,
+    sink: ReportSink | None,
+    reservable_bytes: int | None,
+) -> None:
     pinned = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
     options = _detached(AGENT_PREFIX + node_id)
-    ray.remote(NodeAgent).options(**options, scheduling_strategy=pinned).remote(config, sink, reservable_bytes)
+    ray.remote(agent_class).options(**options, scheduling_strategy=pinned).remote(config, sink, reservable_bytes)
 
 
 def _detached(name: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cluster.node_messages import (
 )
 from selectn_core.config import require
 from selectn_core.device.bus import Bus
-from selectn_core.host_memory import available_host_memory, free_bytes, memory_pressure
+from selectn_core.host_memory import SHARED_MEMORY, available_host_memory, free_bytes, memory_pressure
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ class Worker:
                     self._changed.notify_all()
 
 
-def read_host(directory: Path = Path("/dev/shm")) -> HostReport:
+def read_host(directory: Path = SHARED_MEMORY) -> HostReport:
     """Host memory, and what the file system of shared memory (`directory`) can still take."""
     return HostReport(
         memory=_host_reading(available_host_memory),

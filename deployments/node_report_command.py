@@ -16,6 +16,7 @@ from cluster.telemetry import Telemetry, TelemetryConfig
 from deployments.config import AppArgs, load_yaml, parse, select_n_applications
 from deployments.serve_command import DEFAULT_CONFIG
 from selectn_core.errors import ConfigError
+from selectn_core.host_memory import SHARED_MEMORY
 
 # Longer than an agent waits: without a persistent driver NVML takes seconds to start.
 DEFAULT_TIMEOUT_S = 10.0
@@ -126,7 +127,7 @@ def _host_rows(host: HostReport) -> Iterator[tuple[str, str]]:
             lambda p: f"some tasks waited {p.some_avg10_percent} %, all {p.full_avg10_percent} % of the last 10 s",
         ),
     )
-    yield "/dev/shm", _text(host.shared_memory_free_bytes, lambda free: f"{_gib(free)} free")
+    yield str(SHARED_MEMORY), _text(host.shared_memory_free_bytes, lambda free: f"{_gib(free)} free")
 
 
 def _text(value: Any, show: Callable[[Any], str] = str) -> str:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+# Where processes of a node share things: stores of weights, emulated buses. Nodes that are one machine (raylets side by
+# side, containers with one /dev/shm) each name a directory of their own, or they share these too.
+SHARED_MEMORY = Path(os.environ.get("SELECTN_SHARED_MEMORY", "/dev/shm"))
 
 
 @dataclass(frozen=True, kw_only=True)

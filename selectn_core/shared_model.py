@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from selectn_core.config import HostConfig, ModelConfig
 from selectn_core.device import align_up
 from selectn_core.errors import ConfigError, HostMemoryExceeded, UnsupportedModel
-from selectn_core.host_memory import available_host_memory, free_bytes
+from selectn_core.host_memory import SHARED_MEMORY, available_host_memory, free_bytes
 from selectn_core.loading import LoadedModel, load_model, load_tokenizer, load_weights, resolve_source
 from selectn_core.resident import resident_tensors
 from selectn_core.shared_store import (
@@ -38,7 +38,6 @@ from selectn_core.units import TENSOR_ALIGNMENT_BYTES, find_units
 
 logger = logging.getLogger(__name__)
 
-SHARED_MEMORY = Path("/dev/shm")
 FILES = Path("/var/tmp")
 _REST = "rest"  # the section of what belongs to no unit: embeddings, norms, head, and all buffers
 _CHECKPOINT_SUFFIXES = {".json", ".safetensors", ".bin"}

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from selectn_core.errors import ConfigError
+from selectn_core.host_memory import SHARED_MEMORY
 
 _STATE = struct.Struct("<8sdqq")  # magic, bytes per second, next_free_ns, promised_ns in all
 _MAGIC = b"selnbus1"
@@ -28,7 +29,6 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # A promise further ahead than this is not one that living processes made (each holds one chunk at a time).
 _LONGEST_QUEUE_NS = 10_000_000_000
 _LATEST_WAKE_UP_NS = 5_000_000
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 class Bus:
@@ -111,7 +111,7 @@ class Bus:
     def names() -> list[str]:
         """The named buses that this user has on this machine, whether anybody has them open or not."""
         prefix = _prefix()
-        found = (path.name.removeprefix(prefix) for path in _SHARED_MEMORY.glob(f"{prefix}*"))
+        found = (path.name.removeprefix(prefix) for path in SHARED_MEMORY.glob(f"{prefix}*"))
         return sorted(name for name in found if _NAME.fullmatch(name))
 
     @contextlib.contextmanager
@@ -127,7 +127,7 @@ class Bus:
     def _read(self) -> tuple[bytes, float, int, int]:
         magic, bytes_per_s, next_free_ns, promised_ns = _STATE.unpack_from(self._memory)
         if magic == _MAGIC and not bytes_per_s > 0:
-            raise ConfigError(f"bus {self.name!r} holds no valid state: remove {_SHARED_MEMORY}/selectn-bus-*")
+            raise ConfigError(f"bus {self.name!r} holds no valid state: remove {SHARED_MEMORY}/selectn-bus-*")
         return magic, bytes_per_s, next_free_ns, promised_ns
 
     def _write(self, bytes_per_s: float, next_free_ns: int, promised_ns: int) -> None:
@@ -137,7 +137,7 @@ class Bus:
 def _path(name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"device.bus={name!r} is not allowed: expected 1 to 64 of A-Z a-z 0-9 . _ -")
-    return _SHARED_MEMORY / f"{_prefix()}{name}"
+    return SHARED_MEMORY / f"{_prefix()}{name}"
 
 
 def _prefix() -> str:

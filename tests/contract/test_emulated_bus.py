@@ -55,6 +55,14 @@ def test_promises_follow_one_another_at_the_bandwidth() -> None:
     bus.close()
 
 
+def test_nodes_on_one_machine_may_have_directories_of_their_own(bus_name, tmp_path) -> None:
+    code = "import sys; from selectn_core.device.bus import Bus; Bus(sys.argv[1], 1e9); print(Bus.names())"
+    environment = {**os.environ, "SELECTN_SHARED_MEMORY": str(tmp_path)}
+    names = subprocess.check_output([sys.executable, "-c", code, bus_name], cwd=ROOT, env=environment, text=True)
+    assert names == f"{[bus_name]}\n"
+    assert Bus.peek(bus_name) is None
+
+
 def test_a_named_bus_can_be_looked_at_without_joining_it(bus_name) -> None:
     assert Bus.peek(bus_name) is None
     assert bus_name not in Bus.names()

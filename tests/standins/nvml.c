@@ -7,10 +7,12 @@
  *   value <gpu> <name> <number>         what a counter answers; the last matching line counts
  *   error <gpu> <function> <code>       the call fails with an NVML_ERROR_*
  *   hang <gpu> <function>               the call returns when this line is gone from the file
+ *   crash <gpu> <function>              the call takes its process with it, as a driver's defect does
  *   lost <gpu>                          NVML_ERROR_GPU_IS_LOST, but for link and throughput calls on a handle already had
  *   level <gpu> <gpu> <number>          NVML_TOPOLOGY_* of a pair; without it NVML_TOPOLOGY_SYSTEM
  *   xid <gpu> <code>                    an Xid event; each such line happens once
  */
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,6 +64,7 @@ static int outcome(int gpu, const char *function, int answers_when_lost) {
         for (FILE *file = machine(); next(file, &s);) {
             if (!strcmp(s.verb, "error") && names_gpu(s.a, gpu) && names_call(s.b, function)) code = atoi(s.c);
             if (!strcmp(s.verb, "hang") && names_gpu(s.a, gpu) && names_call(s.b, function)) hangs = 1;
+            if (!strcmp(s.verb, "crash") && names_gpu(s.a, gpu) && names_call(s.b, function)) raise(SIGKILL);
             if (!strcmp(s.verb, "lost") && names_gpu(s.a, gpu) && !answers_when_lost) code = GPU_IS_LOST;
         }
         if (!hangs) return code;

@@ -17,13 +17,21 @@ SOURCE = Path(__file__).with_name("nvml.c")
 SAMPLER = "tests.standins.sampler"
 
 
+NO_COMPILER = "no C compiler for the stand-in NVML"
+
+
+def find_compiler() -> str | None:
+    """The C compiler's path; None: there is no stand-in on this machine."""
+    return shutil.which("cc") or shutil.which("gcc")
+
+
 class StandIn:
     """A library in a directory of its own, and the file that says what it answers (see nvml.c)."""
 
     def __init__(self, directory: Path) -> None:
-        compiler = shutil.which("cc") or shutil.which("gcc")
+        compiler = find_compiler()
         if compiler is None:
-            pytest.skip("no C compiler for the stand-in NVML")
+            pytest.skip(NO_COMPILER)
         self.directory = directory
         self._description = directory / "machine.txt"
         library = directory / "libnvidia-ml.so.1"

@@ -52,6 +52,36 @@ def test_a_store_counts_once_and_is_the_first_ones():
     assert node.reserved() == 0
 
 
+def test_a_store_is_as_large_as_whoever_knows_most_of_it_says():
+    """Who builds it claims what the weights take, before there is a manifest; who comes later sees the whole file."""
+    node = Node()
+    builder, later = claim("a", 10, "small"), replace(claim("b", 10, "small", pid=2), store_bytes=25)
+    node.claims.claim(builder, 0)
+    node.claims.claim(later, 0)
+    assert node.reserved() == 45
+    node.claims.claim(replace(builder, is_renewal=True), 1)
+    assert (node.reserved(), node.claims.held_bytes("a"), node.claims.held_bytes("b")) == (45, 35, 10)
+    node.claims.release("b")
+    assert node.reserved() == 30
+
+
+def test_after_a_restart_too_in_whatever_order_they_renew():
+    for first, second in ((20, 25), (25, 20)):
+        node = Node()
+        for name, pid, num_bytes in (("a", 1, first), ("b", 2, second)):
+            renewed = replace(claim(name, 10, "small", pid=pid), store_bytes=num_bytes, is_renewal=True)
+            assert node.claims.claim(renewed, 0).refusal is None
+        assert node.reserved() == 45
+
+
+def test_a_store_that_grew_for_a_claim_that_is_refused_shrinks_again():
+    node = Node()
+    node.claims.claim(claim("a", 10, "small"), 0)
+    refused = replace(claim("b", 90, "small", pid=2), store_bytes=25)
+    assert node.claims.claim(refused, 0).refusal
+    assert node.reserved() == 30
+
+
 def test_a_refusal_says_what_is_there_and_who_has_it_and_changes_nothing():
     node = Node()
     node.claims.claim(claim("a", 30, "small"), 0)
@@ -128,11 +158,18 @@ class ClaimsMachine(RuleBasedStateMachine):
         is_alive = lambda claim: claim.replica_id not in self.dead  # noqa: E731 -- looks at the machine itself
         self.claims = HostClaims(CAPACITY, is_alive=is_alive, now_s=self.now_s, lease_s=LEASE_S)
 
-    @rule(name=st.sampled_from("abc"), own=st.integers(0, 60), store=st.sampled_from([None, *STORE_BYTES]))
-    def claim(self, name, own, store):
+    @rule(
+        name=st.sampled_from("abc"),
+        own=st.integers(0, 60),
+        store=st.sampled_from([None, *STORE_BYTES]),
+        unknown=st.integers(0, 2),
+    )
+    def claim(self, name, own, store, unknown):
         if name in self.dead:
             return
         wanted = claim(name, own, store)
+        if store is not None:  # not everybody knows all of it
+            wanted = replace(wanted, store_bytes=wanted.store_bytes - unknown)
         if self.claims.claim(wanted, self.now_s).refusal is None:
             self.granted[name] = wanted
 
@@ -160,9 +197,11 @@ class ClaimsMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_used_twice(self):
         self.claims.check_integrity()
-        stores = {each.store_name for each in self.granted.values() if each.store_name is not None}
-        used = sum(each.own_bytes for each in self.granted.values()) + sum(STORE_BYTES[name] for name in stores)
-        assert used <= CAPACITY
+        stores = {each.store_name: 0 for each in self.granted.values() if each.store_name is not None}
+        for each in self.granted.values():
+            if each.store_name is not None:
+                stores[each.store_name] = max(stores[each.store_name], each.store_bytes)
+        assert sum(each.own_bytes for each in self.granted.values()) + sum(stores.values()) <= CAPACITY
 
     def teardown(self):
         """What the dead had is free again, and nothing else is."""
