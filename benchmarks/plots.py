@@ -101,7 +101,7 @@ def plot_enumeration(samples: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_bandwidth_step(samples: list[dict[str, Any]], path: Path) -> None:
-    """Every step's duration against TPOT, and the layers offloaded, while a second process takes half of the bus."""
+    """Every step's duration against TPOT, and the units offloaded, while a second process takes half of the bus."""
     figure, panels = plt.subplots(len(samples), 1, figsize=(10, 2.6 * len(samples)), squeeze=False, sharex=True)
     for panel, sample in zip(panels[:, 0], samples, strict=True):
         began_s = [row[0] for row in sample["steps"]]
@@ -112,7 +112,7 @@ def plot_bandwidth_step(samples: list[dict[str, Any]], path: Path) -> None:
         panel.set_title(f"{sample['policy']}, TPOT {sample['multiple']:g} x unloaded (emulated)", fontsize=10)
         offloaded = panel.twinx()
         offloaded.step(began_s, [row[4] for row in sample["steps"]], color="tab:green", where="post", linewidth=1)
-        offloaded.set_ylabel("layers offloaded", color="tab:green")
+        offloaded.set_ylabel("units offloaded", color="tab:green")
         offloaded.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8, loc="upper left")
