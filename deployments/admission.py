@@ -237,7 +237,7 @@ class Admission:
         return overloaded(retry_after_s=self._retry_after_s(0))
 
     def _pump(self) -> None:
-        """Places whoever can be placed: the head, or where it cannot be, smaller ones behind it (cluster/door.py)."""
+        """Places whoever can be placed: the head, or where it cannot be, smaller ones of its key (cluster/door.py)."""
         below_tokens, num_passed_by = math.inf, 0
         while num_passed_by <= MAX_PASSED_BY and (entry := self._queue.head(below_tokens)) is not None:
             waiter = entry.item

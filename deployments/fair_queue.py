@@ -101,15 +101,16 @@ class FairQueue(Generic[T]):
         return victim
 
     def head(self, below_tokens: float = inf) -> Entry[T] | None:
-        """The next entry, of those with fewer tokens than `below_tokens`, or None."""
+        """The next entry, or None: of the next key's own the first that has fewer tokens than `below_tokens`.
+
+        Only its own may pass: who has most requests always has a small one, and would be served more than others.
+        """
         waiting = [priority for priority in PRIORITIES if self._classes[priority].flows]
-        for priority in sorted(waiting, key=lambda each: self._classes[each].served):  # of equals the higher first
-            flows = self._classes[priority].flows.values()
-            for flow in sorted(flows, key=lambda flow: flow.served):
-                entry = next((entry for entry in flow.entries if entry.tokens < below_tokens), None)
-                if entry is not None:
-                    return entry
-        return None
+        if not waiting:
+            return None
+        priority = min(waiting, key=lambda each: self._classes[each].served)  # of equals the first: the higher
+        flow = min(self._classes[priority].flows.values(), key=lambda flow: flow.served)
+        return next((entry for entry in flow.entries if entry.tokens < below_tokens), None)
 
     def pop(self) -> Entry[T]:
         """Removes the head, which counts as served. Raises IndexError where there is none."""
