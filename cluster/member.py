@@ -312,7 +312,7 @@ def link_demand(engine: Engine, k_min: int, wanted: int = 0) -> LinkDemand:
 
 def wanted_by_requests(engine: Engine, before: int) -> int:
     """Units to be sure of for the requests in flight and those about to come; `before` while that is near."""
-    wanted = math.ceil(_SURE * engine.offloaded_for_requests())
+    wanted = math.ceil(_SURE * engine.promises.wanted_offloaded)
     return before if (1 - _KEPT_SHARE) * before <= wanted <= before else wanted
 
 

@@ -514,24 +514,6 @@ class Engine:
         """Sectors that the KV cache has under `plan`."""
         return self.arena.num_sectors - self._plan_bytes(plan) // self.arena.sector_bytes
 
-    def offloaded_for_requests(self) -> int:
-        """The fewest units whose memory holds those in flight, and a quarter and one more, as long as the longest.
-
-        No more than the batch takes, and through as many slots as the plan has. 0 without requests; all units where not
-        even they are enough.
-        """
-        most = self.config.batch.max_requests
-        with self._lock:
-            lengths = [handle.max_total_tokens for handle in self._handles.values()][:most]
-        if not lengths:
-            return 0
-        sectors = [self.batching.geometry.sectors_for_request(length) for length in lengths]
-        num_more = min(len(lengths) // 4 + 1, most - len(lengths))
-        needed = sum(sectors) + num_more * max(sectors)
-        budget_bytes = (self.arena.num_sectors - needed) * self.arena.sector_bytes
-        plan = fewest_offloaded(self.units, self._target.num_slots, budget_bytes, round_up=self.arena.round_up)
-        return plan.num_offloaded if plan is not None else len(self.units)
-
     def _first_plan(self) -> OffloadPlan:
         wanted, batch = self.config.offload, self.config.batch
         if wanted.num_offloaded != "auto":

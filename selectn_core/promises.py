@@ -65,10 +65,30 @@ class Promises:
         held = sum(sectors_for(each.num_prompt_tokens + each.num_tokens) for each in handles if each.num_tokens)
         longest = max((sectors_for(each.max_total_tokens) for each in handles), default=0)
         num_sectors = max(min(at_their_ends, engine.kv_sectors(plan)), held, longest)
+        return self._fewest_beside(num_sectors, plan.num_slots)
+
+    @property
+    def wanted_offloaded(self) -> int:
+        """The fewest units whose memory holds those in flight, and a quarter and one more, as long as the longest.
+
+        No more than the batch takes, and through as many slots as the plan has. 0 without requests; all units where not
+        even they are enough.
+        """
+        engine = self._engine
+        most = engine.config.batch.max_requests
+        lengths = [handle.max_total_tokens for handle in engine.handles()][:most]
+        if not lengths:
+            return 0
+        sectors = [engine.batching.geometry.sectors_for_request(length) for length in lengths]
+        num_more = min(len(lengths) // 4 + 1, most - len(lengths))
+        return self._fewest_beside(sum(sectors) + num_more * max(sectors), engine.target_plan.num_slots)
+
+    def _fewest_beside(self, num_sectors: int, num_slots: int) -> int:
+        """The fewest units offloaded with which the KV cache has so many sectors; all where no number is enough."""
+        engine = self._engine
         budget = (engine.arena.num_sectors - num_sectors) * engine.arena.sector_bytes
-        round_up = engine.arena.round_up
-        needed = fewest_offloaded(engine.units, plan.num_slots, budget, round_up=round_up)
-        return needed.num_offloaded if needed is not None else len(engine.units)
+        plan = fewest_offloaded(engine.units, num_slots, budget, round_up=engine.arena.round_up)
+        return plan.num_offloaded if plan is not None else len(engine.units)
 
 
 def most_streamed_bytes(share: LinkShare, tpot_s: float) -> float:

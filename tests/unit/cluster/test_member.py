@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -255,7 +256,7 @@ class Needing:
     """An engine's place, whose requests need `num_offloaded` units."""
 
     def __init__(self, num_offloaded: int) -> None:
-        self.offloaded_for_requests = lambda: num_offloaded
+        self.promises = SimpleNamespace(wanted_offloaded=num_offloaded)
 
 
 def test_without_objectives_a_replica_wants_an_equal_share():
