@@ -19,7 +19,7 @@ MAX_ORIGINS = 64
 MAX_PREFIXES = 128
 FIRST_PREFIX_BYTES, NUM_PREFIX_LENGTHS = 128, 8
 # A caller may have one request waiting at a full replica's door: the next one is there when the last one leaves. And
-# one more that is smaller: there may be room for it while the other waits for more.
+# where that waits for KV, one more that is smaller: there may be room for it before there is for the other.
 DOOR_REQUESTS, PASSING_REQUESTS = 1, 1
 # Headroom that differs by less than this share of a replica's capacity is equal: then prefixes decide.
 EQUAL_SHARE = 0.1
@@ -119,7 +119,7 @@ class Ask:
 class Standing:
     """A replica as a place for one request. `room_tokens` None: it has not reported, or not lately.
 
-    `may_pass`: it is smaller than all that wait at the door, of which the replica knows when their turn is.
+    `may_pass`: those at the door wait for KV, the replica knows until when, and this one needs less than any of them.
     """
 
     replica_id: str
@@ -346,9 +346,12 @@ class Board:
         mine = [sent for sent in self._mine(replica_id) if sent.ask.request_id != ask.request_id]
         at_door = [sent.ask.tokens for sent in mine if sent.at_door]
         room = self._room(replica_id, mine)
-        fits = is_late = False
+        fits = is_late = may_pass = False
         if report is not None and room is not None:
             num_requests = self._num_requests(replica_id, report, mine)
+            # Where they wait for one of `max_requests` places a smaller one would not get it sooner.
+            is_kv_short = num_requests - len(at_door) < report.max_requests
+            may_pass = is_kv_short and ask.tokens < min(at_door, default=0)
             # One request alone may have more than the capacity of many: layers are offloaded for it.
             fits = num_requests == 0 or (num_requests < report.max_requests and ask.tokens <= room)
             is_late = ask.ttft_s is not None and self._prefill_s(report, ask) > ask.ttft_s
@@ -359,7 +362,7 @@ class Board:
             fits=fits,
             is_late=is_late,
             num_at_door=len(at_door),
-            may_pass=room is not None and ask.tokens < min(at_door, default=0),
+            may_pass=may_pass,
         )
 
     def _prefill_s(self, report: ReplicaReport, ask: Ask) -> float:

@@ -26,6 +26,8 @@ LEAST_WAIT_SHARE = 0.25
 # What it lately took from a place to the first text, beyond the prefill: of so many requests, so many percent.
 NUM_STARTS, START_PERCENT = 64, 95
 # How many requests end within a time varies by about the root of their number: by so many such roots fewer may do so.
+# Counted for those that are to be served before the one in question; the next one is given the chance. Where hardly
+# anybody may wait it would otherwise be refused as well, and the places fall to whoever asks most often.
 SPREADS = 1.0
 # How many that cannot be placed, each smaller than the one before, are passed by at most in search of one that can.
 MAX_PASSED_BY = 4
@@ -215,8 +217,9 @@ class Admission:
             return
         # If it had to wait until its deadline, could all that would be before it be served by then?
         longest_s = waiter.deadline_s - self._clock()
-        tokens = self._queue.tokens_before(entry, self._arrivals.expected(longest_s)) + entry.tokens - free
-        if tokens + SPREADS * math.sqrt(max(0.0, tokens) * entry.tokens) > rate * longest_s:
+        before = self._queue.tokens_before(entry, self._arrivals.expected(longest_s))
+        spread = SPREADS * math.sqrt(before * entry.tokens)
+        if before + spread + entry.tokens - free > rate * longest_s:
             raise late(ttft_s, self._retry_after_s(0, beyond_s=longest_s))
 
     def _free_tokens_and_rate(self) -> tuple[int, float | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -19,9 +20,15 @@ STALE_AFTER_S = 5.0
 class SharedBoard:
     """A Board behind a lock, and those who want to know when it has changed."""
 
-    def __init__(self, origin: str | None = None, *, stale_after_s: float = STALE_AFTER_S) -> None:
+    def __init__(
+        self,
+        origin: str | None = None,
+        *,
+        stale_after_s: float = STALE_AFTER_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.origin = origin or uuid.uuid4().hex[:16]
-        self._board = Board(self.origin, stale_after_s=stale_after_s)
+        self._board = Board(self.origin, stale_after_s=stale_after_s, clock=clock)
         self._lock = threading.Lock()
         self._listeners: list[Callable[[], None]] = []
 

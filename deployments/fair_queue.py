@@ -15,6 +15,8 @@ from typing import Generic, Literal, TypeVar, get_args
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
+# What a key that has nothing waiting is owed at most, in requests of the size it comes back with.
+MOST_OWED = 2
 
 Flow = tuple[Priority, str]  # a priority and a key
 
@@ -53,10 +55,10 @@ class _Class(Generic[T]):
     def start(self, key: str, tokens: int) -> float:
         """The virtual time at which a key begins that has nothing waiting.
 
-        A key that was ahead still is. One that was behind gets no credit but one request of `tokens`: where few may
-        wait a key that comes seldom is often away, or refused, when its turn comes.
+        A key that was ahead still is. One that was behind is owed no more than `MOST_OWED` requests of `tokens`: where
+        few may wait a key that comes seldom is often away, or refused, when its turn comes.
         """
-        return max(self.left.get(key, self.now), self.now - tokens)
+        return max(self.left.get(key, self.now), self.now - MOST_OWED * tokens)
 
     def __len__(self) -> int:
         return sum(len(flow.entries) for flow in self.flows.values())

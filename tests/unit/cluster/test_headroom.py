@@ -150,6 +150,11 @@ class TestRanking:
         board.begun("3")
         assert board.place(ask("4", 10)) == "a"
 
+    def test_where_places_are_what_is_short_being_smaller_does_not_help(self):
+        board = board_of(report("a", promises=others(200, requests=8)))
+        assert board.place(ask("1", 100)) == "a"
+        assert board.place(ask("2", 50)) is None
+
     def test_of_a_replica_that_says_nothing_nobody_knows_whether_one_may_pass(self):
         board = board_of()
         board.observe({"a": None})

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.fair_queue import PRIORITIES, WEIGHTS, Entry, FairQueue, QueueFull
+from deployments.fair_queue import MOST_OWED, PRIORITIES, WEIGHTS, Entry, FairQueue, QueueFull
 
 ARRIVALS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(PRIORITIES), st.integers(1, 1000)), max_size=60)
 
@@ -112,6 +112,20 @@ def test_a_key_that_did_not_wait_has_no_credit_for_it_and_one_that_left_keeps_it
         queue.push(entry(number, "late"))
     first = [queue.pop().key for _ in range(6)]
     assert first.count("busy") == 3
+
+
+def test_a_key_that_was_away_is_owed_a_few_requests_and_no_more():
+    queue: FairQueue[int] = FairQueue(100)
+    queue.push(entry(0, "seldom"))
+    for number in range(1, 50):
+        queue.push(entry(number, "busy"))
+    for _ in range(30):
+        queue.pop()
+    for number in range(50, 60):
+        queue.push(entry(number, "seldom"))
+    keys = [queue.pop().key for _ in range(MOST_OWED + 8)]
+    assert keys[:MOST_OWED] == ["seldom"] * MOST_OWED
+    assert keys[MOST_OWED:].count("seldom") in (4, 5)
 
 
 def test_a_key_that_comes_less_often_has_its_share_too():
