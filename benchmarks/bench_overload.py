@@ -2,7 +2,8 @@
 
 A real Serve application on this machine, real HTTP, three API keys and three priorities. One run, four parts:
 
-- warm-up, which is not counted;
+- warm-up, which is not counted. Many invalid requests come first: the heaps of the proxy and the ingress grow to their
+  working size with the first ten thousand requests, and then no more, so that what grows in the overload is a leak;
 - full load: as many clients as the replica runs requests, and one more, ask again as soon as they have an answer. What
   they get within their objectives is the goodput at full load, and what they complete is the capacity;
 - overload: ten times the capacity arrives at random (Poisson), whatever becomes of it. The keys send in the ratio
@@ -27,7 +28,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -57,16 +59,17 @@ RAW = ("owner", "priority", "status", "sent_s", "first_s", "ended_s", "tokens")
 
 @dataclass(frozen=True, kw_only=True)
 class Durations:
-    """Seconds of each part."""
+    """How long each part lasts, and how many invalid requests come before the first."""
 
+    num_invalid: int
     warm_up_s: float
     full_s: float
     overload_s: float
     recovery_s: float
 
 
-QUICK = Durations(warm_up_s=8, full_s=15, overload_s=20, recovery_s=10)
-FULL = Durations(warm_up_s=20, full_s=60, overload_s=120, recovery_s=30)
+QUICK = Durations(num_invalid=500, warm_up_s=8, full_s=15, overload_s=20, recovery_s=10)
+FULL = Durations(num_invalid=10_000, warm_up_s=20, full_s=60, overload_s=120, recovery_s=30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +207,7 @@ async def _run(
     async with client_session() as session:
         load = Load(session, base_url, MODEL)
         watching = asyncio.create_task(watch.run())
+        await _send_invalid(load, asks, durations.num_invalid)
         await _keep_busy("warm-up", load, asks, durations.warm_up_s)
         full = await _keep_busy("full load", load, asks, durations.full_s)
         requests_per_s = _completed_per_s(full)
@@ -216,6 +220,19 @@ async def _run(
         outcomes = list(await asyncio.gather(*tasks))
         watching.cancel()
     return [full, Part(name="overload", began_s=began_s, ended_s=ended_s, outcomes=outcomes), recovery]
+
+
+async def _send_invalid(load: Load, asks: Iterator[Ask], number: int) -> None:
+    print(f"warm-up: {number} invalid requests", flush=True)
+    invalid = (replace(ask, priority="none") for ask in islice(asks, number))
+
+    async def client() -> None:
+        for ask in invalid:
+            outcome = await load.complete(ask)
+            if outcome.status != 400:
+                raise RuntimeError(f"an unknown priority was answered with status {outcome.status}")
+
+    await asyncio.gather(*(client() for _ in range(NUM_CLIENTS)))
 
 
 async def _keep_busy(name: str, load: Load, asks: Iterator[Ask], seconds: float) -> Part:
