@@ -30,26 +30,16 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.common import Check, finish, parse_arguments, random_prompts, table
-from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
+from benchmarks.small_device import BATCH, FULL_STEP, NEW_TOKENS, PROMPT_TOKENS, capacity, device_gib, roomy_record
+from selectn_core.config import DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
 from selectn_core.device.bus import Bus
 from selectn_core.engine import Engine
-from selectn_core.in_flight import PLANNED_SHARE
-from selectn_core.kv_geometry import KvGeometry
-from selectn_core.latency import Link
-from selectn_core.memory_model import MemoryModel
-from selectn_core.policies import Frontier, SelectN, Situation
 from selectn_core.record import PerformanceRecord
-from selectn_core.record_cache import measured_record
 from selectn_core.sampling import SamplingParams
-from selectn_core.steering import unit_sets
-from selectn_core.steps import StepRecord, StepShape
+from selectn_core.steps import StepRecord
 
-PROMPT_TOKENS, NEW_TOKENS = 16, 32
-MAX_REQUESTS = 24
-HELD_REQUESTS = 2  # what the KV cache holds with every layer resident
-PAGE_SIZE = 16
-ROOMY_GIB = 1.5
 LINK_GB_PER_S = 0.4
+AUTO_SLO = SloConfig()  # found by the engine: what is not steered has no use for it
 LOAD_SHARE = 0.85
 STEADY_AFTER = 0.2  # of the time in which requests arrive, after which throughput counts
 DRAIN_S = 14.0  # after the last arrival; what has not ended by then missed its objectives
@@ -98,12 +88,13 @@ def main() -> int:
     samples = []
     try:
         budget_s = 15.0 if arguments.quick else 50.0
-        records = {unit: _record(arguments.model, bus_name, unit, budget_s) for unit in ("layer", "block")}
-        memory_gib = _device_gib(arguments.model, bus_name, records["layer"])
+        roomy = {unit: _config(arguments.model, bus_name, policy="select-n", unit=unit) for unit in ("layer", "block")}
+        records = {unit: roomy_record(config, budget_s) for unit, config in roomy.items()}
+        gib = device_gib(roomy["layer"], records["layer"])
         cells = [_cell(records["block"], multiple) for multiple in multiples]
         runs = [(cell, policy) for cell in cells for policy in policies]
         for cell, policy in tqdm(runs, desc="runs"):
-            config = partial(_config, arguments.model, bus_name, policy=policy, memory_gib=memory_gib)
+            config = partial(_config, arguments.model, bus_name, policy=policy, memory_gib=gib)
             samples.append(_serve(config, records[_unit(policy)], cell, policy, seconds))
     finally:
         Bus.unlink(bus_name)
@@ -120,17 +111,19 @@ def _unit(policy: str) -> str:
     return "block" if policy == "select-n" else "layer"
 
 
-def _config(source: str, bus_name: str, *, policy: str, unit: str, memory_gib: float, slo: SloConfig) -> EngineConfig:
+def _config(
+    source: str,
+    bus_name: str,
+    *,
+    policy: str,
+    unit: str,
+    memory_gib: float | None = None,
+    slo: SloConfig = AUTO_SLO,
+) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(source=source),
         device=DeviceConfig(kind="emulated", link_gb_per_s=LINK_GB_PER_S, bus=bus_name, memory_gib=memory_gib),
-        batch=BatchConfig(
-            max_requests=MAX_REQUESTS,
-            max_waiting=4096,
-            page_size=PAGE_SIZE,
-            kv_tokens=PROMPT_TOKENS + NEW_TOKENS,
-            prefix_sharing=False,
-        ),
+        batch=BATCH,
         offload=OffloadConfig(
             policy=policy,
             unit=unit,
@@ -141,76 +134,13 @@ def _config(source: str, bus_name: str, *, policy: str, unit: str, memory_gib: f
     )
 
 
-def _record(source: str, bus_name: str, unit: str, budget_s: float) -> PerformanceRecord:
-    config = _config(source, bus_name, policy="select-n", unit=unit, memory_gib=ROOMY_GIB, slo=SloConfig())
-    engine = Engine.unsteered(config)
-    try:
-        with tqdm(total=100, desc=f"profiling {unit}s", unit="%") as bar:
-            return measured_record(
-                engine,
-                budget_s=budget_s,
-                max_length=2 * (PROMPT_TOKENS + NEW_TOKENS),
-                on_progress=lambda share, what: bar.update(round(share * 100) - bar.n),
-            )
-    finally:
-        engine.close()
-
-
-def _device_gib(source: str, bus_name: str, record: PerformanceRecord) -> float:
-    """The device that holds every layer, and the KV cache of `HELD_REQUESTS`; what activations take depends on it."""
-    memory = record.memory
-    model = MemoryModel(
-        resident_bytes=memory.resident_bytes,
-        kv=memory.geometry,
-        workspace=memory.workspace,
-        num_reserved_sectors=memory.num_reserved_sectors,
-    )
-    kv_sectors = HELD_REQUESTS * memory.geometry.sectors_for_request(PROMPT_TOKENS + NEW_TOKENS)
-    wanted = sum(model.unit_sectors(record.unit_bytes)) + kv_sectors
-    memory_gib = model.device_bytes_for(wanted) / 2**30
-    for _ in range(4):
-        config = _config(source, bus_name, policy="none", unit="layer", memory_gib=memory_gib, slo=SloConfig())
-        engine = Engine.unsteered(config)
-        missing, per_sector = wanted - engine.arena.num_sectors, engine.workspace.bytes_per_sector
-        engine.close()
-        if missing == 0:
-            break
-        memory_gib += missing * (memory.geometry.sector_bytes + per_sector) / 2**30
-    return memory_gib
-
-
 # -- the load ----------------------------------------------------------------------------------------------------
 
 
 def _cell(record: PerformanceRecord, multiple: float) -> Cell:
-    full = StepShape.decode(MAX_REQUESTS, PROMPT_TOKENS + NEW_TOKENS // 2)
-    tpot_s = multiple * record.step_times().expected_s(full)
-    return Cell(multiple=multiple, tpot_s=tpot_s, requests_per_s=LOAD_SHARE * _capacity(record, tpot_s))
-
-
-def _capacity(record: PerformanceRecord, tpot_s: float) -> float:
-    """Requests per second that Select-N can serve with the whole bus, out of what half of it frees (modelled)."""
-    times, link = record.step_times(), record.link.link
-    policy = SelectN(Frontier(record.unit_bytes, unit_sets(record)))
-    half = Link(bytes_per_s=link.bytes_per_s / NUM_SHARING, copy_s=link.copy_s)
-    limit_s, best = PLANNED_SHARE * tpot_s, 1 / (NEW_TOKENS * tpot_s)
-    for batch in range(1, MAX_REQUESTS + 1):
-        costs = times.expected(StepShape.decode(batch, PROMPT_TOKENS + NEW_TOKENS // 2))
-        plan = policy.choose(Situation(costs=costs, link=half, limit_s=limit_s))
-        copied = [record.unit_bytes[unit] for unit in plan.offloaded]
-        freed_bytes = sum(copied) - plan.slots_used * max(copied, default=0)
-        # In its NEW_TOKENS steps a batch takes in as many prompts as it has requests: so much of each step is prefill.
-        prefill_s = times.expected_s(StepShape.prefill(PROMPT_TOKENS)) * batch / NEW_TOKENS
-        step_s = max(costs.unloaded_s + prefill_s, sum(copied) / link.bytes_per_s)
-        if _needed_bytes(record.memory.geometry, batch) > freed_bytes or step_s > limit_s:
-            break
-        best = batch / (NEW_TOKENS * step_s)
-    return best
-
-
-def _needed_bytes(geometry: KvGeometry, batch: int) -> int:
-    extra = max(0, batch - HELD_REQUESTS)
-    return extra * geometry.sectors_for_request(PROMPT_TOKENS + NEW_TOKENS) * geometry.sector_bytes
+    tpot_s = multiple * record.step_times().expected_s(FULL_STEP)
+    most = capacity(record, tpot_s, guaranteed_share=1 / NUM_SHARING, usual_share=1.0)
+    return Cell(multiple=multiple, tpot_s=tpot_s, requests_per_s=LOAD_SHARE * most)
 
 
 def _arrivals(cell: Cell, seconds: float) -> list[float]:

@@ -26,29 +26,31 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks.common import random_prompts
+from benchmarks.small_device import (
+    BATCH,
+    FULL_STEP,
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    capacity,
+    device_gib,
+    roomy_record,
+    with_memory,
+)
 from cluster.coordinator import CoordinatorConfig
 from cluster.coordinator_actor import CoordinatorActor
 from cluster.host_claims import HostClaims
 from cluster.member import Member
 from cluster.messages import BusState, NodeState, RangeUpdate, ReplicaReport
 from cluster.node_messages import HostAnswer, HostClaim
-from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
-from selectn_core.controller import PLANNED_SHARE
+from selectn_core.config import DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
 from selectn_core.device.bus import Bus
 from selectn_core.engine import Engine
-from selectn_core.latency import Link
-from selectn_core.memory_model import MemoryModel
-from selectn_core.policies import Frontier, SelectN, Situation
 from selectn_core.record import PerformanceRecord
-from selectn_core.record_cache import measured_record
 from selectn_core.requests import RequestHandle
 from selectn_core.sampling import SamplingParams
-from selectn_core.steering import LinkShare, unit_sets
-from selectn_core.steps import StepRecord, StepShape
+from selectn_core.steering import LinkShare
+from selectn_core.steps import StepRecord
 
-PROMPT_TOKENS, NEW_TOKENS, MAX_REQUESTS, PAGE_SIZE = 16, 32, 24, 16
-HELD_REQUESTS = 2  # what the KV cache holds with every layer resident
-ROOMY_GIB = 1.5
 BUS_GB_PER_S = 0.8
 # TPOT objectives in unloaded steps of a full batch, and TTFT objectives in those of TPOT.
 MULTIPLES = {"tight": 1.75, "loose": 5.0}
@@ -104,8 +106,9 @@ def contention(
     """One sample per mode, load and replica; requests arrive for `seconds` in each."""
     bus_name = f"bench-bus-{uuid.uuid4().hex[:8]}"
     try:
-        record = _record(source, bus_name, profile_s)
-        config = _config(source, bus_name, _device_gib(source, bus_name, record))
+        roomy = _config(source, bus_name)
+        record = roomy_record(roomy, profile_s)
+        config = with_memory(roomy, device_gib(roomy, record))
         replicas = [_replica(name, config, record, multiple) for name, multiple in MULTIPLES.items()]
         return _run(replicas, record, seconds, load_shares)
     finally:
@@ -115,94 +118,26 @@ def contention(
 # -- what runs ---------------------------------------------------------------------------------------------------
 
 
-def _config(source: str, bus_name: str, memory_gib: float) -> EngineConfig:
+def _config(source: str, bus_name: str) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(source=source),
         # One thread each: two engines compute at once on as few as two cores.
-        device=DeviceConfig(
-            kind="emulated", link_gb_per_s=BUS_GB_PER_S, bus=bus_name, memory_gib=memory_gib, compute_threads=1
-        ),
-        batch=BatchConfig(
-            max_requests=MAX_REQUESTS,
-            max_waiting=4096,
-            page_size=PAGE_SIZE,
-            kv_tokens=PROMPT_TOKENS + NEW_TOKENS,
-            prefix_sharing=False,
-        ),
+        device=DeviceConfig(kind="emulated", link_gb_per_s=BUS_GB_PER_S, bus=bus_name, compute_threads=1),
+        batch=BATCH,
         offload=OffloadConfig(num_sharing=len(MULTIPLES)),
     )
 
 
-def _record(source: str, bus_name: str, budget_s: float) -> PerformanceRecord:
-    engine = Engine.unsteered(_config(source, bus_name, ROOMY_GIB))
-    try:
-        with tqdm(total=100, desc="profiling", unit="%") as bar:
-            return measured_record(
-                engine,
-                budget_s=budget_s,
-                max_length=2 * (PROMPT_TOKENS + NEW_TOKENS),
-                on_progress=lambda share, what: bar.update(round(share * 100) - bar.n),
-            )
-    finally:
-        engine.close()
-
-
-def _device_gib(source: str, bus_name: str, record: PerformanceRecord) -> float:
-    """The device that holds every layer, and the KV cache of `HELD_REQUESTS`; what activations take depends on it."""
-    memory = record.memory
-    model = MemoryModel(
-        resident_bytes=memory.resident_bytes,
-        kv=memory.geometry,
-        workspace=memory.workspace,
-        num_reserved_sectors=memory.num_reserved_sectors,
-    )
-    wanted = sum(model.unit_sectors(record.unit_bytes)) + _kv_sectors(record, HELD_REQUESTS)
-    memory_gib = model.device_bytes_for(wanted) / 2**30
-    for _ in range(4):
-        engine = Engine.unsteered(_config(source, bus_name, memory_gib))
-        missing, per_sector = wanted - engine.arena.num_sectors, engine.workspace.bytes_per_sector
-        engine.close()
-        if missing == 0:
-            break
-        memory_gib += missing * (memory.geometry.sector_bytes + per_sector) / 2**30
-    return memory_gib
-
-
-def _kv_sectors(record: PerformanceRecord, num_requests: int) -> int:
-    return num_requests * record.memory.geometry.sectors_for_request(PROMPT_TOKENS + NEW_TOKENS)
-
-
 def _replica(name: str, config: EngineConfig, record: PerformanceRecord, multiple: float) -> Replica:
-    full = StepShape.decode(MAX_REQUESTS, PROMPT_TOKENS + NEW_TOKENS // 2)
-    tpot_s = multiple * record.step_times().expected_s(full)
+    tpot_s = multiple * record.step_times().expected_s(FULL_STEP)
+    half = 1 / len(MULTIPLES)
     slo = SloConfig(ttft_ms=TTFT_STEPS * tpot_s * 1e3, tpot_ms=tpot_s * 1e3)
     return Replica(
         name=name,
         config=replace(config, slo=slo),
         tpot_s=tpot_s,
-        most_requests_per_s=_capacity(record, tpot_s),
+        most_requests_per_s=capacity(record, tpot_s, guaranteed_share=half, usual_share=half),
     )
-
-
-def _capacity(record: PerformanceRecord, tpot_s: float) -> float:
-    """Requests per second that can be served with half of the bus, out of what that frees (modelled)."""
-    times, link = record.step_times(), record.link.link
-    policy = SelectN(Frontier(record.unit_bytes, unit_sets(record)))
-    half = Link(bytes_per_s=link.bytes_per_s / len(MULTIPLES), copy_s=link.copy_s)
-    limit_s, best = PLANNED_SHARE * tpot_s, 1 / (NEW_TOKENS * tpot_s)
-    for batch in range(1, MAX_REQUESTS + 1):
-        costs = times.expected(StepShape.decode(batch, PROMPT_TOKENS + NEW_TOKENS // 2))
-        plan = policy.choose(Situation(costs=costs, link=half, limit_s=limit_s))
-        copied = [record.unit_bytes[unit] for unit in plan.offloaded]
-        freed_bytes = sum(copied) - plan.slots_used * max(copied, default=0)
-        needed_bytes = _kv_sectors(record, max(0, batch - HELD_REQUESTS)) * record.memory.geometry.sector_bytes
-        # In its NEW_TOKENS steps a batch takes in as many prompts as it has requests: so much of each step is prefill.
-        prefill_s = times.expected_s(StepShape.prefill(PROMPT_TOKENS)) * batch / NEW_TOKENS
-        step_s = max(costs.unloaded_s + prefill_s, sum(copied) / half.bytes_per_s)
-        if needed_bytes > freed_bytes or step_s > limit_s:
-            break
-        best = batch / (NEW_TOKENS * step_s)
-    return best
 
 
 def _run(
