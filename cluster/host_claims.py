@@ -109,18 +109,13 @@ class HostClaims:
         known = self._claimed.get(claim.replica_id)
         if known is not None and _amounts(known.claim) != _amounts(claim):
             enter = self._ledger.reserve  # it has changed: more has to be there
-        for owner, num_bytes in self._with_others(claim).items():
-            if claim.is_renewal and enter == self._ledger.renew and 0 < self._ledger.held_bytes(owner) < num_bytes:
+        for owner, num_bytes in _amounts(claim).items():
+            held_bytes = self._ledger.held_bytes(owner)
+            if enter == self._ledger.renew and 0 < held_bytes < num_bytes:
                 self._ledger.release(owner)  # another renewed the store and knew less of it; in use is in use
-            enter(owner, num_bytes, now_s=now_s)
-
-    def _with_others(self, claim: HostClaim) -> dict[str, int]:
-        """The claim's amounts; its store is as large as whoever claims most of it says."""
-        others = [each.claim for name, each in self._claimed.items() if name != claim.replica_id]
-        return {
-            owner: max([num_bytes, *(_amounts(other).get(owner, 0) for other in others)])
-            for owner, num_bytes in _amounts(claim).items()
-        }
+            # A store is as large as whoever claims most of it says. And what is needed no more is given back when
+            # everything has been granted: a refusal changes nothing.
+            enter(owner, max(num_bytes, held_bytes), now_s=now_s)
 
     def _all_amounts(self) -> dict[str, int]:
         """What all claims come to, by the ledger's owners."""

@@ -82,6 +82,14 @@ def test_a_store_that_grew_for_a_claim_that_is_refused_shrinks_again():
     assert node.reserved() == 30
 
 
+def test_a_store_that_shrank_for_a_claim_that_is_refused_is_as_large_as_before():
+    node = Node()
+    node.claims.claim(claim("a", 0, "large"), 0)
+    less_and_more = replace(claim("a", 32, "large"), store_bytes=69)
+    assert node.claims.claim(less_and_more, 0).refusal
+    assert node.reserved() == 70
+
+
 def test_a_refusal_says_what_is_there_and_who_has_it_and_changes_nothing():
     node = Node()
     node.claims.claim(claim("a", 30, "small"), 0)
