@@ -179,7 +179,7 @@ class Member:
             self._is_granted = False
         from selectn_core.policies import MOST_SLOTS
 
-        self._k_min = engine.fewest_offloaded(MOST_SLOTS).num_offloaded
+        self._k_min = engine.target.fewest(MOST_SLOTS).num_offloaded
         if bus_id is not None:
             share = equal_share(engine)
             engine.set_link_share(link_share(engine, share, share, self._k_min))
@@ -303,7 +303,7 @@ def link_demand(engine: Engine, k_min: int, wanted: int = 0) -> LinkDemand:
     """
     unit_bytes, k_max = max(unit.num_bytes for unit in engine.units), len(engine.units)
     if engine.steering is None:
-        k_min = k_max = max(k_min, engine.target_plan.num_offloaded)
+        k_min = k_max = max(k_min, engine.target.plan.num_offloaded)
     objectives, share = engine.objectives, equal_share(engine)
     step_s = objectives.tpot_s if objectives is not None else max(1, k_max) * unit_bytes / share
     k_min = max(k_min, min(wanted, k_max, int(share * step_s // unit_bytes)))

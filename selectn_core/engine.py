@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from selectn_core.accounts import account
-from selectn_core.arena import Arena, weight_sectors
+from selectn_core.arena import Arena
 from selectn_core.attainment import Attainment
 from selectn_core.capacity import (
     Headroom,
@@ -28,10 +28,9 @@ from selectn_core.capacity import (
     waiting_prefill_tokens,
 )
 from selectn_core.config import MAX_SLOTS, EngineConfig, SloConfig, require
-from selectn_core.device import Device, align_up, open_device, resolve_kind
+from selectn_core.device import Device, open_device, resolve_kind
+from selectn_core.device_budget import arena_sectors, everything_bytes, host_sectors
 from selectn_core.errors import (
-    ConfigError,
-    DeviceMemoryExceeded,
     EngineOverloaded,
     EngineUnavailable,
     RequestError,
@@ -45,19 +44,20 @@ from selectn_core.latency import Link, recompute_s, swap_s
 from selectn_core.loading import LoadedModel
 from selectn_core.objectives import Objectives, configured_objectives, requested_objectives
 from selectn_core.placement import OffloadPlan
-from selectn_core.planner import fewest_offloaded, most_bytes, plan_bytes, unmeasured_plan
+from selectn_core.planner import unmeasured_plan
 from selectn_core.profiler import OnProgress
 from selectn_core.promises import Promises
 from selectn_core.record import PerformanceRecord
 from selectn_core.record_cache import performance_record
 from selectn_core.requests import RequestHandle, TokenEvent
-from selectn_core.resident import ResidentWeights, resident_tensors
+from selectn_core.resident import ResidentWeights
 from selectn_core.sampling import SamplingParams
 from selectn_core.self_test import check_model, refusing
 from selectn_core.shared_model import ReserveHost, load_on_host, reserve_nothing
 from selectn_core.steering import LinkShare, Steering
 from selectn_core.steps import StepLog, StepShape
-from selectn_core.transformers_cb import Callbacks, ContinuousBatching, GenerationOutput, KvPages, kv_geometry
+from selectn_core.target import Target
+from selectn_core.transformers_cb import Callbacks, ContinuousBatching, GenerationOutput, kv_geometry
 from selectn_core.units import find_units
 from selectn_core.workspace import Workspace, measure_workspace
 
@@ -92,7 +92,7 @@ class Engine:
         self.attainment = Attainment(config.slo.percentile)
         # Called on the generation thread when a step is planned and has not begun: the iteration controller's place.
         self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
-        self.steering: Steering | None = None
+        self.steering: Steering | None = None  # another thread may end it at any moment: read it once
         self._record: PerformanceRecord | None = None
         self.link_share: LinkShare | None = None
         self.promises = Promises(self)
@@ -104,7 +104,8 @@ class Engine:
         self._limit_compute_threads()
         with refusing(self.model, "its keys and values cannot be sized"):
             geometry = kv_geometry(self.model, config.batch.page_size)
-        self.device: Device = open_device(config.device, default_capacity_bytes=self._everything_bytes(geometry))
+        everything = everything_bytes(self.model, self.units, geometry, config.batch.kv_tokens)
+        self.device: Device = open_device(config.device, default_capacity_bytes=everything)
         try:
             self.store = HostStore(self.units, self.device, loaded.store)
             self.resident = ResidentWeights(self.model, self.units, self.device)
@@ -112,9 +113,8 @@ class Engine:
                 self.workspace = self._measured_workspace(geometry)
                 self.batching = self._make_batching(geometry)
             self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
-            self._target = self._first_plan()
-            self._urgent_target: OffloadPlan | None = None
-            self.executor = executor_class(self.model, self.store, self.device, self._target, self.arena)
+            self.target = Target(self.units, self.arena, config.offload)
+            self.executor = executor_class(self.model, self.store, self.device, self.target.plan, self.arena)
             self.executor.attach()
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
             self._self_test()
@@ -182,20 +182,23 @@ class Engine:
     @property
     def objectives(self) -> Objectives | None:
         """What requests are served for that do not name their own; None where nothing says."""
-        return self.steering.objectives if self.steering else configured_objectives(self.config.slo)
+        steering = self.steering
+        return steering.objectives if steering is not None else configured_objectives(self.config.slo)
 
     def set_objectives(self, slo: SloConfig) -> None:
         """Changes the objectives from the next step on, for requests in flight too."""
         self.config = replace(self.config, slo=slo)
         self.attainment = Attainment(slo.percentile)
-        if self.steering is not None:
-            self.steering.set_objectives(slo)
+        steering = self.steering
+        if steering is not None:
+            steering.set_objectives(slo)
 
     def set_link_share(self, share: LinkShare) -> None:
         """What this replica may use of its host bus from the next step on, whoever steers; any thread."""
         self.link_share = share
-        if self.steering is not None:
-            self.steering.set_link_share(share)
+        steering = self.steering
+        if steering is not None:
+            steering.set_link_share(share)
 
     def resume_policy(self) -> None:
         """Lets the policy decide again after a plan by hand, if there has been one."""
@@ -212,6 +215,8 @@ class Engine:
         return requested_objectives(default, self.config.slo, ttft_ms=ttft_ms, tpot_ms=tpot_ms)
 
     def _make_batching(self, geometry: KvGeometry) -> ContinuousBatching:
+        num_sectors = arena_sectors(self.device, geometry, self.workspace, self.config.batch)
+        longest = self._model_limit or geometry.tokens_in(num_sectors)
         return ContinuousBatching(
             self.model,
             self.config.batch,
@@ -224,8 +229,8 @@ class Engine:
                 on_output=self._on_output,
                 swap_is_cheaper=self._swap_is_cheaper,
             ),
-            num_sectors=self._num_sectors(geometry),
-            num_host_sectors=self._num_host_sectors(geometry),
+            num_sectors=num_sectors,
+            num_host_sectors=host_sectors(self.config, geometry, longest),
         )
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -299,13 +304,8 @@ class Engine:
 
         That is what it holds with every unit offloaded: they are, while a request needs it.
         """
-        capacity = self.batching.geometry.longest_request_in(self.most_kv_sectors)
+        capacity = self.batching.geometry.longest_request_in(self.target.most_kv_sectors)
         return min(self._model_limit or capacity, capacity)
-
-    @property
-    def most_kv_sectors(self) -> int:
-        """Sectors that the KV cache has with everything offloaded."""
-        return self.kv_sectors(unmeasured_plan(self.units, len(self.units), self._target.num_slots))
 
     @property
     def _model_limit(self) -> int | None:
@@ -331,7 +331,7 @@ class Engine:
         target = self.promises.plan
         if k_max is not None and k_max > target.num_offloaded:
             target = unmeasured_plan(self.units, min(k_max, len(self.units)), target.num_slots)
-        return capacity_tokens(self.batching.geometry, self.arena.num_sectors, self.kv_sectors(target))
+        return capacity_tokens(self.batching.geometry, self.arena.num_sectors, self.target.kv_sectors(target))
 
     def headroom(self, k_max: int | None = None) -> Headroom:
         """What this engine can take if it offloads up to `k_max` units (None: what may be promised)."""
@@ -460,10 +460,9 @@ class Engine:
         While the KV cache uses the memory that fewer of them need, or a request needs more of it than this number
         leaves, more are offloaded: `snapshot` says how many. Raises ConfigError if it can never be.
         """
-        slots = num_slots if num_slots is not None else self._target.num_slots
+        slots = num_slots if num_slots is not None else self.target.plan.num_slots
         require(1 <= slots <= MAX_SLOTS, "num_slots", slots, f"1 to {MAX_SLOTS}")
-        self._target = self._plan_of("num_offloaded", num_offloaded, slots)
-        self.steering = None
+        self._aim_by_hand(self.target.of("num_offloaded", num_offloaded, slots))
 
     def set_plan(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
         """As `set_num_offloaded`, with the units chosen by the caller.
@@ -471,79 +470,29 @@ class Engine:
         An `urgent` plan does not wait for running requests to release the memory that it needs: before the next step
         is scheduled the newest are preempted until it fits or one is left. They go on later, their tokens the same.
         """
-        allowed = f"{len(self.units)}, the model's {self.config.offload.unit}s"
-        require(plan.num_units == len(self.units), "plan.num_units", plan.num_units, allowed)
-        self._aim_at(self._checked("the plan", plan), urgent=urgent)
-        self.steering = None
+        self._aim_by_hand(self.target.checked("the plan", plan), urgent=urgent)
 
-    def _aim_at(self, plan: OffloadPlan, *, urgent: bool) -> None:
-        self._urgent_target = plan if urgent else None  # first: it says nothing until it is the target
-        self._target = plan
-
-    @property
-    def target_plan(self) -> OffloadPlan:
-        """What was asked for last, by hand or by the policy."""
-        return self._target
-
-    def fewest_offloaded(self, num_slots: int) -> OffloadPlan:
-        """k_min: the plan with the fewest units offloaded that the device's memory allows."""
-        plan = fewest_offloaded(self.units, num_slots, self.arena.reachable_bytes(0), round_up=self.arena.round_up)
-        return plan if plan is not None else unmeasured_plan(self.units, len(self.units), num_slots)
-
-    def _plan_of(self, name: str, num_offloaded: int, num_slots: int) -> OffloadPlan:
-        """The plan, or ConfigError where the model has fewer units or the device less memory."""
-        allowed = f"0 to {len(self.units)}, the {self.config.offload.unit}s"
-        require(0 <= num_offloaded <= len(self.units), name, num_offloaded, allowed)
-        return self._checked(f"{name}={num_offloaded}", unmeasured_plan(self.units, num_offloaded, num_slots))
-
-    def _checked(self, what: str, plan: OffloadPlan) -> OffloadPlan:
-        wanted, budget = self._plan_bytes(plan), self.arena.reachable_bytes(0)
-        if wanted > budget:
-            least = fewest_offloaded(self.units, plan.num_slots, budget, round_up=self.arena.round_up)
-            hint = f"at least {least.num_offloaded} must be offloaded" if least else "no number of them would fit"
-            raise ConfigError(
-                f"{what} is not possible: weights and {plan.slots_used} slots would take {wanted:,} "
-                f"bytes of device memory and {budget:,} are there; {hint}"
-            )
-        return plan
-
-    def _plan_bytes(self, plan: OffloadPlan) -> int:
-        return plan_bytes(self.units, plan, self.arena.round_up)
-
-    def kv_sectors(self, plan: OffloadPlan) -> int:
-        """Sectors that the KV cache has under `plan`."""
-        return self.arena.num_sectors - self._plan_bytes(plan) // self.arena.sector_bytes
-
-    def _first_plan(self) -> OffloadPlan:
-        wanted, batch = self.config.offload, self.config.batch
-        if wanted.num_offloaded != "auto":
-            return self._plan_of("offload.num_offloaded", wanted.num_offloaded, wanted.num_slots)
-        plan = fewest_offloaded(
-            self.units, wanted.num_slots, self.arena.reachable_bytes(0), round_up=self.arena.round_up
-        )
-        if plan is None:
-            raise DeviceMemoryExceeded(
-                f"the model does not fit {self.device.capacity_bytes:,} bytes of device memory even with every "
-                f"{wanted.unit} offloaded: raise device.memory_gib, or lower batch.kv_tokens ({batch.kv_tokens}) or "
-                f"offload.num_slots ({wanted.num_slots})"
-            )
-        return plan
+    def _aim_by_hand(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
+        with self._lock:  # the policy may be deciding right now: what it comes to is of no interest any more
+            self.steering = None
+            self.target.aim_at(plan, urgent=urgent)
 
     def _before_schedule(self) -> bool:
         """Moves weights and KV pages to where the next step wants them; False where no new request may begin."""
-        if self._urgent_target is self._target:
+        if self.target.is_urgent:
             self._preempt_for(self._wanted_plan())
         self._follow_target()
-        may_begin = True
-        if self.steering is not None:
+        may_begin, steering = True, self.steering
+        if steering is not None:
             with self._lock:
                 handles = dict(self._handles)
-            may_begin = self.steering.admit(handles, self.batching.progress())
+            may_begin = steering.admit(handles, self.batching.progress())
         # What is still to come back waits for KV to be released: no new request may take its place.
         return may_begin and self.executor.plan == self.executor.wanted
 
     def _token_budget(self, most: int) -> int:
-        return self.steering.token_budget(most) if self.steering is not None else most
+        steering = self.steering
+        return steering.token_budget(most) if steering is not None else most
 
     def _follow_target(self) -> None:
         wanted = self._wanted_plan()
@@ -552,36 +501,23 @@ class Engine:
         self.executor.apply_plan()
 
     def _preempt_for(self, plan: OffloadPlan) -> None:
-        while self.batching.pages.num_in_use > self.kv_sectors(plan) and self.batching.preempt_newest():
+        while self.batching.pages.num_in_use > self.target.kv_sectors(plan) and self.batching.preempt_newest():
             pass
 
     def _wanted_plan(self) -> OffloadPlan:
         """The target, with more offloaded while the longest request in flight would not fit the KV cache otherwise."""
-        target = self._target
         with self._lock:
             longest = max((handle.max_total_tokens for handle in self._handles.values()), default=0)
-        needed = self.batching.geometry.sectors_for_request(longest)
-        if needed <= self.kv_sectors(target):
-            return target
-        return self._plan_with_kv(needed, target)
-
-    def _plan_with_kv(self, num_sectors: int, target: OffloadPlan) -> OffloadPlan:
-        budget = (self.arena.num_sectors - num_sectors) * self.arena.sector_bytes
-        plan = fewest_offloaded(
-            self.units,
-            target.num_slots,
-            budget,
-            at_least=target.num_offloaded,
-            round_up=self.arena.round_up,
-        )
-        assert plan is not None, "a request longer than max_model_len was admitted"
-        return plan
+        return self.target.with_kv(self.batching.geometry.sectors_for_request(longest))
 
     def _on_step_planned(self, shape: StepShape) -> None:
         self.on_step_planned(shape)
-        if self.steering is not None:
-            decision = self.steering.decide(shape)
-            self._aim_at(decision.plan, urgent=decision.urgent)
+        steering = self.steering
+        if steering is not None:
+            decision = steering.decide(shape)
+            with self._lock:
+                if self.steering is steering:
+                    self.target.aim_at(decision.plan, urgent=decision.urgent)
         self._follow_target()  # which may have just been changed, for this step
 
     def _on_step_done(self, shape: StepShape, duration_s: float) -> None:
@@ -615,7 +551,7 @@ class Engine:
 
     def snapshot(self) -> dict[str, Any]:
         """What the engine holds and does now, as JSON-able values; bytes and seconds."""
-        plan, usage = self.executor.plan, self.device.link_usage()
+        plan, usage, steering = self.executor.plan, self.device.link_usage(), self.steering
         with self._lock:
             num_handles, state = len(self._handles), self._state
         running = min(num_handles, self.batching.num_active)
@@ -648,7 +584,7 @@ class Engine:
             "stall_s": self.executor.stats.stall_s,
             "objectives": asdict(self.objectives) if self.objectives is not None else None,
             "attainment": self.attainment.snapshot(),
-            "steering": self.steering.snapshot() if self.steering is not None else None,
+            "steering": steering.snapshot() if steering is not None else None,
             "preemptions": self.batching.swap.num_preemptions,
             "preemptions_swapped": self.batching.swap.num_swapped,
         }
@@ -667,21 +603,6 @@ class Engine:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(self.config.device.compute_threads or max(1, cores - 1))
 
-    def _everything_bytes(self, geometry: KvGeometry) -> int:
-        """Device bytes with which every unit is resident beside the KV cache that is asked for."""
-        resident = sum(align_up(tensor.nbytes) for tensor in resident_tensors(self.model, self.units))
-        kv_bytes = (geometry.sectors_for(self.config.batch.kv_tokens) + KvPages.num_reserved) * geometry.sector_bytes
-        weights = most_bytes(
-            self.units, lambda size: weight_sectors(size, geometry.sector_bytes) * geometry.sector_bytes
-        )
-        return resident + align_up(kv_bytes + weights)
-
-    def _num_host_sectors(self, geometry: KvGeometry) -> int:
-        """Sectors of host memory for KV: what is allowed, and no more than every running request could fill."""
-        allowed = int(self.config.host.kv_gib * (1 << 30)) // geometry.sector_bytes
-        longest = geometry.sectors_for_request(self._model_limit or geometry.tokens_in(self._num_sectors(geometry)))
-        return min(allowed, self.config.batch.max_requests * longest)
-
     @property
     def workspace_bytes(self) -> int:
         """Device bytes that are left to activations."""
@@ -699,17 +620,3 @@ class Engine:
     def _computing_on_device(self) -> Executor:
         everything = unmeasured_plan(self.units, len(self.units), 1)
         return SynchronousExecutor(self.model, self.store, self.device, everything)
-
-    def _num_sectors(self, geometry: KvGeometry) -> int:
-        """Sectors of the arena: all that resident weights and activations leave of the device."""
-        kv_tokens, device = self.config.batch.kv_tokens, self.device
-        num_sectors = self.workspace.most_sectors(device.free_bytes, geometry.sector_bytes) - KvPages.num_reserved
-        least = geometry.sectors_for(kv_tokens)
-        if num_sectors < least:
-            raise DeviceMemoryExceeded(
-                f"the KV cache wants {least * geometry.sector_bytes:,} bytes of device memory for batch.kv_tokens="
-                f"{kv_tokens}; {device.free_bytes:,} of {device.capacity_bytes:,} are free, "
-                f"{self.workspace.bytes_for(least):,} of them for activations: raise device.memory_gib, or lower "
-                "batch.kv_tokens, batch.max_batch_tokens or batch.max_requests"
-            )
-        return num_sectors

@@ -77,7 +77,7 @@ def profile(
     it has is not measured again. The engine is left as it was.
     """
     session = _Session(engine, budget_s, max_length, earlier, on_progress)
-    plan = engine.target_plan
+    plan = engine.target.plan
     try:
         return session.run()
     finally:
@@ -102,7 +102,7 @@ class _Session:
         self.unit_bytes = tuple(unit.num_bytes for unit in engine.units)
         self.earlier = earlier
         self.measured: dict[StepShape, MeasuredStep] = {step.shape: step for step in (earlier.steps if earlier else ())}
-        self.num_sectors = engine.most_kv_sectors
+        self.num_sectors = engine.target.most_kv_sectors
         self.extent = extent_of(
             engine.config.batch,
             min(max_length, engine.max_model_len),
@@ -205,7 +205,7 @@ class _Session:
         engine, geometry = self.engine, self.engine.batching.geometry
         sectors = sum(geometry.sectors_for_request(sum(request)) for request in requests)
         budget = (engine.arena.num_sectors - sectors) * engine.arena.sector_bytes
-        slots = engine.target_plan.num_slots
+        slots = engine.target.plan.num_slots
         plan = fewest_offloaded(
             engine.units,
             slots,
@@ -213,7 +213,7 @@ class _Session:
             round_up=engine.arena.round_up,
         )
         assert plan is not None, "a shape that does not fit"
-        if plan != engine.target_plan:
+        if plan != engine.target.plan:
             engine.set_plan(plan)
             # One small step, so that what comes home with the new plan is not on its way during the next.
             engine.batching.run_step(((1, 0),))

@@ -37,7 +37,7 @@ class Promises:
         """
         engine, steering, share = self._engine, self._engine.steering, self._engine.link_share
         if steering is None:
-            return engine.target_plan
+            return engine.target.plan
         plan = steering.guaranteed_plan
         if share is None or not steering.controller.policy.adapts:
             return plan
@@ -47,7 +47,7 @@ class Promises:
         most = int(most_bytes // max(unit.num_bytes for unit in engine.units))
         asked = (most, plan.num_slots)
         if self._cut is None or self._cut[0] != asked:
-            least = engine.fewest_offloaded(plan.num_slots)
+            least = engine.target.fewest(plan.num_slots)
             cut = unmeasured_plan(engine.units, most, plan.num_slots)
             self._cut = asked, cut if most > least.num_offloaded else least
         return self._cut[1]
@@ -64,7 +64,7 @@ class Promises:
         at_their_ends = sum(sectors_for(each.max_total_tokens) for each in handles)
         held = sum(sectors_for(each.num_prompt_tokens + each.num_tokens) for each in handles if each.num_tokens)
         longest = max((sectors_for(each.max_total_tokens) for each in handles), default=0)
-        num_sectors = max(min(at_their_ends, engine.kv_sectors(plan)), held, longest)
+        num_sectors = max(min(at_their_ends, engine.target.kv_sectors(plan)), held, longest)
         return self._fewest_beside(num_sectors, plan.num_slots)
 
     @property
@@ -81,7 +81,7 @@ class Promises:
             return 0
         sectors = [engine.batching.geometry.sectors_for_request(length) for length in lengths]
         num_more = min(len(lengths) // 4 + 1, most - len(lengths))
-        return self._fewest_beside(sum(sectors) + num_more * max(sectors), engine.target_plan.num_slots)
+        return self._fewest_beside(sum(sectors) + num_more * max(sectors), engine.target.plan.num_slots)
 
     def _fewest_beside(self, num_sectors: int, num_slots: int) -> int:
         """The fewest units offloaded with which the KV cache has so many sectors; all where no number is enough."""

@@ -109,7 +109,7 @@ class Steering:
         sectors_for = engine.batching.geometry.sectors_for_request
         held = sum(sectors_for(handles[ticket].max_total_tokens) for ticket in progress if ticket in handles)
         self._guaranteed = self.controller.guaranteed_plan(load)
-        room = engine.kv_sectors(self._guaranteed) - held
+        room = engine.target.kv_sectors(self._guaranteed) - held
         missing = self._weight_sectors + held - engine.arena.num_sectors
         controller = self.controller
         controller.held_freed_bytes = max(controller.min_freed_bytes, missing * engine.arena.sector_bytes)
@@ -182,7 +182,7 @@ def make_policy(engine: Engine, times: StepTimes, record: PerformanceRecord, obj
         "static": lambda: Fixed("static", _static_plan(engine, times, record, objectives)),
         "group": lambda: Fixed("group", last_of_every_group(config.interval or num_units, num_units)),
         "all": lambda: Fixed("all", every_unit_one_ahead(num_units)),
-        "none": lambda: Fixed("none", engine.fewest_offloaded(1)),
+        "none": lambda: Fixed("none", engine.target.fewest(1)),
     }
     return makers[config.policy]()
 
@@ -193,7 +193,7 @@ def _static_plan(engine: Engine, times: StepTimes, record: PerformanceRecord, ob
     link = record.link.link
     limit_s = PLANNED_SHARE * objectives.tpot_s
     plan = worst_case_share(costs, link, num_sharing, limit_s)
-    least = engine.fewest_offloaded(plan.num_slots)
+    least = engine.target.fewest(plan.num_slots)
     return plan if plan.num_offloaded >= least.num_offloaded else least
 
 

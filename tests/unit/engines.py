@@ -45,7 +45,7 @@ class CheckedEngine(Engine):
             self.before_schedule(self)
         may_begin = super()._before_schedule()
         self.check_integrity()
-        if self._urgent_target is self._target:
+        if self.target.is_urgent:
             assert self.executor.plan == self.executor.wanted or self.batching.num_active <= 1
         return may_begin
 

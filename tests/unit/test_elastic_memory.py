@@ -142,7 +142,7 @@ def come_home_under_load(engine: CheckedEngine, family: str, *, urgent: bool) ->
     seen: list[tuple[int, int]] = []
 
     def watch(_: object) -> None:
-        if seen or engine.batching.pages.num_in_use > engine.kv_sectors(at_home):
+        if seen or engine.batching.pages.num_in_use > engine.target.kv_sectors(at_home):
             seen.append((engine.batching.num_active, engine.executor.plan.num_offloaded))
             if len(seen) == 1:
                 engine.set_plan(at_home, urgent=urgent)
@@ -288,7 +288,7 @@ def test_what_must_be_offloaded_for_the_requests_in_flight() -> None:
         sectors = [sectors_for(length) for length in lengths[:num_requests]]
         num_more = min(num_requests // 4 + 1, 6 - num_requests)
         needed = sum(sectors) + num_more * max(sectors)
-        have = [engine.kv_sectors(unmeasured_plan(engine.units, k, 1)) for k in range(NUM_LAYERS + 1)]
+        have = [engine.target.kv_sectors(unmeasured_plan(engine.units, k, 1)) for k in range(NUM_LAYERS + 1)]
         assert have[num_offloaded] >= needed or num_offloaded == NUM_LAYERS
         assert all(fewer < needed for fewer in have[:num_offloaded])
     assert wanted[0] == 0

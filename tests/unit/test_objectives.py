@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from selectn_core.config import BatchConfig, SloConfig
+from selectn_core.controller import Decision
 from selectn_core.engine import Engine
 from selectn_core.errors import ConfigError, RequestError
 from selectn_core.objectives import (
@@ -107,6 +109,28 @@ def test_a_plan_by_hand_rests_the_policy_until_it_is_resumed(tmp_path: Path, mon
         engine.resume_policy()
         assert engine.steering is not None
         assert len(engine.submit(make_prompts()[0], greedy()).result()) > 0
+
+
+def test_a_plan_by_hand_stands_though_the_policy_was_deciding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
+    engine = Engine(tiny_model(), engine_config("auto"))
+    engine.steer(performance_record(engine, budget_s=2.0))
+    steering = engine.steering
+    assert steering is not None
+    decide = steering.decide
+
+    def decide_and_be_overruled(shape: StepShape) -> Decision:
+        decision = decide(shape)
+        by_hand = threading.Thread(target=engine.set_num_offloaded, args=(2,))
+        by_hand.start()
+        by_hand.join()
+        return decision
+
+    monkeypatch.setattr(steering, "decide", decide_and_be_overruled)
+    with engine:
+        engine.submit(make_prompts()[0], greedy()).result()
+    assert engine.steering is None
+    assert engine.target.plan.num_offloaded == 2
 
 
 def test_an_idle_engine_counts_on_no_more_memory_than_its_objective_allows(

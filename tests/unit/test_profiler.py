@@ -37,10 +37,10 @@ def engine(cache: Path) -> Iterator[Engine]:
 
 
 def test_a_profile_covers_what_the_engine_can_meet_and_leaves_it_as_it_was(engine: Engine) -> None:
-    plan, seen = engine.target_plan, []
+    plan, seen = engine.target.plan, []
     record = profile(engine, budget_s=BUDGET_S, max_length=128, on_progress=lambda share, what: seen.append(share))
     assert seen == sorted(seen)
-    assert engine.target_plan == plan
+    assert engine.target.plan == plan
     assert engine.steps.num_steps == 0
     engine.batching.check_integrity()
     times, batch = record.step_times(), engine.config.batch

@@ -55,7 +55,7 @@ def share_of(engine: Engine, units: float | None, guaranteed: float, more: float
 
 
 def tokens_with(engine: Engine, num_offloaded: int, num_slots: int) -> int:
-    sectors = engine.kv_sectors(unmeasured_plan(engine.units, num_offloaded, num_slots))
+    sectors = engine.target.kv_sectors(unmeasured_plan(engine.units, num_offloaded, num_slots))
     return capacity_tokens(engine.batching.geometry, engine.arena.num_sectors, sectors)
 
 
@@ -67,7 +67,7 @@ def test_no_more_is_promised_than_range_and_guaranteed_share_hold(idle, values):
     idle.set_link_share(share_of(idle, units, guaranteed, more))
     slots = idle.steering.guaranteed_plan.num_slots
     most = int(min(guaranteed + 1e-6, len(idle.units) if units is None else units + 1e-6))
-    least = idle.fewest_offloaded(slots).num_offloaded
+    least = idle.target.fewest(slots).num_offloaded
     allowed = max(tokens_with(idle, k, slots) for k in range(max(most, least) + 1) if k <= len(idle.units))
     assert tokens_with(idle, least, slots) <= idle.reachable_kv_tokens() <= allowed
     assert idle.headroom().kv_capacity_tokens == idle.reachable_kv_tokens()
@@ -100,12 +100,13 @@ def test_what_promises_need_offloaded_is_the_fewest_that_hold_them(idle, lengths
     finally:
         for handle in handles:
             handle.cancel()
-    together = min(sum(sectors_for(1 + length) for length in lengths), idle.kv_sectors(plan))
+    together = min(sum(sectors_for(1 + length) for length in lengths), idle.target.kv_sectors(plan))
     holds = [
-        idle.kv_sectors(unmeasured_plan(idle.units, k, plan.num_slots)) >= together for k in range(len(idle.units) + 1)
+        idle.target.kv_sectors(unmeasured_plan(idle.units, k, plan.num_slots)) >= together
+        for k in range(len(idle.units) + 1)
     ]
     assert needed == holds.index(True)
-    assert needed <= max(plan.num_offloaded, idle.fewest_offloaded(plan.num_slots).num_offloaded)
+    assert needed <= max(plan.num_offloaded, idle.target.fewest(plan.num_slots).num_offloaded)
 
 
 def test_requests_on_promised_memory_are_not_preempted_when_the_lease_runs_out(cache):

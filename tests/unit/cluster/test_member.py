@@ -175,7 +175,7 @@ def test_ranges_reach_the_engine_and_lapse_to_the_fallback(node, member, engine)
 def test_before_it_has_a_share_it_offloads_what_it_must(node, member, engine):
     node.fault = fail
     member.join(engine, "b")
-    assert engine.fewest_offloaded(2).num_offloaded == 0
+    assert engine.target.fewest(2).num_offloaded == 0
     assert engine.link_share.max_offloaded_bytes == 0
 
 
