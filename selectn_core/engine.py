@@ -30,12 +30,7 @@ from selectn_core.capacity import (
 from selectn_core.config import MAX_SLOTS, EngineConfig, SloConfig, require
 from selectn_core.device import Device, open_device, resolve_kind
 from selectn_core.device_budget import arena_sectors, everything_bytes, host_sectors
-from selectn_core.errors import (
-    EngineOverloaded,
-    EngineUnavailable,
-    RequestError,
-    RequestTooLarge,
-)
+from selectn_core.errors import EngineUnavailable, RequestError, RequestTooLarge
 from selectn_core.executor import Executor, OverlappedExecutor, SynchronousExecutor
 from selectn_core.fingerprint import fingerprint_of
 from selectn_core.host_store import HostStore
@@ -49,6 +44,7 @@ from selectn_core.profiler import OnProgress
 from selectn_core.promises import Promises
 from selectn_core.record import PerformanceRecord
 from selectn_core.record_cache import performance_record
+from selectn_core.request_table import RequestTable
 from selectn_core.requests import RequestHandle, TokenEvent
 from selectn_core.resident import ResidentWeights
 from selectn_core.sampling import SamplingParams
@@ -96,8 +92,8 @@ class Engine:
         self._record: PerformanceRecord | None = None
         self.link_share: LinkShare | None = None
         self.promises = Promises(self)
-        self._handles: dict[str, RequestHandle] = {}
-        self._lock = threading.Lock()
+        self.requests = RequestTable(config.batch)
+        self._lock = threading.Lock()  # of the state, and of what is aimed at
         self._state = "loaded"  # loaded -> running -> closed, or failed
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
         self._supervisor: threading.Thread | None = None
@@ -251,10 +247,11 @@ class Engine:
             if self._state == "closed":
                 return
             self._state = "closed"
+        self.requests.close("the engine is closed")
         self.batching.close()
         if self._supervisor is not None:
             self._supervisor.join()
-        self._fail_all("the engine was closed")
+        self.requests.fail_all("the engine was closed")
         self.executor.detach()
         self.store.close()
         self.device.close()
@@ -279,7 +276,8 @@ class Engine:
                     return
                 if not self._may_restart():
                     self._state = "failed"
-            self._fail_all(f"generation failed: {self.batching.fatal_error}")
+                    self.requests.close("the engine is failed")
+            self.requests.fail_all(f"generation failed: {self.batching.fatal_error}")
             if self._state == "failed":
                 logger.error("generation failed %d times in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S)
                 return
@@ -347,8 +345,7 @@ class Engine:
 
     def handles(self) -> list[RequestHandle]:
         """The requests in flight, waiting ones included; any thread."""
-        with self._lock:
-            return list(self._handles.values())
+        return list(self.requests.by_ticket().values())
 
     def promised_tokens(self, total_tokens: int) -> int:
         """What a request of `total_tokens`, prompt and output, takes of `headroom`."""
@@ -381,9 +378,9 @@ class Engine:
         handle.eos_ids = frozenset((*eos_ids, *params.stop_token_ids))
         handle.max_total_tokens += params.max_tokens
         handle.objectives = objectives
-        self._register(handle)
+        self.requests.add(handle)
         if not self.batching.submit(handle.ticket, prompt_ids, params, sorted(handle.eos_ids), seed):
-            self._forget(handle.ticket)
+            self.requests.remove(handle.ticket)
             raise EngineUnavailable("generation is being restarted after an error; send the request again")
         return handle
 
@@ -401,39 +398,14 @@ class Engine:
                 field="max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
             )
 
-    def _register(self, handle: RequestHandle) -> None:
-        batch = self.config.batch
-        with self._lock:
-            if self._state in ("closed", "failed"):
-                raise EngineUnavailable(f"the engine is {self._state}")
-            if any(other.request_id == handle.request_id for other in self._handles.values()):
-                raise RequestError(f"request_id={handle.request_id!r} is in use", field="request_id")
-            if len(self._handles) >= batch.max_requests + batch.max_waiting:
-                raise EngineOverloaded(
-                    f"{len(self._handles)} requests are running or waiting (batch.max_requests="
-                    f"{batch.max_requests}, batch.max_waiting={batch.max_waiting})"
-                )
-            self._handles[handle.ticket] = handle
-
-    def _forget(self, ticket: str) -> RequestHandle | None:
-        with self._lock:
-            return self._handles.pop(ticket, None)
-
     def _cancel(self, ticket: str) -> None:
-        handle = self._forget(ticket)
+        handle = self.requests.remove(ticket)
         if handle is not None:
             self.batching.cancel(ticket)
             handle.push(TokenEvent(token_ids=(), finish_reason="cancelled"))
 
-    def _fail_all(self, reason: str) -> None:
-        with self._lock:
-            handles = list(self._handles.values())
-            self._handles.clear()
-        for handle in handles:
-            handle.push(TokenEvent(token_ids=(), finish_reason="error", error=reason))
-
     def _on_output(self, output: GenerationOutput) -> None:
-        handle = self._handles.get(output.request_id)
+        handle = self.requests.get(output.request_id)
         if handle is None:  # cancelled, or submitted while generation failed: nobody reads it
             if not output.is_finished():
                 self.batching.cancel(output.request_id)
@@ -442,7 +414,7 @@ class Engine:
         if not output.is_finished():
             handle.push(TokenEvent(token_ids=new))
             return
-        self._forget(output.request_id)
+        self.requests.remove(output.request_id)
         objectives = handle.objectives or self.objectives
         if output.error is not None:
             handle.push(TokenEvent(token_ids=new, finish_reason="error", error=output.error))
@@ -484,9 +456,7 @@ class Engine:
         self._follow_target()
         may_begin, steering = True, self.steering
         if steering is not None:
-            with self._lock:
-                handles = dict(self._handles)
-            may_begin = steering.admit(handles, self.batching.progress())
+            may_begin = steering.admit(self.requests.by_ticket(), self.batching.progress())
         # What is still to come back waits for KV to be released: no new request may take its place.
         return may_begin and self.executor.plan == self.executor.wanted
 
@@ -506,8 +476,7 @@ class Engine:
 
     def _wanted_plan(self) -> OffloadPlan:
         """The target, with more offloaded while the longest request in flight would not fit the KV cache otherwise."""
-        with self._lock:
-            longest = max((handle.max_total_tokens for handle in self._handles.values()), default=0)
+        longest = max((handle.max_total_tokens for handle in self.handles()), default=0)
         return self.target.with_kv(self.batching.geometry.sectors_for_request(longest))
 
     def _on_step_planned(self, shape: StepShape) -> None:
@@ -552,11 +521,10 @@ class Engine:
     def snapshot(self) -> dict[str, Any]:
         """What the engine holds and does now, as JSON-able values; bytes and seconds."""
         plan, usage, steering = self.executor.plan, self.device.link_usage(), self.steering
-        with self._lock:
-            num_handles, state = len(self._handles), self._state
-        running = min(num_handles, self.batching.num_active)
+        num_requests = len(self.requests)
+        running = min(num_requests, self.batching.num_active)
         return {
-            "state": state,
+            "state": self._state,
             "model": self.model_name,
             "device": self.device.kind,
             "provenance": self.device.provenance,
@@ -575,7 +543,7 @@ class Engine:
             "kv_bytes": self.batching.pages.num_sectors * self.arena.sector_bytes,
             "kv_capacity_tokens": self.kv_capacity_tokens,
             "running": running,
-            "waiting": num_handles - running,
+            "waiting": num_requests - running,
             "num_steps": self.steps.num_steps,
             "interval_history": [list(change) for change in list(self.steps.interval_history)],
             "step_over_bound": self.steps.median_over_bound(usage.bytes_per_s),

@@ -22,6 +22,7 @@ from selectn_core.errors import (
     EngineUnavailable,
     RequestError,
 )
+from selectn_core.request_table import RequestTable
 from selectn_core.requests import RequestHandle
 from selectn_core.sampling import SamplingParams
 from tests.tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_model
@@ -217,17 +218,18 @@ def test_closing_while_generation_fails_does_not_hang() -> None:
 def test_closing_between_a_failure_and_the_restart_does_not_hang() -> None:
     """close() comes when the supervisor has seen the failure and not yet started the next thread."""
     closers: list[threading.Thread] = []
+    engine = CheckedEngine(tiny_model(), engine_config(2, 1))
 
-    class ClosedBeforeRestart(CheckedEngine):
-        def _fail_all(self, reason: str) -> None:
-            super()._fail_all(reason)
-            if threading.current_thread() is self._supervisor:
-                closers.append(threading.Thread(target=self.close))
+    class ClosesBeforeRestart(RequestTable):
+        def fail_all(self, reason: str) -> None:
+            super().fail_all(reason)
+            if threading.current_thread().name == "selectn-supervisor":
+                closers.append(threading.Thread(target=engine.close))
                 closers[0].start()
                 # Its second look at the state: it has found nothing to stop, and waits for the supervisor.
-                wait_for(lambda: not self.is_healthy() and self.model.config._attn_implementation == "sdpa")
+                wait_for(lambda: not engine.is_healthy() and engine.model.config._attn_implementation == "sdpa")
 
-    engine = ClosedBeforeRestart(tiny_model(), engine_config(2, 1))
+    engine.requests = ClosesBeforeRestart(engine.config.batch)
     FailingLayer(engine, 1, num_failures=1)
     engine.start()
     with pytest.raises(RuntimeError, match="injected"):
