@@ -17,6 +17,7 @@ from deployments.fair_queue import Priority
 from deployments.messages import ChatMessage, Sampling
 
 MAX_STOP_STRINGS = 4
+MAX_TOKENS = 2**31 - 1
 # The API's own default for /v1/completions.
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -53,7 +54,7 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     model: str
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -158,7 +159,7 @@ class ChatCompletionRequest(Request):
     """POST /v1/chat/completions."""
 
     messages: tuple[Message, ...] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
 
     @property
     def output_tokens(self) -> int | None:

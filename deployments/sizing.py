@@ -34,18 +34,16 @@ class PromptSizes:
     def ask(self, request: GenerateRequest, ttft_s: float | None = None, longest_tokens: int | None = None) -> Ask:
         """What the request needs: exact for token ids, an estimate for text, whose replica counts again.
 
-        `longest_tokens`, what a request may have at all, cuts the output of one that names no max_tokens.
+        `longest_tokens` is what a request may have at all: for more than that nobody is charged, as it is refused.
         """
         data, max_tokens = prompt_bytes(request), request.sampling.max_tokens
         exact = prompt_tokens = _exact(request)
         if prompt_tokens is None:
             prompt_tokens = 1 + round(len(data) * self._tokens_per_byte) + _template_tokens(request)
         tokens = prompt_tokens + (self._default_max_tokens if max_tokens is None else max_tokens)
-        if max_tokens is None and longest_tokens is not None:
-            tokens = min(tokens, max(longest_tokens, prompt_tokens + 1))
         return Ask(
             request_id=request.request_id,
-            tokens=tokens,
+            tokens=tokens if longest_tokens is None else min(tokens, longest_tokens),
             least_tokens=(1 if exact is None else exact) + (1 if max_tokens is None else max_tokens),
             prompt_tokens=prompt_tokens,
             ttft_s=ttft_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,14 @@ def test_without_max_tokens_the_default_is_taken_and_cut_to_what_is_possible():
     sizes = PromptSizes(256)
     assert sizes.ask(request((1,) * 100, None)).tokens == 356
     assert sizes.ask(request((1,) * 100, None), longest_tokens=200).tokens == 200
+
+
+@pytest.mark.parametrize("max_tokens", [None, 10, 2**31 - 1])
+@pytest.mark.parametrize("prompt", [(1,) * 100, (1,) * 5000, "x" * 100_000])
+def test_nobody_is_charged_more_than_a_request_may_have(prompt, max_tokens):
+    ask = PromptSizes(256).ask(request(prompt, max_tokens), longest_tokens=200)
+    assert ask.tokens <= 200
+    assert ask.least_tokens == PromptSizes(256).ask(request(prompt, max_tokens)).least_tokens, "it is refused by this"
 
 
 @given(st.floats(0.1, 1.0))
