@@ -69,6 +69,10 @@ class _Waiter:
     deadline_s: float
     placed: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
+    @property
+    def has_place(self) -> bool:
+        return self.placed.done() and not self.placed.cancelled() and self.placed.exception() is None
+
     def fail(self, error: ApiError) -> None:
         if not self.placed.done():
             self.placed.set_exception(error)
@@ -77,14 +81,16 @@ class _Waiter:
 class Turn:
     """A place on a replica. `end` gives it back; call it always, more than once if need be."""
 
-    def __init__(self, admission: Admission, claim: Claim, replica_id: str, sequence: int, deadline_s: float) -> None:
-        self._admission, self.claim = admission, claim
-        self.replica_id, self.sequence, self.deadline_s = replica_id, sequence, deadline_s
+    def __init__(self, admission: Admission, entry: Entry[_Waiter], replica_id: str, sequence: int) -> None:
+        self._admission = admission
+        self._unbegun: Entry[_Waiter] | None = entry
+        self.claim, self.deadline_s = entry.item.claim, entry.item.deadline_s
+        self.replica_id, self.sequence = replica_id, sequence
         self._begun_s = 0.0
 
     def begun(self) -> None:
         """The replica has let the request in."""
-        self._begun_s = self._admission.now_s
+        self._begun_s, self._unbegun = self._admission.now_s, None
         self._admission.on_board(lambda board: board.begun(self.claim.ask.request_id))
 
     def started(self) -> None:
@@ -93,6 +99,9 @@ class Turn:
 
     def end(self) -> None:
         """The request is over, or has lost its place."""
+        unbegun, self._unbegun = self._unbegun, None
+        if unbegun is not None:
+            self._admission.refund(unbegun)
         self._admission.on_board(lambda board: board.end(self.claim.ask.request_id))
 
 
@@ -137,14 +146,18 @@ class Admission:
             async with asyncio.timeout(max(0.0, waiter.deadline_s - self._clock())):
                 replica_id = await waiter.placed
         except BaseException as error:
-            self._queue.discard(entry)
+            self._give_up(entry)
             self.on_board(lambda board: board.end(claim.ask.request_id))
             if isinstance(error, TimeoutError):
                 raise self.overdue(claim) from None
             raise
         with self._shared.locked() as board:
             sequence = board.sequence_of(claim.ask.request_id)
-        return Turn(self, claim, replica_id, sequence, waiter.deadline_s)
+        return Turn(self, entry, replica_id, sequence)
+
+    def refund(self, entry: Entry[_Waiter]) -> None:
+        """A request had a place, and was not begun there: its key is not charged for it."""
+        self._queue.refund(entry)
 
     def on_board(self, change: Callable[[Board], None]) -> None:
         """Changes the board, and lets in whom that makes room for."""
@@ -235,6 +248,13 @@ class Admission:
             raise self._full() from None
         if victim is not None:
             victim.item.fail(self._full())
+
+    def _give_up(self, entry: Entry[_Waiter]) -> None:
+        """Nobody waits for the entry any more, or takes its place."""
+        if entry.item.has_place:
+            self.refund(entry)
+        else:
+            self._queue.discard(entry)
 
     def _full(self) -> ApiError:
         return overloaded(retry_after_s=self._retry_after_s(0))

@@ -134,6 +134,23 @@ class FairQueue(Generic[T]):
         flow.entries.remove(entry)
         self._drop_if_empty(each, entry.key)
 
+    def refund(self, entry: Entry[T]) -> None:
+        """Takes back what a served entry has cost its key and priority: nothing came of its place.
+
+        Those that wait come to no more credit by it than those that were away have (`_flow_of`, `_Class.start`).
+        """
+        each = self._classes[entry.priority]
+        served = each.served - entry.tokens / WEIGHTS[entry.priority]
+        each.served = max(served, min(each.served, self._now)) if each.flows else served
+        flow = each.flows.get(entry.key)
+        if flow is not None:
+            most_owed = each.now - MOST_OWED * entry.tokens
+            flow.served = max(flow.served - entry.tokens, min(flow.served, most_owed))
+            if len(each.flows) == 1:  # it alone was how far the least served is, and has not come so far
+                each.now = min(each.now, flow.served)
+        elif entry.key in each.left:
+            each.left[entry.key] -= entry.tokens
+
     def discard(self, entry: Entry[T]) -> None:
         """Removes an entry unserved; does nothing if it is not there."""
         each = self._classes[entry.priority]

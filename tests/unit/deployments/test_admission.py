@@ -295,6 +295,7 @@ def test_priorities_and_keys_go_in_turn():
         async def come(name: str, **who: Any) -> None:
             turn = await case.admission.enter(case.claim(**who))
             order.append(name)
+            turn.begun()
             turn.end()
 
         tasks = [
@@ -313,6 +314,60 @@ def test_priorities_and_keys_go_in_turn():
         assert order.index("urgent") == 0
         assert order.index("other") < order.index("second")
         assert order.index("first") < order.index("second")
+
+    run(check())
+
+
+OTHERS = [
+    ({"key": "a"}, {"key": "b"}, 1),
+    ({"key": "a", "priority": "normal"}, {"key": "a", "priority": "low"}, 4),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "ratio"), OTHERS)
+@pytest.mark.parametrize("fate", ["refused", "refused again", "gone", "begun"])
+def test_a_place_that_nothing_came_of_costs_nothing(first, second, ratio, fate):
+    """The one with the large request has the share of the next ones that it would have had without it."""
+
+    async def come(case: Case, order: list[str], name: str, **who: Any) -> None:
+        turn = await case.admission.enter(case.claim(10, **who))
+        order.append(name)
+        turn.begun()
+        turn.end()
+
+    async def check():
+        case = Case(max_queued_requests=100)
+        case.report()
+        if fate == "gone":
+            case.report(promises=FULL)
+            blocker = await case.enter(key="other", priority="high")
+            large = case.enter(900, **first)
+            await settle()
+            case.report(kv_capacity_tokens=2000)
+            await asyncio.sleep(0)  # it has its place, and has not heard of it
+            large.cancel()
+            (outcome,) = await asyncio.gather(large, return_exceptions=True)
+            assert isinstance(outcome, asyncio.CancelledError)
+            blocker.end()
+        else:
+            claim = case.claim(900, **first)
+            for _ in range(2 if fate == "refused again" else 1):
+                turn = await case.admission.enter(claim)
+                if fate == "begun":
+                    turn.begun()
+                turn.end()
+                turn.end()
+                claim = claim.again()
+        case.report(promises=FULL)
+        at_door = await case.enter(10, key="other", priority="high")
+        order: list[str] = []
+        names = [("first", first), ("second", second)] * 20
+        tasks = [asyncio.ensure_future(come(case, order, name, **who)) for name, who in names]
+        await settle()
+        at_door.begun()
+        await asyncio.gather(*tasks)
+        expected = 0 if fate == "begun" else 10 * ratio / (ratio + 1)
+        assert abs(order[:10].count("first") - expected) <= 1
 
     run(check())
 

@@ -170,6 +170,81 @@ def test_priorities_share_by_weight():
     assert {priority: first.count(priority) for priority in PRIORITIES} == WEIGHTS
 
 
+def served_for_a_while(queue: FairQueue[int], flows, *, times: int = 100) -> dict:
+    """Tokens that each key and priority gets, of requests of 10 that never end."""
+    tokens = dict.fromkeys(flows, 0)
+    for key, priority in flows:
+        queue.push(entry(0, key, priority, tokens=10))
+    for number in range(times):
+        each = queue.pop()
+        tokens[(each.key, each.priority)] += each.tokens
+        queue.push(entry(number, each.key, each.priority, tokens=10))
+    return tokens
+
+
+class TestRefund:
+    @given(ARRIVALS, st.integers(0, 30), st.sampled_from("abcd"), st.sampled_from(PRIORITIES))
+    def test_what_comes_of_nothing_leaves_everybodys_turn_as_it_was(self, arrivals, num_served, key, priority):
+        orders = []
+        for is_refused in (False, True):
+            queue: FairQueue[int] = FairQueue(100)
+            fill(queue, arrivals)
+            for _ in range(min(num_served, len(queue))):
+                queue.pop()
+            if is_refused:
+                refused = entry(999, key, priority, tokens=1000)
+                queue.push(refused)
+                queue.serve(refused)
+                queue.refund(refused)
+            orders.append([each.item for each in drain(queue)])
+        assert orders[0] == orders[1]
+
+    @pytest.mark.parametrize(
+        ("flows", "ratio"),
+        [
+            ([("a", "normal"), ("b", "normal")], 1),
+            ([("a", "normal"), ("a", "low")], 4),
+            ([("a", "normal"), ("b", "low")], 4),
+        ],
+    )
+    @pytest.mark.parametrize("after", [0, 1, 10])
+    def test_who_asked_for_too_much_has_its_share_all_the_same(self, flows, ratio, after):
+        queue: FairQueue[int] = FairQueue(100)
+        large = entry(999, *flows[0], tokens=1_000_000)
+        queue.push(large)
+        queue.serve(large)
+        before = served_for_a_while(queue, flows, times=after)
+        queue.refund(large)
+        tokens = served_for_a_while(queue, flows)
+        first, second = (before[flow] + tokens[flow] for flow in flows)
+        # What other priorities got while it was charged they keep.
+        lost = 10 * after if flows[0][1] != flows[1][1] else 0
+        assert first == pytest.approx(ratio * (second - lost), abs=50)
+
+    def test_who_was_alone_has_no_credit_against_those_who_come_later(self):
+        queue: FairQueue[int] = FairQueue(100)
+        large = entry(999, "a", tokens=1_000_000)
+        queue.push(large)
+        queue.push(entry(0, "a"))
+        queue.push(entry(1, "a"))
+        queue.serve(large)
+        queue.pop()
+        queue.refund(large)
+        tokens = served_for_a_while(queue, [("a", "normal"), ("b", "normal")])
+        assert abs(tokens["a", "normal"] - tokens["b", "normal"]) <= 2 * 100
+
+    def test_a_key_that_was_forgotten_is_not_remembered_for_it(self):
+        queue: FairQueue[int] = FairQueue(2)
+        each = entry(0, "a")
+        queue.push(each)
+        queue.serve(each)
+        for number in range(5):
+            queue.push(entry(number, f"b{number}"))
+            queue.pop()
+        queue.refund(each)
+        assert "a" not in queue._classes["normal"].left
+
+
 class TestFull:
     def test_the_newest_of_the_key_with_most_goes_for_one_with_fewer(self):
         queue: FairQueue[int] = FairQueue(4)
