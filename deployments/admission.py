@@ -135,6 +135,8 @@ class Admission:
         """Returns when the request has a place. Raises ApiError: 503 if none can ever have it, 429 if not in time."""
         self._listen()
         waiter = _Waiter(claim=claim, deadline_s=self._deadline_s(claim))
+        if claim.has_waited and waiter.deadline_s <= self._clock():
+            raise self.overdue(claim)
         entry = Entry(item=waiter, key=claim.key, priority=claim.priority, tokens=claim.ask.tokens)
         if not claim.has_waited:
             self._arrivals.add((claim.priority, claim.key), claim.ask.tokens)

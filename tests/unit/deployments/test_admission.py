@@ -391,6 +391,19 @@ def test_a_request_that_lost_its_place_is_before_those_that_came_later():
     run(check())
 
 
+def test_one_that_lost_its_place_when_it_was_due_is_refused_though_there_is_room():
+    async def check():
+        case = Case(timeout_s=0.02)
+        case.report()
+        turn = await case.enter()
+        turn.end()
+        await asyncio.sleep(0.03)
+        error = await refusal(asyncio.ensure_future(case.admission.enter(turn.claim.again())))
+        assert (error.status, error.code) == (429, "rate_limit_exceeded")
+
+    run(check())
+
+
 def test_a_request_whose_replica_died_waits_for_another_however_late_it_is():
     async def check():
         case = Case(ttft_s=0.01, timeout_s=5.0)
