@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import math
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -113,6 +114,7 @@ class Admission:
     ) -> None:
         self._shared, self._config, self._clock = shared, config, clock
         self._queue: FairQueue[_Waiter] = FairQueue(config.max_queued_requests)
+        self._retried: list[_Waiter] = []  # in the order of `retried_s`: their replicas have died
         self._arrivals = Arrivals(clock)
         self._starts_s: deque[float] = deque(maxlen=NUM_STARTS)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -129,7 +131,7 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._retried)
 
     async def enter(self, claim: Claim) -> Turn:
         """Returns when the request has a place. Raises ApiError: 503 if none can ever have it, 429 if not in time."""
@@ -140,7 +142,7 @@ class Admission:
         entry = Entry(item=waiter, key=claim.key, priority=claim.priority, tokens=claim.ask.tokens)
         if not claim.has_waited:
             self._arrivals.add((claim.priority, claim.key), claim.ask.tokens)
-        self._push(entry, front=claim.has_waited)
+        self._line_up(entry)
         try:
             self._pump()
             if not waiter.placed.done():
@@ -159,7 +161,8 @@ class Admission:
 
     def refund(self, entry: Entry[_Waiter]) -> None:
         """A request had a place, and was not begun there: its key is not charged for it."""
-        self._queue.refund(entry)
+        if entry.item.claim.retried_s is None:
+            self._queue.refund(entry)
 
     def on_board(self, change: Callable[[Board], None]) -> None:
         """Changes the board, and lets in whom that makes room for."""
@@ -232,7 +235,7 @@ class Admission:
             return
         # If it had to wait until its deadline, could all that would be before it be served by then?
         longest_s = waiter.deadline_s - self._clock()
-        before = self._queue.tokens_before(entry, self._arrivals.expected(longest_s))
+        before = self._queue.tokens_before(entry, self._arrivals.expected(longest_s)) + self._retried_tokens
         spread = SPREADS * math.sqrt(before * entry.tokens)
         if before + spread + entry.tokens - free > rate * longest_s:
             raise late(ttft_s, self._retry_after_s(0, beyond_s=longest_s))
@@ -242,10 +245,20 @@ class Admission:
         with self._shared.locked() as board:
             return board.free_tokens() - board.door_tokens(), board.drain_tokens_per_s()
 
-    def _push(self, entry: Entry[_Waiter], *, front: bool) -> None:
+    @property
+    def _retried_tokens(self) -> int:
+        return sum(waiter.claim.ask.tokens for waiter in self._retried)
+
+    def _line_up(self, entry: Entry[_Waiter]) -> None:
+        """A retried one comes before the queue, and does not count there: it may find no place where others do."""
+        claim = entry.item.claim
+        if claim.retried_s is not None:
+            insort(self._retried, entry.item, key=lambda waiter: waiter.claim.retried_s or 0.0)
+            return
         # Where nobody may wait, one may still find a place at once.
+        is_first = claim.has_waited or self._config.max_queued_requests == 0
         try:
-            victim = self._queue.push(entry, front=front or self._config.max_queued_requests == 0)
+            victim = self._queue.push(entry, front=is_first)
         except QueueFull:
             raise self._full() from None
         if victim is not None:
@@ -255,6 +268,8 @@ class Admission:
         """Nobody waits for the entry any more, or takes its place."""
         if entry.item.has_place:
             self.refund(entry)
+        elif entry.item in self._retried:
+            self._retried.remove(entry.item)
         else:
             self._queue.discard(entry)
 
@@ -262,30 +277,38 @@ class Admission:
         return overloaded(retry_after_s=self._retry_after_s(0))
 
     def _pump(self) -> None:
-        """Places whoever can be placed: the head, or where it cannot be, smaller ones of its key (cluster/door.py)."""
+        """Places whoever can be placed: those that are retried, each where it may go, then those of the queue."""
+        self._retried = [waiter for waiter in self._retried if not self._settle(waiter)]
+        self._pump_queue()
+
+    def _pump_queue(self) -> None:
+        """Places the head, or where it cannot be, smaller ones of its key (cluster/door.py)."""
         below_tokens, num_passed_by = math.inf, 0
         while num_passed_by <= MAX_PASSED_BY and (entry := self._queue.head(below_tokens)) is not None:
-            waiter = entry.item
-            if waiter.placed.done():  # cancelled, or refused: its task will see to the rest
+            if not self._settle(entry.item):
+                below_tokens, num_passed_by = entry.tokens, num_passed_by + 1
+            elif entry.item.has_place:
+                self._queue.serve(entry)
+                below_tokens, num_passed_by = math.inf, 0
+            else:
                 self._queue.discard(entry)
-                continue
+
+    def _settle(self, waiter: _Waiter) -> bool:
+        """Places the waiter if it can be placed now. Whether it waits no more: placed, refused, or cancelled."""
+        if not waiter.placed.done():
             claim = waiter.claim
             with self._shared.locked() as board:
                 could_hold, longest = board.could_hold(claim.ask), board.longest_request_tokens
                 replica_id = board.place(claim.ask, claim.excluded)
             if replica_id is not None:
-                self._queue.serve(entry)
                 waiter.placed.set_result(replica_id)
-                below_tokens, num_passed_by = math.inf, 0
             elif not could_hold:
-                self._queue.discard(entry)
                 waiter.fail(too_large(claim.ask.least_tokens, longest or 0))
-            else:
-                below_tokens, num_passed_by = entry.tokens, num_passed_by + 1
+        return waiter.placed.done()
 
     def _retry_after_s(self, tokens: int, *, beyond_s: float = 0.0) -> float:
         """When a request of `tokens` would be due, all that wait now served before it; less what it would wait."""
-        queued = self._queue.num_tokens
+        queued = self._queue.num_tokens + self._retried_tokens
         free, rate = self._free_tokens_and_rate()
         if rate is None:
             return 1.0

@@ -25,12 +25,17 @@ class Case:
         values = {"max_queued_requests": 4, "timeout_s": 5.0, "refuse_late": True, **config}
         self.admission = Admission(self.shared, AdmissionConfig(**values))
 
-    def report(self, **fields: Any) -> None:
+    def report(self, *replica_ids: str, **fields: Any) -> None:
+        """Of each of the replicas, which are "a" unless they are named."""
         self.num_reports += 1
         values = {"kv_capacity_tokens": 1000, "longest_request_tokens": 1500, "max_requests": 8, **fields}
-        report = ReplicaReport(replica_id="a", reported_s=float(self.num_reports), **values)
         with self.shared.locked() as board:
-            board.observe({"a": report})
+            board.observe(
+                {
+                    name: ReplicaReport(replica_id=name, reported_s=float(self.num_reports), **values)
+                    for name in replica_ids or ("a",)
+                }
+            )
         self.shared.changed()
 
     def claim(self, tokens: int = 400, key: str = "k", priority: Any = "normal") -> Claim:
@@ -40,6 +45,11 @@ class Case:
 
     def enter(self, *args: Any, **kwargs: Any) -> asyncio.Task[Turn]:
         return asyncio.ensure_future(self.admission.enter(self.claim(*args, **kwargs)))
+
+    def retry(self, *args: Any, died_on: str = "a", **kwargs: Any) -> asyncio.Task[Turn]:
+        """Enters again with a request whose replica is said to be dead, though it may be running still."""
+        claim = self.claim(*args, **kwargs).after_death(died_on, self.admission.now_s)
+        return asyncio.ensure_future(self.admission.enter(claim))
 
 
 async def settle() -> None:
@@ -417,5 +427,102 @@ def test_a_request_whose_replica_died_waits_for_another_however_late_it_is():
             board.observe({"b": None})
         case.shared.changed()
         assert (await dead).replica_id == "b"
+
+    run(check())
+
+
+def test_those_that_wait_for_another_replica_do_not_hold_up_others_on_this_one():
+    async def check():
+        case = Case(max_queued_requests=1)
+        case.report(drain_tokens_per_s=100.0)
+        dead = [case.retry(200), case.retry(100)]
+        await settle()
+        assert case.admission.num_waiting == 2
+        turns = [await case.enter(500), await case.enter(500)]  # the one queue has place for one, all the same
+        at_door, waiting = await case.enter(500), case.enter(500)
+        await settle()
+        assert (await refusal(case.enter(500))).retry_after_s == (500 + 300 + 500) / 100
+        assert not any(each.done() for each in dead)
+        case.report("a", "b")
+        await settle()
+        assert [each.result().replica_id for each in dead] == ["b", "b"]
+        assert case.admission.num_waiting == 0
+        assert {turn.replica_id for turn in (*turns, at_door)} == {"a"}
+        await waiting
+
+    run(check())
+
+
+def test_whoever_is_retried_goes_first_and_in_the_order_of_the_deaths():
+    async def check():
+        case = Case()
+        case.report(promises=FULL)
+        at_door = await case.enter(10)
+        queued = case.enter(10)
+        await settle()
+        later = case.retry(10, died_on="x")
+        await settle()
+        earlier = asyncio.ensure_future(case.admission.enter(case.claim(10).after_death("x", 0.0).again()))
+        await settle()
+        assert (await refusal(earlier)).status == 429, "it was due long ago"
+        earlier = case.claim(10).after_death("x", case.admission.now_s - 1.0)
+        first = asyncio.ensure_future(case.admission.enter(earlier.again()))
+        await settle()
+        order = []
+        for number, turn in enumerate((at_door, first, later, queued)):
+            order.append([each.done() for each in (first, later, queued)])
+            (turn if number == 0 else turn.result()).begun()
+            await settle()
+        assert order == [[False, False, False], [True, False, False], [True, True, False], [True, True, True]]
+
+    run(check())
+
+
+def test_one_that_is_retried_leaves_nothing_behind_when_it_gives_up():
+    async def check():
+        case = Case(timeout_s=0.02)
+        case.report()
+        overdue, gone, large = case.retry(), case.retry(), case.retry(1400)
+        await settle()
+        gone.cancel()
+        case.report(longest_request_tokens=1000)
+        assert (await refusal(large)).code == "request_too_large"
+        assert (await refusal(overdue)).code == "rate_limit_exceeded"
+        await asyncio.gather(gone, return_exceptions=True)
+        assert case.admission.num_waiting == 0
+
+    run(check())
+
+
+def test_one_that_is_retried_is_not_charged_again():
+    async def check():
+        case = Case(max_queued_requests=100)
+        case.report(max_requests=100)
+        for key in "ab":
+            turn = await case.enter(100, key=key)
+            turn.begun()
+            turn.end()
+        for is_begun in (True, False):
+            turn = await case.retry(900, key="a", died_on="x")
+            if is_begun:
+                turn.begun()
+            turn.end()
+        case.report(promises=FULL)
+        at_door = await case.enter(10, key="other", priority="high")
+        tasks = [(key, case.enter(10, key=key)) for key in "ab" * 10]
+        await settle()
+        at_door.begun()
+        order = []
+        while len(order) < 10:
+            await settle()
+            for _, task in tasks:
+                if task.done() and task not in order:
+                    order.append(task)
+                    task.result().begun()
+        keys = [key for task in order for key, each in tasks if each is task]
+        assert keys.count("a") == keys.count("b")
+        for _, task in tasks:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in tasks), return_exceptions=True)
 
     run(check())
