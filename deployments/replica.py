@@ -150,27 +150,8 @@ class SelectNReplica:
     async def record_routing_stats(self) -> dict[str, Any]:
         """Serve's hook, called every `headroom_period_s`: what the routers rank this replica by."""
         self._door.let_in()
-        headroom, objectives = self._engine.headroom(), self._engine.objectives
-        slack = None
-        if headroom.decode_step_s is not None and objectives is not None:
-            slack = 1 - headroom.decode_step_s / objectives.tpot_s
-        report = ReplicaReport(
-            replica_id=serve.get_replica_context().replica_id.unique_id,
-            reported_s=time.time(),
-            kv_capacity_tokens=headroom.kv_capacity_tokens,
-            longest_request_tokens=headroom.longest_request_tokens,
-            is_model_limit=headroom.is_model_limit,
-            max_requests=self._engine.config.batch.max_requests,
-            promises=self._door.promises(),
-            num_waiting=self._door.num_waiting,
-            waiting_prefill_tokens=headroom.waiting_prefill_tokens + self._door.waiting_prompt_tokens,
-            drain_tokens_per_s=self._door.drain_tokens_per_s(),
-            prefill_s_per_token=headroom.prefill_s_per_token,
-            slack=slack,
-            prefixes=self._prefixes.hashes(),
-            is_draining=self._door.is_closed,
-        )
-        return report.to_json()
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        return replica_report(replica_id, self._engine, self._door, self._prefixes).to_json()
 
     async def drain(self) -> None:
         """Lets no request in any more, and sends those at the door elsewhere; those inside finish."""
@@ -237,6 +218,31 @@ class SelectNReplica:
 
     async def _in_tokenizer_thread(self, function: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *args)
+
+
+def replica_report(replica_id: str, engine: Engine, door: Door, prefixes: RecentPrefixes) -> ReplicaReport:
+    """What the routers rank a replica by."""
+    headroom, objectives = engine.headroom(), engine.objectives
+    slack = None
+    if headroom.decode_step_s is not None and objectives is not None:
+        slack = 1 - headroom.decode_step_s / objectives.tpot_s
+    return ReplicaReport(
+        replica_id=replica_id,
+        reported_s=time.time(),
+        kv_capacity_tokens=headroom.kv_capacity_tokens,
+        longest_request_tokens=headroom.longest_request_tokens,
+        is_model_limit=headroom.is_model_limit,
+        max_requests=engine.config.batch.max_requests,
+        promises=door.promises(),
+        num_waiting=door.num_waiting,
+        waiting_prefill_tokens=headroom.waiting_prefill_tokens + door.waiting_prompt_tokens,
+        drain_tokens_per_s=door.drain_tokens_per_s(),
+        prefill_s_per_token=headroom.prefill_s_per_token,
+        slack=slack,
+        prefixes=prefixes.hashes(),
+        # One whose engine has failed has all its room free, and would be sent everything until Serve replaces it.
+        is_draining=door.is_closed or not engine.is_healthy(),
+    )
 
 
 async def text_messages(

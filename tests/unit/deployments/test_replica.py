@@ -1,0 +1,51 @@
+"""What a replica says of itself, its engine being a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.door import Door
+from cluster.headroom import RecentPrefixes, ReplicaReport
+from deployments.replica import replica_report
+from selectn_core.engine import Engine
+from selectn_core.errors import EngineUnavailable
+from tests.tiny_models import tiny_model
+from tests.unit.engines import engine_config, greedy, make_prompts
+
+PROMPT = make_prompts([5])[0]
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine(tiny_model(), engine_config(0)) as engine:
+        yield engine
+
+
+def report_of(engine: Engine) -> ReplicaReport:
+    door = Door(engine.reachable_kv_tokens, max_requests=4, max_waiting=4)
+    report = replica_report("a", engine, door, RecentPrefixes())
+    assert ReplicaReport.from_json(report.to_json()) == report
+    return report
+
+
+def test_one_whose_engine_has_failed_wants_no_requests(engine: Engine) -> None:
+    assert not report_of(engine).is_draining
+
+    def fail(*_: object) -> None:
+        raise ValueError("injected into a layer")
+
+    engine.units[1].module.register_forward_pre_hook(fail)
+    while engine.is_healthy():
+        try:
+            list(engine.submit(PROMPT, greedy()))
+        except EngineUnavailable:  # between a failure and the restart
+            continue
+    assert report_of(engine).is_draining
+
+
+def test_one_whose_door_is_closed_wants_no_requests(engine: Engine) -> None:
+    door = Door(engine.reachable_kv_tokens, max_requests=4, max_waiting=4)
+    door.close()
+    assert replica_report("a", engine, door, RecentPrefixes()).is_draining
