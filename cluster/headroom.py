@@ -47,6 +47,8 @@ class ReplicaReport:
     one request may ever have there, prompt and output, and `is_model_limit` whether that is so because of the model,
     which no other replica could change. `drain_tokens_per_s`: at which a full replica gives promised
     tokens back. `slack`: 1 - (measured TPOT / objective); negative where it is missed. None: not measured yet.
+    `ttft_s` is its objective now, and a request may name its own from `tightest_ttft_s` to `loosest_ttft_s`; None: it
+    has none.
     """
 
     replica_id: str
@@ -61,6 +63,9 @@ class ReplicaReport:
     drain_tokens_per_s: float | None = None
     prefill_s_per_token: float | None = None
     slack: float | None = None
+    ttft_s: float | None = None
+    tightest_ttft_s: float | None = None
+    loosest_ttft_s: float | None = None
     prefixes: tuple[int, ...] = ()
     is_draining: bool = False
 
@@ -95,8 +100,11 @@ class ReplicaReport:
             *(count for each in self.promises for count in (each.tokens, each.requests, each.sequence)),
         )
         rates = (self.drain_tokens_per_s, self.prefill_s_per_token)
-        return all(type(count) is int and count >= 0 for count in counts) and all(
-            rate is None or 0 <= rate < inf for rate in rates
+        objectives = (self.ttft_s, self.tightest_ttft_s, self.loosest_ttft_s)  # which a user may configure as endless
+        return (
+            all(type(count) is int and count >= 0 for count in counts)
+            and all(rate is None or 0 <= rate < inf for rate in rates)
+            and all(objective is None or objective > 0 for objective in objectives)
         )
 
 
@@ -217,6 +225,23 @@ class Board:
         total = sum(promised.values())
         share = promised[self._origin] / total if total else 1.0
         return rate * max(share, 1 / len(promised))
+
+    @property
+    def ttft_s(self) -> float | None:
+        """The objective that replicas have now, the loosest where they differ; None where none has said one.
+
+        It does not change by itself, so reports that are late say it too where there are no others.
+        """
+        reports = self._fresh_reports() or [seen.report for seen in self._seen.values() if seen.report is not None]
+        return max((report.ttft_s for report in reports if report.ttft_s is not None), default=None)
+
+    @property
+    def ttft_range_s(self) -> tuple[float, float] | None:
+        """What a request may name as its own on some replica, the least and the most; None where none has said."""
+        reports = self._fresh_reports()
+        lows = [report.tightest_ttft_s for report in reports if report.tightest_ttft_s is not None]
+        highs = [report.loosest_ttft_s for report in reports if report.loosest_ttft_s is not None]
+        return (min(lows), max(highs)) if lows and highs else None
 
     def prefill_s(self, ask: Ask) -> float:
         """The least time until the first token on the replica that would be soonest; 0 where nothing is known."""

@@ -133,6 +133,18 @@ class Admission:
     def num_waiting(self) -> int:
         return len(self._queue) + len(self._retried)
 
+    @property
+    def ttft_s(self) -> float | None:
+        """The objective that replicas have now; None where none has said one."""
+        with self._shared.locked() as board:
+            return board.ttft_s
+
+    @property
+    def ttft_range_s(self) -> tuple[float, float] | None:
+        """From what to what a request's own objective may be; None where no replica has said it."""
+        with self._shared.locked() as board:
+            return board.ttft_range_s
+
     async def enter(self, claim: Claim) -> Turn:
         """Returns when the request has a place. Raises ApiError: 503 if none can ever have it, 429 if not in time."""
         self._listen()

@@ -103,6 +103,12 @@ def refused(refusal: Refused) -> ApiError:
     return ApiError(400, refusal.message, param=refusal.field, code="invalid_value")
 
 
+def out_of_range(name: str, value: float, low: float, high: float) -> ApiError:
+    """400 for a number of the request's own, as a replica says it."""
+    message = f"{name}={value:g} is not allowed: expected {low:g} to {high:g}"
+    return ApiError(400, message, param=name, code="invalid_value")
+
+
 def model_not_found(name: str, served: str) -> ApiError:
     """404 for a model this server does not serve."""
     message = f"the model '{name}' does not exist; this server serves '{served}'"

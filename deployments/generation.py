@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deployments.admission import Admission, Claim, Turn
-from deployments.errors import ApiError, internal, overloaded, refused, unavailable
+from deployments.errors import ApiError, internal, out_of_range, overloaded, refused, unavailable
 from deployments.fair_queue import Priority
 from deployments.messages import (
     Accepted,
@@ -83,6 +83,7 @@ class ReplicaClient:
         ttft_s: float | None,
         timeout_s: float,
     ) -> None:
+        """`ttft_s`: the objective until a replica has reported its own."""
         self._handle, self._admission, self._sizes = handle, admission, sizes
         self._stream_handle = handle.options(stream=True)
         self._ttft_s, self._timeout_s = ttft_s, timeout_s
@@ -113,6 +114,7 @@ class ReplicaClient:
         Where the replica dies before `read` has returned the request is run once more, on another: `read` must not
         have sent anything by then. Raises ApiError when the request is refused or fails.
         """
+        self._check_objective(request)
         longest = self._card.max_model_len if self._card is not None else None
         request = replace(request, origin=self._admission.origin)
         ask = self._sizes.ask(request, self._objective_s(request), longest)
@@ -126,12 +128,20 @@ class ReplicaClient:
             return await read(await self._first_text(request, claim, []))
 
     def _objective_s(self, request: GenerateRequest) -> float | None:
-        """Seconds until the first token is wanted: the request's own, as configured, or what replicas found."""
+        """Seconds until the first token is wanted: the request's own, what replicas have now, or as configured."""
         if request.ttft_ms is not None:
             return request.ttft_ms / 1e3
-        if self._ttft_s is not None:
-            return self._ttft_s
-        return self._card.ttft_s if self._card is not None else None
+        objective_s = self._admission.ttft_s
+        return self._ttft_s if objective_s is None else objective_s
+
+    def _check_objective(self, request: GenerateRequest) -> None:
+        """Raises ApiError 400 for one of its own that no replica allows: it would be late before anyone has said so."""
+        allowed_s = self._admission.ttft_range_s
+        if request.ttft_ms is None or allowed_s is None:
+            return
+        low_ms, high_ms = (each_s * 1e3 for each_s in allowed_s)
+        if not low_ms <= request.ttft_ms <= high_ms:
+            raise out_of_range("slo.ttft_ms", request.ttft_ms, low_ms, high_ms)
 
     async def _first_text(self, request: GenerateRequest, claim: Claim, places: list[str]) -> Generation:
         """The generation, once a replica has let it in and has text; notes in `places` where it was."""

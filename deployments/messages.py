@@ -93,9 +93,8 @@ GenerateMessage = Refused | Accepted | Delta | Finished
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a replica serves. `max_model_len` counts prompt and output tokens; `ttft_s` is its objective, if any."""
+    """What a replica serves. `max_model_len` counts prompt and output tokens."""
 
     name: str
     max_model_len: int
     created_unix_s: int
-    ttft_s: float | None = None

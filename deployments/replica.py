@@ -158,10 +158,8 @@ class SelectNReplica:
         self._door.close()
 
     async def model_card(self) -> ModelCard:
-        """What /v1/models shows, and the objective by which requests are admitted."""
-        objectives = self._engine.objectives
+        """What /v1/models shows."""
         return ModelCard(
-            ttft_s=objectives.ttft_s if objectives is not None else None,
             name=self._engine.model_name,
             max_model_len=self._engine.max_model_len,
             created_unix_s=self._created_unix_s,
@@ -221,11 +219,12 @@ class SelectNReplica:
 
 
 def replica_report(replica_id: str, engine: Engine, door: Door, prefixes: RecentPrefixes) -> ReplicaReport:
-    """What the routers rank a replica by."""
-    headroom, objectives = engine.headroom(), engine.objectives
+    """What the routers rank a replica by, and its callers admit requests by."""
+    headroom, objectives, slo = engine.headroom(), engine.objectives, engine.config.slo
     slack = None
     if headroom.decode_step_s is not None and objectives is not None:
         slack = 1 - headroom.decode_step_s / objectives.tpot_s
+    ttft_s = objectives.ttft_s if objectives is not None else None
     return ReplicaReport(
         replica_id=replica_id,
         reported_s=time.time(),
@@ -239,6 +238,9 @@ def replica_report(replica_id: str, engine: Engine, door: Door, prefixes: Recent
         drain_tokens_per_s=door.drain_tokens_per_s(),
         prefill_s_per_token=headroom.prefill_s_per_token,
         slack=slack,
+        ttft_s=ttft_s,
+        tightest_ttft_s=slo.tightest * ttft_s if ttft_s is not None else None,
+        loosest_ttft_s=slo.loosest * ttft_s if ttft_s is not None else None,
         prefixes=prefixes.hashes(),
         # One whose engine has failed has all its room free, and would be sent everything until Serve replaces it.
         is_draining=door.is_closed or not engine.is_healthy(),

@@ -70,6 +70,23 @@ def test_tokens_at_doors_are_those_that_have_not_begun():
     assert board.door_tokens() == 0
 
 
+def test_the_objective_is_the_loosest_that_a_replica_has_now():
+    clock = Clock()
+    board = Board(ME, stale_after_s=STALE_AFTER_S, clock=clock)
+    assert (board.ttft_s, board.ttft_range_s) == (None, None)
+    board.observe({"a": report("a"), "new": None})
+    assert (board.ttft_s, board.ttft_range_s) == (None, None)
+    slow = report("slow", ttft_s=4.0, tightest_ttft_s=2.0, loosest_ttft_s=8.0)
+    fast = report("fast", ttft_s=2.0, tightest_ttft_s=1.0, loosest_ttft_s=4.0)
+    board.observe({"slow": slow, "fast": fast, "a": report("a"), "new": None})
+    assert (board.ttft_s, board.ttft_range_s) == (4.0, (1.0, 8.0))
+    clock.now_s = STALE_AFTER_S + 1
+    board.observe({"slow": slow, "fast": replace(fast, reported_s=2.0, ttft_s=1.0)})
+    assert (board.ttft_s, board.ttft_range_s) == (1.0, (1.0, 4.0))
+    clock.now_s *= 3
+    assert (board.ttft_s, board.ttft_range_s) == (4.0, None), "nobody has said anything else since"
+
+
 class TestRanking:
     def test_most_room_comes_first(self):
         board = board_of(report("a", promises=others(600)), report("b", promises=others(100)))
@@ -228,6 +245,13 @@ class TestMissingAndStaleReports:
         assert ReplicaReport.from_json(sent.to_json()) == sent
         assert ReplicaReport.from_json({}) is None
         assert ReplicaReport.from_json({**sent.to_json(), "drain_tokens_per_s": float("nan")}) is None
+
+    def test_an_objective_is_a_time_and_may_be_endless(self):
+        sent = report("a", ttft_s=0.5, tightest_ttft_s=0.25, loosest_ttft_s=float("inf"))
+        assert ReplicaReport.from_json(sent.to_json()) == sent
+        for name in ("ttft_s", "tightest_ttft_s", "loosest_ttft_s"):
+            for value in (0.0, -1.0, float("nan"), "1"):
+                assert ReplicaReport.from_json({**sent.to_json(), name: value}) is None
 
 
 def test_a_callers_share_of_what_drains_is_its_share_of_what_is_promised():

@@ -9,8 +9,9 @@ import pytest
 from cluster.door import Door
 from cluster.headroom import RecentPrefixes, ReplicaReport
 from deployments.replica import replica_report
+from selectn_core.config import SloConfig
 from selectn_core.engine import Engine
-from selectn_core.errors import EngineUnavailable
+from selectn_core.errors import EngineUnavailable, RequestError
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config, greedy, make_prompts
 
@@ -49,3 +50,15 @@ def test_one_whose_door_is_closed_wants_no_requests(engine: Engine) -> None:
     door = Door(engine.reachable_kv_tokens, max_requests=4, max_waiting=4)
     door.close()
     assert replica_report("a", engine, door, RecentPrefixes()).is_draining
+
+
+def test_its_objective_is_the_one_that_it_has_now(engine: Engine) -> None:
+    assert report_of(engine).ttft_s is None
+    engine.set_objectives(SloConfig(ttft_ms=500.0, tpot_ms=100.0, tightest=0.5, loosest=4.0))
+    report = report_of(engine)
+    assert (report.tightest_ttft_s, report.ttft_s, report.loosest_ttft_s) == (0.25, 0.5, 2.0)
+    for own_ms in (250.0, 2000.0):
+        engine.objectives_for(ttft_ms=own_ms, tpot_ms=None)
+    for own_ms in (249.0, 2001.0):
+        with pytest.raises(RequestError):
+            engine.objectives_for(ttft_ms=own_ms, tpot_ms=None)
