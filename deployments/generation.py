@@ -24,6 +24,7 @@ from deployments.messages import (
     ModelCard,
     Refused,
 )
+from deployments.protocol import FinishReason
 from deployments.sizing import PromptSizes
 
 logger = logging.getLogger(__name__)
@@ -154,8 +155,12 @@ class ReplicaClient:
                 if isinstance(accepted, Accepted):
                     self._sizes.counted(request, accepted.num_prompt_tokens)
                     first = await anext(messages)
-                    turn.started()
                     assert isinstance(first, Delta | Finished)
+                    if isinstance(first, Finished):
+                        completed_reason(
+                            first
+                        )  # or it has failed before anything was sent: that has a status of its own
+                    turn.started()
                     return Generation(num_prompt_tokens=accepted.num_prompt_tokens, messages=Messages(first, messages))
             except BaseException:
                 await messages.aclose()
@@ -204,6 +209,16 @@ class ReplicaClient:
             raise unavailable() from None
         except Exception as error:
             raise api_error(error) from error
+
+
+def completed_reason(finished: Finished) -> FinishReason:
+    """The API's word for how a generation ended. Raises ApiError for one that was broken off."""
+    if finished.reason in ("stop", "length"):
+        return finished.reason
+    if finished.reason == "cancelled":
+        raise unavailable("the request was cancelled by the server")
+    logger.error("a generation failed: %s", finished.error)
+    raise internal()
 
 
 async def _awaited(call: Awaitable[T]) -> T:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Protocol
 
 from pydantic import BaseModel
 
-from deployments.errors import ApiError, internal, unavailable
-from deployments.generation import Generation
-from deployments.messages import Delta, Finished
+from deployments.errors import ApiError, internal
+from deployments.generation import Generation, completed_reason
+from deployments.messages import Delta
 from deployments.protocol import (
     AssistantMessage,
     ChatChoice,
@@ -25,8 +24,6 @@ from deployments.protocol import (
     Usage,
     now_unix_s,
 )
-
-logger = logging.getLogger(__name__)
 
 DONE = "data: [DONE]\n\n"
 
@@ -129,16 +126,6 @@ async def _chunks(generation: Generation, writer: Writer, include_usage: bool) -
             yield writer.closing(completed_reason(message))
             if include_usage:
                 yield writer.usage(Usage.of(generation.num_prompt_tokens, message.num_output_tokens))
-
-
-def completed_reason(finished: Finished) -> FinishReason:
-    """The API's word for how a generation ended. Raises ApiError for one that was broken off."""
-    if finished.reason in ("stop", "length"):
-        return finished.reason
-    if finished.reason == "cancelled":
-        raise unavailable("the request was cancelled by the server")
-    logger.error("a generation failed: %s", finished.error)
-    raise internal()
 
 
 def _event(body: BaseModel) -> str:

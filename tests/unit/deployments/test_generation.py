@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 
 from deployments.errors import ApiError
 from deployments.generation import Generation, ReplicaClient
-from deployments.messages import Accepted, Delta, Finished, GenerateRequest, Refused, Sampling
+from deployments.messages import Accepted, Delta, Finished, FinishReason, GenerateRequest, Refused, Sampling
 from deployments.sizing import PromptSizes
 from tests.unit.deployments.test_admission import FULL, Case
 
@@ -63,6 +64,11 @@ class Handle:
         return answer
 
 
+async def text_of(generation: Generation) -> str:
+    async with aclosing(generation.messages) as messages:
+        return "".join([each.text async for each in messages if isinstance(each, Delta)])
+
+
 class Client(Case):
     """An ingress's client over an admission, and one replica "a" that answers like this."""
 
@@ -73,15 +79,11 @@ class Client(Case):
             self.handle, self.admission, PromptSizes(256), ttft_s=configured_s, timeout_s=TIMEOUT_S
         )
 
-    async def ask(self, max_tokens: int = 10, **fields: Any) -> str:
-        """The text of a whole answer."""
+    async def ask(self, read: Callable[[Generation], Awaitable[Any]] = text_of, **fields: Any) -> Any:
+        """What is read of an answer."""
         self.num += 1
-        sampling = Sampling(max_tokens=max_tokens)
+        sampling = Sampling(max_tokens=10)
         request = GenerateRequest(request_id=f"r{self.num}", prompt=(1, 2, 3), sampling=sampling, **fields)
-
-        async def read(generation: Generation) -> str:
-            return "".join([each.text async for each in generation.messages if isinstance(each, Delta)])
-
         return await self._client.generate(request, read, key="k", priority="normal")
 
     async def error(self, **fields: Any) -> ApiError:
@@ -104,6 +106,29 @@ def test_an_answer_is_whole_and_leaves_nothing_behind() -> None:
         client = Client(Stream(*ANSWER))
         client.report()
         assert await client.ask() == "a"
+        assert client.num_sent == 0
+
+    run(check)
+
+
+@pytest.mark.parametrize(("reason", "status"), [("error", 500), ("cancelled", 503)])
+def test_one_that_fails_before_its_first_text_has_a_status_of_its_own(reason: FinishReason, status: int) -> None:
+    async def check() -> None:
+        failed = Finished(reason=reason, num_output_tokens=0, error="secret")
+        client = Client(Stream(ANSWER[0], failed), Stream(*ANSWER[:2], failed))
+        client.report()
+        has_begun = False
+
+        async def read(generation: Generation) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await generation.messages.aclose()
+
+        error = await client.error(read=read)
+        assert (error.status, has_begun) == (status, False)
+        assert "secret" not in str(error)
+        await client.ask(read=read)
+        assert has_begun, "what fails later is for its reader to say"
         assert client.num_sent == 0
 
     run(check)
