@@ -177,9 +177,10 @@ class ReplicaClient:
         """A replica's messages; closing this early cancels the request there. The place lasts as long."""
         waited_s = self._admission.now_s - turn.claim.arrived_s
         numbered = replace(request, sequence=turn.sequence, waited_s=waited_s)
-        stream: DeploymentResponseGenerator[GenerateMessage] = self._stream_handle.generate.remote(numbered)
+        stream: DeploymentResponseGenerator[GenerateMessage] | None = None
         is_complete = False
         try:
+            stream = self._stream_handle.generate.remote(numbered)
             first = await self._first(stream, turn)
             if isinstance(first, Accepted):
                 turn.begun()
@@ -190,9 +191,13 @@ class ReplicaClient:
         except Exception as error:
             raise api_error(error) from error
         finally:
-            if not is_complete:
-                stream.cancel()
-            turn.end()
+            try:
+                if stream is not None and not is_complete:
+                    stream.cancel()
+            except Exception as error:  # what kept Serve from assigning the call, which was raised before
+                logger.debug("nothing to cancel: %s", type(error).__name__)
+            finally:
+                turn.end()
 
     async def _first(self, stream: DeploymentResponseGenerator[GenerateMessage], turn: Turn) -> GenerateMessage:
         """Accepted or Refused: a replica that is full lets the request wait at its door, until its deadline."""

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.errors import ApiError
 from deployments.generation import Generation, ReplicaClient
@@ -22,9 +23,9 @@ ANSWER = (Accepted(num_prompt_tokens=3), Delta(text="a"), Finished(reason="stop"
 class Stream:
     """In place of Serve's: yields what it is given, raises what is an exception, and calls what can be called."""
 
-    def __init__(self, *events: Any) -> None:
-        self._events = list(events)
-        self.is_cancelled = False
+    def __init__(self, *events: Any, unassigned: Exception | None = None) -> None:
+        self._events = [unassigned] if unassigned is not None else list(events)
+        self.is_cancelled, self.unassigned = False, unassigned
 
     def __aiter__(self) -> Stream:
         return self
@@ -40,7 +41,10 @@ class Stream:
         raise StopAsyncIteration
 
     def cancel(self) -> None:
+        """Serve's raises what kept it from assigning the call."""
         self.is_cancelled = True
+        if self.unassigned is not None:
+            raise self.unassigned
 
 
 class Handle:
@@ -129,6 +133,44 @@ def test_one_that_fails_before_its_first_text_has_a_status_of_its_own(reason: Fi
         assert "secret" not in str(error)
         await client.ask(read=read)
         assert has_begun, "what fails later is for its reader to say"
+        assert client.num_sent == 0
+
+    run(check)
+
+
+UNAVAILABLE = DeploymentUnavailableError("Replica")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (UNAVAILABLE, 503),
+        (Stream(unassigned=UNAVAILABLE), 503),
+        (BackPressureError(num_queued_requests=1, max_queued_requests=1), 429),
+        (Stream(unassigned=ValueError("a defect")), 500),
+    ],
+)
+def test_a_call_that_serve_cannot_assign_is_its_own_error_and_gives_its_place_back(answer: Any, status: int) -> None:
+    async def check() -> None:
+        client = Client(answer)
+        client.report()
+        assert (await client.error()).status == status
+        assert client.num_sent == 0
+
+    run(check)
+
+
+def test_one_that_is_broken_off_is_cancelled() -> None:
+    async def check() -> None:
+        stream = Stream(*ANSWER)
+        client = Client(stream)
+        client.report()
+
+        async def read(generation: Generation) -> None:
+            await generation.messages.aclose()
+
+        await client.ask(read)
+        assert stream.is_cancelled
         assert client.num_sent == 0
 
     run(check)
