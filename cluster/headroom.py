@@ -290,6 +290,11 @@ class Board:
         others = [standing.replica_id for standing in self.rank(sent.ask, excluded=(sent.replica_id,))]
         return [each for each in (sent.replica_id, *others) if each in self._seen]
 
+    def replica_of(self, request_id: str) -> str | None:
+        """Where the request is, as far as is known; None for one never placed."""
+        sent = self._sent.get(request_id)
+        return None if sent is None else sent.replica_id
+
     def moved(self, request_id: str, replica_id: str) -> None:
         """The request went to another replica than was picked."""
         sent = self._sent.get(request_id)

@@ -80,7 +80,10 @@ class _Waiter:
 
 
 class Turn:
-    """A place on a replica. `end` gives it back; call it always, more than once if need be."""
+    """A place on a replica. `end` gives it back; call it always, more than once if need be.
+
+    `replica_id` is where admission has placed the request, and from its end on where the router had sent it.
+    """
 
     def __init__(self, admission: Admission, entry: Entry[_Waiter], replica_id: str, sequence: int) -> None:
         self._admission = admission
@@ -103,7 +106,12 @@ class Turn:
         unbegun, self._unbegun = self._unbegun, None
         if unbegun is not None:
             self._admission.refund(unbegun)
-        self._admission.on_board(lambda board: board.end(self.claim.ask.request_id))
+        self._admission.on_board(self._leave)
+
+    def _leave(self, board: Board) -> None:
+        request_id = self.claim.ask.request_id
+        self.replica_id = board.replica_of(request_id) or self.replica_id
+        board.end(request_id)
 
 
 class Admission:

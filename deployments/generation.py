@@ -121,11 +121,11 @@ class ReplicaClient:
         ask = self._sizes.ask(request, self._objective_s(request), longest)
         claim = self._admission.claim(ask, key=key, priority=priority)
         try:
-            died_on: list[str] = []
-            return await read(await self._first_text(request, claim, died_on))
+            turns: list[Turn] = []
+            return await read(await self._first_text(request, claim, turns))
         except ReplicaDied:
             logger.warning("a replica died before anything of %s was sent: running it again", request.request_id)
-            claim = claim.after_death(died_on[-1], self._admission.now_s)
+            claim = claim.after_death(turns[-1].replica_id, self._admission.now_s)
             return await read(await self._first_text(request, claim, []))
 
     def _objective_s(self, request: GenerateRequest) -> float | None:
@@ -144,11 +144,11 @@ class ReplicaClient:
         if not low_ms <= request.ttft_ms <= high_ms:
             raise out_of_range("slo.ttft_ms", request.ttft_ms, low_ms, high_ms)
 
-    async def _first_text(self, request: GenerateRequest, claim: Claim, places: list[str]) -> Generation:
-        """The generation, once a replica has let it in and has text; notes in `places` where it was."""
+    async def _first_text(self, request: GenerateRequest, claim: Claim, turns: list[Turn]) -> Generation:
+        """The generation, once a replica has let it in and has text; notes its `turns`."""
         while True:
             turn = await self._admission.enter(claim)
-            places.append(turn.replica_id)
+            turns.append(turn)
             messages = self._messages(request, turn)
             try:
                 accepted = await anext(messages)
@@ -157,9 +157,7 @@ class ReplicaClient:
                     first = await anext(messages)
                     assert isinstance(first, Delta | Finished)
                     if isinstance(first, Finished):
-                        completed_reason(
-                            first
-                        )  # or it has failed before anything was sent: that has a status of its own
+                        completed_reason(first)  # raises while a failure still has a status of its own
                     turn.started()
                     return Generation(num_prompt_tokens=accepted.num_prompt_tokens, messages=Messages(first, messages))
             except BaseException:

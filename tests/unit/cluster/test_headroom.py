@@ -184,8 +184,10 @@ class TestRanking:
         order = board.order("1")
         assert order[0] == placed
         assert sorted(order) == ["a", "b", "c"]
+        assert board.replica_of("1") == placed
         board.moved("1", "c")
-        assert board.order("1")[0] == "c"
+        assert board.order("1")[0] == board.replica_of("1") == "c"
+        assert board.replica_of("unknown") is None
         board.forget("c")
         assert "c" not in board.order("1")
         assert board.order("unknown") == []

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.errors import ApiError
@@ -155,6 +156,29 @@ def test_a_call_that_serve_cannot_assign_is_its_own_error_and_gives_its_place_ba
         client = Client(answer)
         client.report()
         assert (await client.error()).status == status
+        assert client.num_sent == 0
+
+    run(check)
+
+
+def test_a_retry_goes_anywhere_but_where_the_request_was_when_that_died() -> None:
+    async def check() -> None:
+        places = []
+
+        def note() -> None:
+            with client.shared.locked() as board:
+                places.append(board.replica_of("r1"))
+
+        def move() -> None:
+            with client.shared.locked() as board:
+                (other,) = {"a", "b"} - {board.replica_of("r1")}
+                board.moved("r1", other)
+
+        client = Client(Stream(note, move, note, ActorDiedError()), Stream(note, *ANSWER))
+        client.report("a", "b")
+        assert await client.ask() == "a"
+        placed, moved_to, retried_on = places
+        assert placed == retried_on != moved_to
         assert client.num_sent == 0
 
     run(check)
