@@ -15,10 +15,10 @@ A step with at most S offloaded units copies nothing: their slots keep them, and
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 _MAX_WARM_UP_STEPS = 64
 _SAME_STATE_S = 1e-12
@@ -150,7 +150,8 @@ class _Walk:
             self.stretches.append((starts_s[unit] - starts_s[before], costs.compute_s[unit]))
             before = unit + 1
         self.tail_s = starts_s[-1] - starts_s[before] + costs.rest_s
-        self.copy_s = [link.seconds(costs.unit_bytes[unit]) for unit in self.offloaded]
+        copy_s = {size: link.seconds(size) for size in set(costs.unit_bytes)}
+        self.copy_s = [copy_s[costs.unit_bytes[unit]] for unit in self.offloaded]
         self.copies_every_step = len(self.offloaded) > self.num_slots
         self.clock_s = 0.0
         self.link_free_s = 0.0
@@ -173,18 +174,26 @@ class _Walk:
         return self._step_with_promotions() if self.home_copied_s else self._steady_step()
 
     def _steady_step(self) -> float:
-        """Only offloaded units can wait: the others are added up."""
-        start_s, clock_s, link_free_s = self.clock_s, self.clock_s, self.link_free_s
-        copied_s, copy_s, next_copy, num_offloaded = self.copied_s, self.copy_s, self.next_copy, len(self.offloaded)
-        for resident_s, compute_s in self.stretches:
-            clock_s = max(clock_s + resident_s, copied_s.popleft()) + compute_s
-            if self.copies_every_step:
-                link_free_s = max(link_free_s, clock_s) + copy_s[next_copy % num_offloaded]
-                copied_s.append(link_free_s)
-                next_copy += 1
-            else:
+        """Only offloaded units can wait: the others are added up. The controller's innermost loop."""
+        clock_s, link_free_s, copied_s = self.clock_s, self.link_free_s, self.copied_s
+        copies_s: Iterable[float | None] = repeat(None)
+        if self.copies_every_step:  # as many as there are offloaded units: after the step the next one is the same
+            next_copy = self.next_copy % len(self.offloaded)
+            copies_s = self.copy_s[next_copy:] + self.copy_s[:next_copy]
+        for (resident_s, compute_s), copy_s in zip(self.stretches, copies_s, strict=False):
+            clock_s += resident_s
+            ready_s = copied_s.popleft()
+            if ready_s > clock_s:
+                clock_s = ready_s
+            clock_s += compute_s
+            if copy_s is None:
                 copied_s.append(clock_s)
-        self.clock_s, self.link_free_s, self.next_copy = clock_s + self.tail_s, link_free_s, next_copy
+                continue
+            if clock_s > link_free_s:
+                link_free_s = clock_s
+            link_free_s += copy_s
+            copied_s.append(link_free_s)
+        start_s, self.clock_s, self.link_free_s = self.clock_s, clock_s + self.tail_s, link_free_s
         return self.clock_s - start_s
 
     def _step_with_promotions(self) -> float:
@@ -199,7 +208,8 @@ class _Walk:
 
     def relative_state(self) -> tuple[float, ...]:
         """What the next step's duration depends on, relative to now; times already past count as now."""
-        return tuple(max(0.0, t - self.clock_s) for t in (self.link_free_s, *self.copied_s))
+        now_s = self.clock_s
+        return tuple([t - now_s if t > now_s else 0.0 for t in (self.link_free_s, *self.copied_s)])
 
     def _offloaded_unit(self, compute_s: float) -> None:
         self.clock_s = max(self.clock_s, self.copied_s.popleft()) + compute_s
