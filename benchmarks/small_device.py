@@ -15,6 +15,7 @@ from selectn_core.engine import Engine
 from selectn_core.in_flight import PLANNED_SHARE
 from selectn_core.latency import Link
 from selectn_core.memory_model import MemoryModel
+from selectn_core.placement import freed_bytes
 from selectn_core.policies import Frontier, SelectN, Situation
 from selectn_core.record import PerformanceRecord
 from selectn_core.record_cache import measured_record
@@ -86,13 +87,12 @@ def capacity(record: PerformanceRecord, tpot_s: float, *, guaranteed_share: floa
     for batch in range(1, MAX_REQUESTS + 1):
         costs = times.expected(StepShape.decode(batch, PROMPT_TOKENS + NEW_TOKENS // 2))
         plan = policy.choose(Situation(costs=costs, link=guaranteed, limit_s=limit_s))
-        copied = [record.unit_bytes[unit] for unit in plan.offloaded]
-        freed_bytes = sum(copied) - plan.slots_used * max(copied, default=0)
+        copied_bytes = sum(record.unit_bytes[unit] for unit in plan.offloaded)
         needed_sectors = max(0, batch - HELD_REQUESTS) * geometry.sectors_for_request(REQUEST_TOKENS)
         # In its NEW_TOKENS steps a batch takes in as many prompts as it has requests: so much of each step is prefill.
         prefill_s = times.expected_s(StepShape.prefill(PROMPT_TOKENS)) * batch / NEW_TOKENS
-        step_s = max(costs.unloaded_s + prefill_s, sum(copied) / (usual_share * link.bytes_per_s))
-        if needed_sectors * geometry.sector_bytes > freed_bytes or step_s > limit_s:
+        step_s = max(costs.unloaded_s + prefill_s, copied_bytes / (usual_share * link.bytes_per_s))
+        if needed_sectors * geometry.sector_bytes > freed_bytes(plan, record.unit_bytes) or step_s > limit_s:
             break
         best = batch / (NEW_TOKENS * step_s)
     return best

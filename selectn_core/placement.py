@@ -46,6 +46,12 @@ class OffloadPlan:
         return min(self.num_slots, len(self.offloaded))
 
 
+def freed_bytes(plan: OffloadPlan, unit_bytes: Sequence[int]) -> int:
+    """Bytes of device memory that a plan frees: those of its units, less the slots that receive them."""
+    sizes = [unit_bytes[unit] for unit in plan.offloaded]
+    return sum(sizes) - plan.slots_used * max(sizes, default=0)
+
+
 def place_evenly(num_offloaded: int, costs: StepCosts, *, among: Sequence[int] | None = None) -> tuple[int, ...]:
     """The k units whose starts are nearest to k instants evenly spaced over a whole step, the rest included.
 

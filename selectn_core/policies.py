@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from selectn_core.latency import Link, StepCosts, predict_step_s
-from selectn_core.placement import OffloadPlan, place_integer_interval, timed_placement
+from selectn_core.placement import OffloadPlan, freed_bytes, place_integer_interval, timed_placement
 from selectn_core.remembered import Remembered, alike
 
 MOST_SLOTS = 4
@@ -95,7 +95,7 @@ class Frontier:
         self, unit_bytes: Sequence[int], sets: Sequence[Sequence[int]] = (), max_slots: int = MOST_SLOTS
     ) -> None:
         """`sets`: units of which a plan offloads some and no others, e.g. all MLP blocks; all units are one too."""
-        self.num_units = len(unit_bytes)
+        self.num_units, self._unit_bytes = len(unit_bytes), unit_bytes
         everything = tuple(range(self.num_units))
         self._remembered = Remembered()
         nothing = _Candidate(
@@ -125,11 +125,16 @@ class Frontier:
             if candidate.roomiest and self._excess(candidate.roomiest, key, costs, link)[0] * bound_s > limit_s:
                 continue
             excess, plan = self._excess(candidate, key, costs, link)
-            if excess * bound_s <= limit_s:
+            if excess * bound_s <= limit_s and self._is_enough(plan, low):
                 return plan
         # Nothing is fast enough: as little as memory allows.
-        least = next((c for c in candidates.by_offloaded if c.is_within(low, None)), candidates.by_freed[0])
-        return self._excess(least, key, costs, link)[1]
+        plans = (self._excess(c, key, costs, link)[1] for c in candidates.by_offloaded if c.is_within(low, None))
+        most = candidates.by_freed[0]
+        return next((p for p in plans if self._is_enough(p, low)), None) or self._excess(most, key, costs, link)[1]
+
+    def _is_enough(self, plan: OffloadPlan, min_freed_bytes: float) -> bool:
+        """Whether it frees so much in truth: a candidate counts average units, and blocks are unequal."""
+        return freed_bytes(plan, self._unit_bytes) >= min_freed_bytes
 
     def _excess(self, candidate: _Candidate, key: Hashable, costs: StepCosts, link: Link) -> tuple[float, OffloadPlan]:
         return self._remembered.get((id(candidate), key), partial(self._step, candidate, costs, link))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from selectn_core.config import OffloadConfig
 from selectn_core.errors import ConfigError
 from selectn_core.latency import Link, StepCosts, predict_step_s
-from selectn_core.placement import best_placement, nearest_plan
+from selectn_core.placement import best_placement, freed_bytes, nearest_plan
 from selectn_core.policies import (
     MOST_SLOTS,
     Frontier,
@@ -97,20 +99,32 @@ def test_a_range_is_kept_to() -> None:
     assert SelectN(frontier).choose(fast).num_offloaded == 4
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(10, 100), st.integers(100, 400)),
+    bytes_per_s=st.floats(5, 2000),
+    stretch=st.floats(0.5, 3.0),
+    share=st.floats(0, 1),
+)
+def test_what_memory_lacks_is_freed_though_units_are_unequal(
+    sizes: tuple[int, int], bytes_per_s: float, stretch: float, share: float
+) -> None:
+    costs = StepCosts(compute_s=(1.0, 2.0) * 6, unit_bytes=sizes * 6, rest_s=1.0)
+    sets = [tuple(range(kind, 12, 2)) for kind in (0, 1)]
+    lacks = int(share * (sum(costs.unit_bytes) - max(sizes)))
+    asked = replace(situation(costs, bytes_per_s, stretch), min_freed_bytes=lacks)
+    assert freed_bytes(SelectN(Frontier(costs.unit_bytes, sets)).choose(asked), costs.unit_bytes) >= lacks
+
+
 def test_units_of_one_kind_compete_with_all() -> None:
     """Small and large in turn, over a slow link: large ones alone free more than a large slot's worth of small ones."""
     costs = StepCosts(compute_s=(1.0, 2.0) * 8, unit_bytes=(100, 300) * 8, rest_s=1.0)
     large = tuple(range(1, 16, 2))
     asked = situation(costs, 40.0, 1.2)
     sizes = costs.unit_bytes
-
-    def freed(plan: object) -> int:
-        away = plan.offloaded  # type: ignore[attr-defined]
-        return sum(sizes[unit] for unit in away) - plan.slots_used * max((sizes[u] for u in away), default=0)  # type: ignore[attr-defined]
-
     all_alone = SelectN(Frontier(sizes)).choose(asked)
     competing = SelectN(Frontier(sizes, [large])).choose(asked)
-    assert freed(competing) >= freed(all_alone)
+    assert freed_bytes(competing, sizes) >= freed_bytes(all_alone, sizes)
 
 
 @given(k=st.integers(0, 12), wanted=st.integers(0, 12))
