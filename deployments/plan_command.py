@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     for name in ("tpot_ms", "ttft_ms", "batch", "seq", "prompt", "chunk", "device_gib", "host_gib", "link_gbps"):
         value = getattr(args, name)
-        require(value is None or value > 0, f"--{name.replace('_', '-')}", value, "more than 0")
+        is_allowed = value is None or 0 < value < math.inf
+        require(is_allowed, f"--{name.replace('_', '-')}", value, "more than 0, and finite")
     require(args.admitted >= 0, "--admitted", args.admitted, "0 or more")
     require(1 <= args.max_slots <= MAX_SLOTS, "--max-slots", args.max_slots, f"1 to {MAX_SLOTS}")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selectn_core.config import DEVICE_KINDS, require
+from selectn_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from selectn_core.config import EngineConfig
@@ -53,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures, or goes on measuring. Raises SelectNError for whatever the user can put right."""
     require(args.budget_s > 0, "--budget-s", args.budget_s, "more than 0")
     require(args.max_length >= 16, "--max-length", args.max_length, "at least 16")
+    for path in (args.out, args.plot):
+        _require_writable(path)
     config = _config(args)
     record, path = _measured(args, config)
     print(f"{path}: {len(record.steps)} shapes, {'complete' if record.is_complete else 'incomplete: run it again'}")
@@ -61,6 +65,18 @@ def run(args: argparse.Namespace) -> int:
         _plot(args, config, record)
         print(f"plot: {args.plot}")
     return 0
+
+
+def _require_writable(path: Path | None) -> None:
+    """Minutes of measuring should not end in an error."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _config(args: argparse.Namespace) -> EngineConfig:
@@ -72,7 +88,7 @@ def _config(args: argparse.Namespace) -> EngineConfig:
     config = parse(AppArgs, app_args, where=str(path)).engine
     model = replace(config.model, source=args.model) if args.model else config.model
     device = replace(config.device, kind=args.device) if args.device else config.device
-    device = replace(device, link_gb_per_s=args.link_gb_per_s) if args.link_gb_per_s else device
+    device = replace(device, link_gb_per_s=args.link_gb_per_s) if args.link_gb_per_s is not None else device
     offload = replace(config.offload, num_offloaded="auto", unit=args.unit or config.offload.unit)
     return replace(config, model=model, device=device, offload=offload)
 
@@ -82,6 +98,7 @@ def _measured(args: argparse.Namespace, config: EngineConfig) -> tuple[Performan
 
     from selectn_core.engine import Engine
     from selectn_core.fingerprint import fingerprint_of
+    from selectn_core.profiler import is_long_enough
     from selectn_core.record_cache import earlier_record, measured_record, record_path
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -89,7 +106,7 @@ def _measured(args: argparse.Namespace, config: EngineConfig) -> tuple[Performan
     try:
         path = args.out or record_path(fingerprint_of(engine))
         earlier = None if args.again else earlier_record(path, fingerprint_of(engine), strict=args.out is not None)
-        if earlier is not None and earlier.is_complete:
+        if earlier is not None and earlier.is_complete and is_long_enough(earlier, engine, args.max_length):
             return earlier, path
         with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
 

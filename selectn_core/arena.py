@@ -93,7 +93,7 @@ class Arena:
     """
 
     def __init__(self, pages: KvPages, *, min_kv_sectors: int) -> None:
-        self._pages, self._min_kv_sectors = pages, min_kv_sectors
+        self._pages, self.min_kv_sectors = pages, min_kv_sectors
         self.sector_bytes = pages.sector_bytes
         self.num_sectors = pages.num_sectors
         self._held = FirstFit(self.num_sectors)
@@ -108,11 +108,11 @@ class Arena:
         return weight_sectors(num_bytes, self.sector_bytes) * self.sector_bytes
 
     def available_bytes(self, held_bytes: int) -> int:
-        spare = self._pages.num_sectors - max(self._min_kv_sectors, self._pages.num_in_use)
+        spare = self._pages.num_sectors - max(self.min_kv_sectors, self._pages.num_in_use)
         return held_bytes + spare * self.sector_bytes
 
     def reachable_bytes(self, held_bytes: int) -> int:
-        return (self.num_sectors - self._min_kv_sectors) * self.sector_bytes
+        return (self.num_sectors - self.min_kv_sectors) * self.sector_bytes
 
     def allocate(self, num_bytes: int, purpose: str) -> torch.Tensor:
         count = weight_sectors(num_bytes, self.sector_bytes)
@@ -141,5 +141,5 @@ class Arena:
         held = {sector for sectors in ranges for sector in sectors}
         assert len(held) == sum(map(len, ranges)) == self._held.num_taken, "weights overlap"
         assert self._pages.num_sectors + len(held) == self.num_sectors, "sectors have been lost or invented"
-        assert self._pages.num_sectors >= self._min_kv_sectors, "the KV cache is below its guaranteed minimum"
+        assert self._pages.num_sectors >= self.min_kv_sectors, "the KV cache is below its guaranteed minimum"
         self._pages.check_integrity(held)

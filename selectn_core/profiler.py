@@ -85,6 +85,13 @@ def profile(
         engine.set_plan(plan)
 
 
+def is_long_enough(record: PerformanceRecord, engine: Engine, max_length: int) -> bool:
+    """Whether `record` has requests as long as `profile` would measure on this engine."""
+    extent = _extent(engine, max_length)
+    lengths = (step.shape.decode_kv_tokens for step in record.steps if step.shape.num_decodes == 1)
+    return max(lengths, default=0) >= _longest(extent, 1)
+
+
 class _Session:
     """One run of the profiler."""
 
@@ -103,11 +110,7 @@ class _Session:
         self.earlier = earlier
         self.measured: dict[StepShape, MeasuredStep] = {step.shape: step for step in (earlier.steps if earlier else ())}
         self.num_sectors = engine.target.most_kv_sectors
-        self.extent = extent_of(
-            engine.config.batch,
-            min(max_length, engine.max_model_len),
-            engine.batching.geometry.tokens_in(self.num_sectors),
-        )
+        self.extent = _extent(engine, max_length)
         self.slowdown = earlier.link.slowdown if earlier else 0.0
 
     def run(self) -> PerformanceRecord:
@@ -204,14 +207,7 @@ class _Session:
     def _make_room(self, requests: Requests) -> None:
         engine, geometry = self.engine, self.engine.batching.geometry
         sectors = sum(geometry.sectors_for_request(sum(request)) for request in requests)
-        budget = (engine.arena.num_sectors - sectors) * engine.arena.sector_bytes
-        slots = engine.target.plan.num_slots
-        plan = fewest_offloaded(
-            engine.units,
-            slots,
-            min(budget, engine.arena.reachable_bytes(0)),
-            round_up=engine.arena.round_up,
-        )
+        plan = engine.target.fewest_beside(sectors)
         assert plan is not None, "a shape that does not fit"
         if plan != engine.target.plan:
             engine.set_plan(plan)
@@ -264,8 +260,10 @@ class _Session:
         engine = self.engine
         if engine.arena.available_bytes(0) >= engine.arena.round_up(num_bytes):
             return
-        budget = engine.arena.reachable_bytes(0) - 2 * engine.arena.round_up(num_bytes)
-        plan = fewest_offloaded(engine.units, 1, budget, round_up=engine.arena.round_up)
+        size, room = engine.arena.round_up(num_bytes), engine.arena.reachable_bytes(0)
+        # Twice its size where that is possible: it must be in one piece.
+        plans = (fewest_offloaded(engine.units, 1, room - n * size, round_up=engine.arena.round_up) for n in (2, 1))
+        plan = next((each for each in plans if each is not None), None)
         if plan is not None:
             engine.set_plan(plan)
             engine.batching.run_step(((1, 0),))
@@ -292,10 +290,11 @@ class _Session:
         engine, requests = self.engine, ((min(16, self.extent.max_tokens), 0),)
         rates, quiet_s, busy_s, duties = [], [], [], []
         num_units = len(engine.units)
+        num_slots = min(2, engine.config.offload.num_slots, num_units)
         for _ in range(_COARSE_ROUNDS + 1):  # the first of each is a warm-up
             self._make_room(requests)
             quiet_s.append(self._timed(requests))
-            engine.set_num_offloaded(num_units, min(2, num_units))
+            engine.set_num_offloaded(num_units, num_slots)
             engine.batching.run_step(((1, 0),))
             before = engine.device.link_usage()
             busy_s.append(self._timed(requests))
@@ -328,6 +327,11 @@ class _Sample:
     kind_s: tuple[float, ...]
     rest_s: float
     total_s: float
+
+
+def _extent(engine: Engine, max_length: int) -> Extent:
+    kv_tokens = engine.batching.geometry.tokens_in(engine.target.most_kv_sectors)
+    return extent_of(engine.config.batch, min(max_length, engine.max_model_len), kv_tokens)
 
 
 def extent_of(batch: BatchConfig, max_length: int, kv_tokens: int) -> Extent:
@@ -399,7 +403,7 @@ def _prefill(tokens: int, past: int) -> Requests:
 
 
 def _distinct(shapes: Iterable[Requests]) -> list[Requests]:
-    return list(dict.fromkeys(shape for shape in shapes if shape))
+    return list(dict.fromkeys(shape for shape in shapes if shape and all(tokens > 0 for tokens, _ in shape)))
 
 
 def _shape(requests: Requests) -> StepShape:

@@ -157,7 +157,7 @@ class PerformanceRecord:
             document = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise RecordRefused(f"{path}: {error.strerror}: run `selectn profile` to make one") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecordRefused(f"{path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(document, dict) or document.get("version") != VERSION:
             found = document.get("version") if isinstance(document, dict) else None

@@ -72,7 +72,10 @@ class StepTimes:
         """
         covering = [i for i, step in enumerate(self.steps) if step.shape.covers(shape)]
         if not covering:
-            raise NotMeasured(f"no step as large as {shape} was measured: run `selectn profile` with larger limits")
+            raise NotMeasured(
+                f"no step as large as {shape} was measured: run `selectn profile` with a larger "
+                "--max-length, or batch.max_requests and batch.max_batch_tokens in the configuration"
+            )
         best = min(covering, key=lambda i: self._promised_s[i])
         step = self.steps[best]
         scale = self._promised_s[best] / self._median_s(step)

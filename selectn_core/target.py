@@ -77,15 +77,27 @@ class Target:
     def with_kv(self, num_sectors: int) -> OffloadPlan:
         """The plan, with more offloaded where the KV cache needs `num_sectors` and has less under it.
 
-        It must be no more than `most_kv_sectors`.
+        It must be no more than `most_kv_sectors`. Slots take memory as well: where everything through as many leaves
+        too little there are fewer.
         """
         plan = self.plan
-        if num_sectors <= self.kv_sectors(plan):
+        if max(num_sectors, self._arena.min_kv_sectors) <= self.kv_sectors(plan):
             return plan
-        budget = (self._arena.num_sectors - num_sectors) * self._arena.sector_bytes
-        more = self._fewest_in(budget, plan.num_slots, at_least=plan.num_offloaded)
+        more = self.fewest_beside(num_sectors, at_least=plan.num_offloaded)
         assert more is not None, "a request longer than max_model_len was admitted"
         return more
+
+    def fewest_beside(self, num_sectors: int, *, at_least: int = 0) -> OffloadPlan | None:
+        """The plan with the fewest units offloaded under which the KV cache has `num_sectors`, and its minimum.
+
+        Through as many slots as `plan` has, or fewer. None where it is more than `most_kv_sectors`.
+        """
+        most = self._arena.num_sectors - max(num_sectors, self._arena.min_kv_sectors)
+        by_slots = (
+            self._fewest_in(most * self._arena.sector_bytes, num_slots, at_least=at_least)
+            for num_slots in range(self.plan.num_slots, 0, -1)
+        )
+        return next((each for each in by_slots if each is not None), None)
 
     def kv_sectors(self, plan: OffloadPlan) -> int:
         """Sectors that the KV cache has under `plan`."""
@@ -93,8 +105,8 @@ class Target:
 
     @property
     def most_kv_sectors(self) -> int:
-        """Sectors that it has with everything offloaded."""
-        return self.kv_sectors(self._everything(self.plan.num_slots))
+        """Sectors that it has with everything offloaded, through one slot."""
+        return self.kv_sectors(self._everything(1))
 
     @property
     def _budget(self) -> int:

@@ -40,14 +40,14 @@ class CheckedEngine(Engine):
 
         self.batching.pages.take = checked_take
 
-    def _before_schedule(self) -> bool:
+    def _before_schedule(self) -> int:
         if self.before_schedule is not None:
             self.before_schedule(self)
-        may_begin = super()._before_schedule()
+        num_beginning = super()._before_schedule()
         self.check_integrity()
         if self.target.is_urgent:
             assert self.executor.plan == self.executor.wanted or self.batching.num_active <= 1
-        return may_begin
+        return num_beginning
 
     def _on_step_planned(self, shape: StepShape) -> None:
         if self.before_step is not None:
@@ -75,6 +75,15 @@ def engine_config(
         offload=OffloadConfig(unit=unit, num_offloaded=num_offloaded, num_slots=num_slots),
         host=HostConfig(kv_gib=kv_gib),
     )
+
+
+def memory_gib_for(num_homes: int, **batch: Any) -> float:
+    """A device with room for so many layers and slots, and half of one, beside what stays and the least KV cache."""
+    engine = CheckedEngine(tiny_model(), engine_config(0, memory_gib=1 / 1024, **batch))
+    engine.close()
+    beside = engine.device.allocated_bytes - engine.arena.reachable_bytes(0)
+    homes = round((num_homes + 0.5) * engine.arena.round_up(engine.units[0].num_bytes))
+    return (beside + homes + engine.workspace.bytes_for((beside + homes) // engine.arena.sector_bytes)) / (1 << 30)
 
 
 def make_prompts(lengths: Sequence[int] = PROMPT_LENGTHS, *, seed: int = 0) -> list[list[int]]:

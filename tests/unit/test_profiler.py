@@ -12,13 +12,13 @@ from selectn_core.engine import Engine
 from selectn_core.errors import NotMeasured, RecordRefused
 from selectn_core.fingerprint import fingerprint_of
 from selectn_core.kv_geometry import BlockGeometry, KvGeometry
-from selectn_core.profiler import Extent, coarse_grid, fine_grid, profile
+from selectn_core.profiler import Extent, coarse_grid, fine_grid, is_long_enough, profile
 from selectn_core.record import PerformanceRecord
 from selectn_core.record_cache import performance_record, record_path
 from selectn_core.record_table import derived_table
 from selectn_core.steps import StepShape
 from tests.tiny_models import tiny_model
-from tests.unit.engines import engine_config, generate, greedy, make_prompts
+from tests.unit.engines import engine_config, generate, greedy, make_prompts, memory_gib_for
 
 BUDGET_S = 3.0
 
@@ -75,6 +75,25 @@ def test_an_incomplete_record_is_gone_on_with(engine: Engine) -> None:
     assert again.steps[: len(first.steps)] == first.steps
     assert len(again.steps) > len(first.steps)
     assert again.link == first.link
+
+
+def test_a_record_is_long_enough_for_what_it_has_and_no_more(engine: Engine) -> None:
+    record = profile(engine, budget_s=0.01, max_length=64)
+    assert [is_long_enough(record, engine, length) for length in (32, 64, 128)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "batch"), [(1, {"max_requests": 16, "max_batch_tokens": 16}), (1, {"max_requests": 1}), (2, {})]
+)
+def test_whatever_may_be_configured_can_be_measured(cache: Path, num_slots: int, batch: dict[str, int]) -> None:
+    """On a device with room for the slots, a layer and the least KV cache."""
+    memory_gib = memory_gib_for(num_slots + 1, **batch)
+    engine = Engine(tiny_model(), engine_config("auto", num_slots, memory_gib=memory_gib, **batch))
+    try:
+        assert 0 < engine.target.fewest(num_slots).num_offloaded < len(engine.units)
+        assert profile(engine, budget_s=0.5, max_length=64).steps
+    finally:
+        engine.close()
 
 
 def test_the_first_start_measures_and_the_second_finds_the_record(engine: Engine) -> None:
@@ -144,3 +163,9 @@ def test_the_grid_has_its_corners_and_nothing_beyond() -> None:
     assert max(len(each) for each in shapes) == 8
     assert max(sum(tokens for tokens, _ in each) for each in shapes) == 64
     assert all(sum(request) <= 256 for each in shapes for request in each)
+
+
+@pytest.mark.parametrize(("max_tokens", "max_requests"), [(1, 1), (8, 8), (16, 1)])
+def test_no_request_of_the_grid_is_without_a_token(max_tokens: int, max_requests: int) -> None:
+    extent = Extent(max_tokens=max_tokens, max_requests=max_requests, max_length=256, kv_tokens=1024)
+    assert all(tokens > 0 for each in [*coarse_grid(extent), *fine_grid(extent)] for tokens, _ in each)

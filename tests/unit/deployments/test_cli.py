@@ -142,6 +142,8 @@ def test_base_urls_are_ones_a_client_can_use():
         (["--budget-s", "0"], "--budget-s=0.0 is not allowed: expected more than 0"),
         (["--max-length", "1"], "--max-length=1 is not allowed: expected at least 16"),
         (["--model", "./nowhere"], "no such directory"),
+        (["--link-gb-per-s", "0"], "device.link_gb_per_s=0.0 is not allowed"),
+        (["--out", "/proc/record.yaml"], "/proc/record.yaml cannot be written"),
     ],
 )
 def test_a_profile_that_cannot_be_made_is_a_short_error(options, message, capsys):

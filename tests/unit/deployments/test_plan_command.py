@@ -128,10 +128,15 @@ def test_records_of_different_models_are_refused(layers, tmp_path, capsys) -> No
         (["--record", "layers.yaml", "--batch", "0"], "--batch=0 is not allowed: expected more than 0"),
         (["--record", "layers.yaml", "--max-slots", "9"], "--max-slots=9 is not allowed: expected 1 to 8"),
         (["--record", "layers.yaml", "--batch", "9"], "was measured"),
+        (["--record", "layers.yaml", "--seq", "99999"], "`selectn profile` with a larger --max-length"),
+        (["--record", "layers.yaml", "--device-gib", "inf"], "--device-gib=inf is not allowed: expected more than 0"),
+        (["--record", "layers.yaml", "--tpot-ms", "nan"], "--tpot-ms=nan is not allowed: expected more than 0"),
+        (["--record", "weights.gguf"], "weights.gguf is not YAML"),
     ],
 )
 def test_what_cannot_be_asked_is_a_short_error(options, message, layers, monkeypatch, capsys) -> None:
     monkeypatch.chdir(layers.parent)
+    Path("weights.gguf").write_bytes(b"GGUF\x03\x00\xff\xfe")
     assert main(["plan", *options]) == 2
     assert message in capsys.readouterr().err
 
