@@ -8,13 +8,14 @@ as much as possible lives in host memory. It decides; the executor moves the byt
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 
 from selectn_core.device import LinkUsage
 from selectn_core.in_flight import PLANNED_SHARE, Load, prefill_pace_s, tpot_limit_s
 from selectn_core.latency import Link, simulate_steps_s
 from selectn_core.learning import ComputeScale, LinkEstimate
-from selectn_core.placement import OffloadPlan, nearest_plan
+from selectn_core.placement import OffloadPlan, freed_bytes, nearest_plan
 from selectn_core.policies import Policy, Situation
 from selectn_core.remembered import Remembered
 from selectn_core.step_times import StepTimes, scaled, slowed
@@ -40,10 +41,10 @@ _FEWEST_COPIED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """What the next step may take in: tokens of prefill, and whether requests may begin that have no KV yet."""
+    """What the next step may take in: tokens of prefill, and how many requests that have no KV yet."""
 
     prefill_tokens: int
-    may_begin: bool
+    num_beginning: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +110,29 @@ class Controller:
         self._busy_steps = (
             _BUSY_STEPS if load.is_full or len(load.fitting) < len(load.waiting) else max(0, self._busy_steps - 1)
         )
+        num_beginning = self._num_beginning(load, kv_tokens)
+        load = replace(load, num_fitting=load.num_begun + num_beginning)
         tokens = self._chunk(load)
         self._is_prefill_held = not tokens and any(each.prefill_tokens for each in load.fitting)
-        may_begin = not batch or self._unloaded_s(StepShape.decode(batch + 1, kv_tokens)) <= self._limit_s
         self._planned = decode
         if tokens and batch:
             self._planned = StepShape.of([(_rounded_up(tokens), 0)], [kv_tokens] * batch)
-        return Admission(prefill_tokens=tokens, may_begin=may_begin)
+        return Admission(prefill_tokens=tokens, num_beginning=num_beginning)
+
+    def _num_beginning(self, load: Load, kv_tokens: int) -> int:
+        """How many may begin, of those that fit: with all of them decoding everybody is within the objective still.
+
+        One may where nobody else runs: it is not served better later.
+        """
+        running, most = len(load.decoding) + load.num_begun, len(load.fitting) - load.num_begun
+
+        def is_too_slow(num_more: int) -> bool:
+            return self._unloaded_s(StepShape.decode(running + num_more, kv_tokens)) > self._limit_s
+
+        if most <= 0 or not is_too_slow(most):
+            return max(0, most)
+        least = 0 if running else 1
+        return max(least, bisect_left(range(1, most), True, key=is_too_slow))
 
     def _chunk(self, load: Load) -> int:
         """Tokens of prefill for the next step: what its compute has room for, more where TTFT wants it, some if any."""
@@ -124,23 +141,25 @@ class Controller:
         if not batch or room <= 0:
             return max(0, room)
         decodes = [load.mean_kv_tokens] * batch
+        least = min(_SMALLEST_CHUNK, next(each.prefill_tokens for each in load.fitting if each.prefill_tokens))
         needed = max(_SMALLEST_CHUNK, self._limit_s / self._prefill_s_per_token)
         slowed = 1 + self._slowdown  # beside a link that is always busy, as it is where most is offloaded
-        for tokens in _chunks(room):
+        for tokens in _chunks(room, least):
             unloaded_s = slowed * self._unloaded_s(StepShape.of(prefills=[(tokens, 0)], decodes=decodes))
             if unloaded_s <= (self._limit_s if tokens <= needed else _CHUNK_SHARE * self._limit_s):
                 return tokens
         return 0
 
-    def guaranteed_plan(self, load: Load) -> OffloadPlan:
+    def guaranteed_plan(self, load: Load, tpot_s: float) -> OffloadPlan:
         """What could be offloaded if the link fell to what is guaranteed: requests must fit the memory that this frees.
 
-        Whatever more is offloaded while the link is better can come home at any moment, over a link that has just
-        become slow, without taking memory from anybody.
+        `tpot_s` is the objective that is to be held then, of those who run and of those who may come. Whatever more is
+        offloaded while the link is better can come home at any moment, over a link that has just become slow, without
+        taking memory from anybody.
         """
         shape = StepShape.decode(len(load.decoding) + 1, _rounded_up(load.mean_kv_tokens))
         scale = math.ceil((1 + self._slowdown) * self._scales[True].high / _ROUNDING) * _ROUNDING
-        limit_s, link = PLANNED_SHARE * load.tightest_tpot_s, self.link.guaranteed
+        limit_s, link = PLANNED_SHARE * tpot_s, self.link.guaranteed
         asked = (shape, scale, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
         if asked != self._guaranteed_for:
             situation = Situation(
@@ -239,8 +258,7 @@ class Controller:
         return saved_s * _PAYS_OFF_STEPS >= promoted_bytes / self.link.link.bytes_per_s
 
     def _freed_bytes(self, plan: OffloadPlan) -> int:
-        sizes = [self.times.unit_bytes[unit] for unit in plan.offloaded]
-        return sum(sizes) - plan.slots_used * max(sizes, default=0)
+        return freed_bytes(plan, self.times.unit_bytes)
 
     def _with_few_moves(
         self, shape: StepShape, current: OffloadPlan, wanted: OffloadPlan, limit_s: float
@@ -248,7 +266,9 @@ class Controller:
         if self.policy.name != "select-n":
             return wanted
         near = nearest_plan(current, wanted)
-        frees_as_much = self._freed_bytes(near) >= (1 - _GAIN) * self._freed_bytes(wanted)
+        wanted_bytes = self._freed_bytes(wanted)
+        least_bytes = max((1 - _GAIN) * wanted_bytes, min(wanted_bytes, self.held_freed_bytes))
+        frees_as_much = self._freed_bytes(near) >= least_bytes
         is_as_fast = self._predict(shape, near) <= min(limit_s, 1.05 * self._predict(shape, wanted))
         return near if frees_as_much and is_as_fast else wanted
 
@@ -308,11 +328,11 @@ def _rounded_up(num_tokens: int) -> int:
     return -(-num_tokens // unit) * unit
 
 
-def _chunks(most: int) -> list[int]:
+def _chunks(most: int, least: int) -> list[int]:
     """Sizes of a chunk of prefill to try, from the largest down."""
     sizes = [most]
-    while sizes[-1] > _SMALLEST_CHUNK:
-        sizes.append(max(_SMALLEST_CHUNK, sizes[-1] * 3 // 4))
+    while sizes[-1] > least:
+        sizes.append(max(least, sizes[-1] * 3 // 4))
     return sizes
 
 

@@ -449,16 +449,17 @@ class Engine:
             self.steering = None
             self.target.aim_at(plan, urgent=urgent)
 
-    def _before_schedule(self) -> bool:
-        """Moves weights and KV pages to where the next step wants them; False where no new request may begin."""
+    def _before_schedule(self) -> int:
+        """Moves weights and KV pages to where the next step wants them; how many new requests may begin."""
         if self.target.is_urgent:
             self._preempt_for(self._wanted_plan())
         self._follow_target()
-        may_begin, steering = True, self.steering
+        num_beginning, steering = self.config.batch.max_requests, self.steering
         if steering is not None:
-            may_begin = steering.admit(self.requests.by_ticket(), self.batching.progress())
+            batching = self.batching
+            num_beginning = steering.admit(self.requests.by_ticket(), batching.progress(), batching.backlog())
         # What is still to come back waits for KV to be released: no new request may take its place.
-        return may_begin and self.executor.plan == self.executor.wanted
+        return num_beginning if self.executor.plan == self.executor.wanted else 0
 
     def _token_budget(self, most: int) -> int:
         steering = self.steering
@@ -513,7 +514,9 @@ class Engine:
         seconds_per_token = self.steps.prefill_s_per_token()
         if seconds_per_token is None:
             return True
-        link = Link(bytes_per_s=self.device.link_usage().bytes_per_s)
+        steering = self.steering  # which knows what the link gives now; all that was ever copied says less
+        measured = Link(bytes_per_s=self.device.link_usage().bytes_per_s)
+        link = steering.controller.link.link if steering is not None else measured
         return swap_s(num_bytes, link) < recompute_s(num_tokens, seconds_per_token)
 
     # -- sizes and state ----------------------------------------------------------------------------------------

@@ -27,7 +27,10 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
-    """A request without a token yet: tokens of prefill that are left, and the instant by which TTFT wants its first."""
+    """A request whose next token needs prefill: the tokens of it that are left, and by when TTFT wants its first one.
+
+    One that was preempted has had its first: nothing is due, but its TPOT counts.
+    """
 
     prefill_tokens: int
     deadline_s: float
@@ -38,20 +41,22 @@ class Waiting:
 class Load:
     """All requests, waiting ones in the order in which they will be served; instants on one clock, in seconds.
 
-    `num_fitting` of the waiting ones have KV cache or may have (None: all): of the others none begins, however many
-    tokens a step has room for. `is_full`: there is no room for one more, whether or not it waits here.
+    The first `num_begun` of the waiting ones hold KV cache, and the first `num_fitting` may (None: all): of the others
+    none begins, however many tokens a step has room for. `is_full`: there is no room for one more, whether or not it
+    waits here.
     """
 
     now_s: float
     decoding: Sequence[Decoding]
     waiting: Sequence[Waiting]
     mean_kv_tokens: int  # keys of a decoding request, on average
+    num_begun: int = 0
     num_fitting: int | None = None
     is_full: bool = False
 
     @property
     def fitting(self) -> Sequence[Waiting]:
-        """Those of the waiting that may begin."""
+        """Those of the waiting that hold KV cache or may."""
         return self.waiting[: self.num_fitting]
 
     @property

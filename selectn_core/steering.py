@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +51,10 @@ class LinkShare:
 
 
 class Steering:
-    """An engine's online stage. Its methods are called on the generation thread, in the order of a step."""
+    """An engine's online stage. `admit`, `decide` and `done` are called on the generation thread, in this order.
+
+    Another thread may change objectives and the link's share between any two of them.
+    """
 
     def __init__(self, engine: Engine, record: PerformanceRecord) -> None:
         self.record, self._engine = record, engine
@@ -68,17 +72,20 @@ class Steering:
         self._weight_sectors = wanted_bytes // engine.arena.sector_bytes
         self.controller.min_freed_bytes = max(0, wanted_bytes - engine.arena.reachable_bytes(0))
         self._decision: Decision | None = None
-        self._admission = Admission(prefill_tokens=0, may_begin=True)
-        # Before there is a request: as if one waited, since without an objective everything could be offloaded.
-        first = Waiting(prefill_tokens=0, deadline_s=math.inf, tpot_s=self.objectives.tpot_s)
-        self._guaranteed = self.controller.guaranteed_plan(replace(load_of({}, {}, self.objectives), waiting=[first]))
+        self._admission = Admission(prefill_tokens=0, num_beginning=0)
+        self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, self.objectives))
         self._num_decoding = 0
-        self.spent_s = 0.0
+        self._lock = threading.Lock()
+        self.spent_s = self.stepped_s = 0.0
 
     def set_objectives(self, slo: SloConfig) -> None:
         """Aims at other objectives from the next step on; what was learned of the machine stays."""
-        self.objectives = resolve_objectives(slo, self._times, self._engine.config.batch)
-        self.controller.policy = make_policy(self._engine, self._times, self.record, self.objectives)
+        objectives = resolve_objectives(slo, self._times, self._engine.config.batch)
+        policy = make_policy(self._engine, self._times, self.record, objectives)
+        with self._lock:
+            self.objectives, self.controller.policy = objectives, policy
+            # On an idle engine no step would do so, and what it promises goes by it.
+            self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, objectives))
 
     def set_link_share(self, share: LinkShare) -> None:
         """What the bus's coordinator allows from the next step on."""
@@ -87,16 +94,17 @@ class Steering:
         controller.link.guaranteed_bytes_per_s = min(share.guaranteed_bytes_per_s, controller.link.nominal.bytes_per_s)
         controller.max_offloaded_bytes = share.max_offloaded_bytes
 
-    def admit(self, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]) -> bool:
-        """Looks at every request; whether one that has no KV yet may begin."""
+    def admit(
+        self, handles: Mapping[str, RequestHandle], progress: Mapping[str, int], backlog: Mapping[str, int]
+    ) -> int:
+        """Looks at every request; how many of those that hold no KV may begin. The two: see `ContinuousBatching`."""
         with self._timed():
-            load = load_of(handles, progress, self.objectives)
+            load = load_of(handles, progress, backlog, self.objectives)
             num_fitting, is_full = self._num_fitting(load, handles, progress)
-            num_begun = len(load.waiting) - sum(t not in progress and not h.num_tokens for t, h in handles.items())
-            load = replace(load, num_fitting=num_begun + num_fitting, is_full=is_full)
+            load = replace(load, num_fitting=load.num_begun + num_fitting, is_full=is_full)
             self._num_decoding = len(load.decoding)
             self._admission = self.controller.admit(load, self._engine.executor.plan)
-            return self._admission.may_begin and num_fitting > 0
+            return self._admission.num_beginning
 
     def _num_fitting(
         self, load: Load, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]
@@ -108,7 +116,7 @@ class Steering:
         engine = self._engine
         sectors_for = engine.batching.geometry.sectors_for_request
         held = sum(sectors_for(handles[ticket].max_total_tokens) for ticket in progress if ticket in handles)
-        self._guaranteed = self.controller.guaranteed_plan(load)
+        self._guaranteed = self._guaranteed_for(load)
         room = engine.target.kv_sectors(self._guaranteed) - held
         missing = self._weight_sectors + held - engine.arena.num_sectors
         controller = self.controller
@@ -125,6 +133,10 @@ class Steering:
             num_fitting += 1
         is_full = bool(progress) and (num_fitting >= places or room * len(progress) < held)
         return num_fitting, is_full
+
+    def _guaranteed_for(self, load: Load) -> OffloadPlan:
+        # Whoever runs now may have asked for little: who comes next may not.
+        return self.controller.guaranteed_plan(load, min(load.tightest_tpot_s, self.objectives.tpot_s))
 
     def token_budget(self, most: int) -> int:
         """Tokens for the step that is about to be scheduled."""
@@ -149,39 +161,45 @@ class Steering:
     def done(self, record: StepRecord) -> None:
         """Learns from a step."""
         self._decision = None
+        self.stepped_s += record.duration_s
         with self._timed():
             self.controller.learn(record, self._engine.device.link_usage())
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
         began_s = time.perf_counter()
-        yield
+        with self._lock:
+            yield
         self.spent_s += time.perf_counter() - began_s
 
     def snapshot(self) -> dict[str, Any]:
         """What is aimed at and how well it is known, as JSON-able values."""
-        controller, steps = self.controller, self._engine.steps
-        total_s = sum(record.duration_s for record in list(steps.records))
+        controller = self.controller
         return {
             "policy": controller.policy.name,
             "ttft_objective_s": self.objectives.ttft_s,
             "tpot_objective_s": self.objectives.tpot_s,
             "is_feasible": controller.is_feasible,
             "link_bytes_per_s": controller.link.link.bytes_per_s,
-            "prediction_error": steps.prediction_error(),
-            "controller_share": self.spent_s / total_s if total_s else None,
+            "prediction_error": self._engine.steps.prediction_error(),
+            "controller_share": self.spent_s / self.stepped_s if self.stepped_s else None,
         }
 
 
 def make_policy(engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives) -> Policy:
-    """The configured policy for this engine."""
+    """The configured policy for this engine. Raises ConfigError for one whose plan leaves too much on the device."""
     num_units, config = len(engine.units), engine.config.offload
+
+    def by_name(plan: OffloadPlan) -> Fixed:
+        interval = f" and offload.interval={config.interval}" if config.policy == "group" else ""
+        return Fixed(config.policy, engine.target.checked(f"offload.policy={config.policy}{interval}", plan))
+
     makers: dict[str, Callable[[], Policy]] = {
         "select-n": lambda: SelectN(Frontier(record.unit_bytes, unit_sets(record))),
         "paper": lambda: Paper(Frontier(record.unit_bytes)),
         "static": lambda: Fixed("static", _static_plan(engine, times, record, objectives)),
-        "group": lambda: Fixed("group", last_of_every_group(config.interval or num_units, num_units)),
-        "all": lambda: Fixed("all", every_unit_one_ahead(num_units)),
+        "group": lambda: by_name(last_of_every_group(config.interval or num_units, num_units)),
+        "all": lambda: by_name(every_unit_one_ahead(num_units)),
         "none": lambda: Fixed("none", engine.target.fewest(1)),
     }
     return makers[config.policy]()
@@ -203,13 +221,18 @@ def unit_sets(record: PerformanceRecord) -> list[tuple[int, ...]]:
     return [among for among in offloadable_sets(names, record.fingerprint.unit).values() if among is not None]
 
 
-def load_of(handles: Mapping[str, RequestHandle], progress: Mapping[str, int], default: Objectives) -> Load:
+def load_of(
+    handles: Mapping[str, RequestHandle], progress: Mapping[str, int], backlog: Mapping[str, int], default: Objectives
+) -> Load:
     """The requests in flight as the controller sees them.
 
-    `progress` has, for those that hold KV, the tokens of prefill that are left. A request that has tokens but holds no
-    KV was preempted: it counts with those that wait for memory, not with those that the next step must serve.
+    `progress` has, for those that hold KV, the tokens of prefill that are left, `backlog` those of the others. A
+    request that has tokens and prefill to do was preempted: it waits, and nothing hurries for its first token.
     """
-    decoding, waiting, kv_tokens = [], [], 0
+    decoding: list[Decoding] = []
+    begun: list[Waiting] = []
+    others: list[Waiting] = []
+    kv_tokens = 0
     for ticket, handle in handles.items():
         objectives = handle.objectives or default
         left = progress.get(ticket)
@@ -223,13 +246,15 @@ def load_of(handles: Mapping[str, RequestHandle], progress: Mapping[str, int], d
                     tpot_s=objectives.tpot_s,
                 )
             )
-        elif not handle.num_tokens:
-            tokens = handle.num_prompt_tokens if left is None else left
-            deadline_s = handle.arrived_s + objectives.ttft_s
+        else:
+            tokens = backlog.get(ticket, handle.num_prompt_tokens + handle.num_tokens) if left is None else left
+            deadline_s = math.inf if handle.num_tokens else handle.arrived_s + objectives.ttft_s
+            waiting = others if left is None else begun
             waiting.append(Waiting(prefill_tokens=tokens, deadline_s=deadline_s, tpot_s=objectives.tpot_s))
     return Load(
         now_s=time.perf_counter(),
         decoding=decoding,
-        waiting=waiting,
+        waiting=[*begun, *others],
+        num_begun=len(begun),
         mean_kv_tokens=kv_tokens // len(decoding) + 1 if decoding else 1,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -121,7 +122,7 @@ def _run(batching: ContinuousBatching, requests: Sequence[Request]) -> None:
 
 
 _IGNORE = Callbacks(
-    before_schedule=lambda: True,
+    before_schedule=lambda: sys.maxsize,
     token_budget=lambda most: most,
     on_step_planned=lambda shape: None,
     on_step_done=lambda shape, duration_s: None,

@@ -46,13 +46,13 @@ from selectn_core.transformers_cb.swap import KvSwap, SwapIsCheaper
 class Callbacks:
     """What the generation thread calls, in the order of a step.
 
-    `before_schedule` comes when no step is under way, so that KV pages may move; it returns whether new requests may
-    begin. `token_budget` then says how many of the tokens that a step may have it should have. `on_step_planned` comes
-    when the next step is known and its inputs are not yet laid out: pages may still move. `swap_is_cheaper` decides,
-    for a preempted request's tokens and bytes of KV, whether they go to host memory.
+    `before_schedule` comes when no step is under way, so that KV pages may move; it returns how many requests that
+    hold no KV may begin. `token_budget` then says how many of the tokens that a step may have it should have.
+    `on_step_planned` comes when the next step is known and its inputs are not yet laid out: pages may still move.
+    `swap_is_cheaper` decides, for a preempted request's tokens and bytes of KV, whether they go to host memory.
     """
 
-    before_schedule: Callable[[], bool]
+    before_schedule: Callable[[], int]
     token_budget: Callable[[int], int]
     on_step_planned: Callable[[StepShape], None]
     on_step_done: Callable[[StepShape, float], None]
@@ -128,7 +128,7 @@ class ContinuousBatching:
         params, callbacks = SamplingParams(max_tokens=num_tokens), self._callbacks
         self._callbacks = replace(
             callbacks,
-            before_schedule=lambda: True,
+            before_schedule=lambda: len(prompts),
             token_budget=lambda most: most,
             on_step_planned=lambda shape: None,
             on_step_done=lambda shape, duration_s: None,
@@ -219,6 +219,12 @@ class ContinuousBatching:
             for state in states
         }
 
+    def backlog(self) -> dict[str, int]:
+        """Of every other request, the tokens to compute for its next: one where its KV is in host memory."""
+        return {
+            state.request_id: len(_to_compute(state)) for state in self._processor.scheduler.waiting_requests.values()
+        }
+
     def check_integrity(self) -> None:
         """Raises AssertionError unless all KV is free again; call it when no request is left."""
         scheduler = self._processor.scheduler
@@ -253,15 +259,17 @@ class ContinuousBatching:
         processor.update_batch = update_and_record
         self._processor = processor
 
-    def _before_schedule(self) -> None:
+    def _before_schedule(self) -> int:
         scheduler, capacity = self._processor.scheduler, self.pages.num_sectors
-        was_draining, self._is_draining = self._is_draining, not self._callbacks.before_schedule()
+        num_beginning = self._callbacks.before_schedule()
+        was_draining, self._is_draining = self._is_draining, not num_beginning
         if self._is_draining:
             scheduler.block_new_requests = True
         elif was_draining or self.pages.num_sectors > capacity or not scheduler.active_requests:
             # A preemption blocks new requests until one finishes, even where the others have been cancelled or memory
             # has grown since.
             scheduler.block_new_requests = False
+        return num_beginning
 
     def _begin_step(self, shape: StepShape, started_s: float) -> None:
         self._step = (shape, started_s)
@@ -275,25 +283,37 @@ class ContinuousBatching:
 
 
 class _ObservedScheduler(FIFOScheduler):
-    """First come first served, with a word before it plans a step, and one about what the step is before it runs."""
+    """First come first served, with a word before it plans a step, and one about what the step is before it runs.
+
+    Of the requests that hold no KV it sees the first few only, as many as may begin. A budget of tokens does not say
+    how many that is, where some are short and of others the beginning is in the cache.
+    """
 
     def __init__(
         self,
-        before: Callable[[], None],
+        before: Callable[[], int],
         budget: Callable[[int], int],
         on_planned: Callable[[StepShape, float], None],
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._before, self._budget, self._on_planned = before, budget, on_planned
+        self._num_beginning = 0
+
+    def _get_waiting_candidates(self) -> list[RequestState]:
+        return super()._get_waiting_candidates()[: self._num_beginning]
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         started_s = time.perf_counter()
-        self._before()
+        self._num_beginning = self._before()
         planned = super().schedule_batch(self._budget(token_budget), cache_budget)
         if planned[0]:
             self._on_planned(_shape(planned[0]), started_s)
         return planned
+
+
+def _to_compute(state: RequestState) -> list[int]:
+    return state.tokens_to_process if state.status == RequestStatus.DECODING else state.remaining_prefill_tokens
 
 
 def _shape(batch: Sequence[FutureRequestState]) -> StepShape:

@@ -95,7 +95,7 @@ class Machine:
         return self
 
     def step(self) -> None:
-        self.controller.guaranteed_plan(self.load())
+        self.controller.guaranteed_plan(self.load(), self.tpot_s)
         self.controller.admit(self.load(), self.plan)
         decision = self.controller.decide(self.shape, self.plan)
         duration_s = self._take(decision.plan)

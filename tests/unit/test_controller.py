@@ -178,14 +178,14 @@ def test_while_requests_wait_for_memory_steps_are_not_stretched_to_the_objective
         machine.controller.link.guaranteed_bytes_per_s = LINK.bytes_per_s / 4
     busy.waiting, busy.num_fitting = [waiting(100, 1000.0)], 0
     assert max(busy.run(40).durations_s[20:]) <= 1.3 * UNLOADED_S < min(calm.run(40).durations_s[20:])
-    guaranteed = busy.controller.guaranteed_plan(busy.load())
+    guaranteed = busy.controller.guaranteed_plan(busy.load(), busy.tpot_s)
     assert guaranteed.num_offloaded <= busy.plan.num_offloaded < calm.plan.num_offloaded
 
 
 def test_what_is_guaranteed_holds_when_the_link_falls_to_it() -> None:
     machine = Machine(step_times(), tpot_s=2 * UNLOADED_S)
     machine.controller.link.guaranteed_bytes_per_s = LINK.bytes_per_s / 4
-    guaranteed = machine.controller.guaranteed_plan(machine.load())
+    guaranteed = machine.controller.guaranteed_plan(machine.load(), machine.tpot_s)
     machine.run(30)
     assert machine.plan.num_offloaded > guaranteed.num_offloaded
     machine.forget()
@@ -206,7 +206,25 @@ def test_no_request_begins_that_would_make_the_batch_too_slow() -> None:
     machine = Machine(step_times(), tpot_s=1.02 * UNLOADED_S / 0.92)
     crowd = [Decoding(num_tokens=1, first_token_s=0.0, num_left=100, tpot_s=machine.tpot_s)] * (4 * BATCH)
     load = Load(now_s=0.0, decoding=crowd, waiting=[waiting(16, 100.0)], mean_kv_tokens=LENGTH)
-    assert not machine.controller.admit(load, machine.plan).may_begin
+    assert machine.controller.admit(load, machine.plan).num_beginning == 0
+
+
+def test_a_burst_begins_as_far_as_everybody_will_decode_in_time() -> None:
+    """Nobody runs yet: all could compute their prompts in one step, and would be too slow ever after."""
+    machine = Machine(step_times(), tpot_s=1.1 * UNLOADED_S)
+    burst = [waiting(4, 100.0) for _ in range(4 * BATCH)]
+    load = Load(
+        now_s=0.0, decoding=(), waiting=[replace(each, tpot_s=machine.tpot_s) for each in burst], mean_kv_tokens=1
+    )
+    admission = machine.controller.admit(load, machine.plan)
+    limit_s, times = PLANNED_SHARE * machine.tpot_s, machine.true
+    assert times.expected_s(StepShape.decode(admission.num_beginning, 16)) <= limit_s
+    assert times.expected_s(StepShape.decode(admission.num_beginning + 1, 16)) > limit_s
+    assert admission.prefill_tokens == 4 * admission.num_beginning
+    begun = replace(load, num_begun=admission.num_beginning)
+    assert machine.controller.admit(begun, machine.plan).num_beginning == 0
+    hopeless = replace(load, waiting=[replace(each, tpot_s=1e-9) for each in burst])
+    assert machine.controller.admit(hopeless, machine.plan).num_beginning == 1
 
 
 @settings(max_examples=60, deadline=None)

@@ -30,6 +30,7 @@ PLACE = "selectn_core/transformers_cb/"
 SIGNATURES = [
     (FIFOScheduler.__init__, ("self", "cache", "safety_margin", "max_requests_per_batch")),
     (FIFOScheduler.schedule_batch, ("self", "token_budget", "cache_budget")),
+    (FIFOScheduler._get_waiting_candidates, ("self",)),
     (OutputRouter.deliver, ("self", "output")),
     (OutputRouter.deliver_batch, ("self", "outputs")),
     (OutputRouter.fail_and_deliver, ("self", "state", "error")),
