@@ -89,11 +89,15 @@ def has_more_than(before: dict[str, int]) -> list[str]:
 
 def process_of(replica_id: str) -> psutil.Process:
     (actor,) = [actor for actor in replica_actors() if (report := report_of(actor)) and report.replica_id == replica_id]
+    return process_of_actor(actor)
+
+
+def process_of_actor(actor: ray.actor.ActorHandle) -> psutil.Process:
     return psutil.Process(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
 
 
 class Streaming:
-    """A streamed completion, read by a thread of its own."""
+    """A streamed completion, read by a thread of its own, to its end or until the connection breaks."""
 
     def __init__(self, client: httpx.Client, request: dict[str, Any]) -> None:
         self.lines: list[str] = []
@@ -102,7 +106,10 @@ class Streaming:
         self._thread.start()
 
     def _read(self, client: httpx.Client, request: dict[str, Any]) -> None:
-        with client.stream("POST", "/v1/completions", json={**request, "stream": True}) as response:
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError),
+            client.stream("POST", "/v1/completions", json={**request, "stream": True}) as response,
+        ):
             for line in response.iter_lines():
                 if line:
                     self.lines.append(line.removeprefix("data: "))
@@ -113,13 +120,24 @@ class Streaming:
         assert self._begun.wait(60)
 
     def result(self) -> tuple[str, dict[str, Any] | None]:
-        """Text and error."""
-        self._thread.join(90)
-        assert not self._thread.is_alive()
-        events = [json.loads(line) for line in self.lines if line != "[DONE]"]
+        """Text and error; the stream must be complete."""
+        events = self._events()
         error = next((event["error"] for event in events if "error" in event), None)
         assert (error is None) == (self.lines[-1] == "[DONE]")
-        return "".join(event["choices"][0]["text"] for event in events if "error" not in event), error
+        return _text(events), error
+
+    def text(self) -> str:
+        """What came, complete or not."""
+        return _text(self._events())
+
+    def _events(self) -> list[dict[str, Any]]:
+        self._thread.join(90)
+        assert not self._thread.is_alive()
+        return [json.loads(line) for line in self.lines if line != "[DONE]"]
+
+
+def _text(events: list[dict[str, Any]]) -> str:
+    return "".join(event["choices"][0]["text"] for event in events if "error" not in event)
 
 
 def text_of(response: httpx.Response) -> str:
@@ -300,6 +318,32 @@ def test_a_killed_replica_costs_only_what_it_had_begun_to_send(pair):
     assert {text for text, error in results if error is None} == {reference}
     assert all(reference.startswith(text) for text, _ in results)
     wait_until(lambda: len(reports()) == NUM_REPLICAS, 60, "the replica is replaced")
+
+
+def test_a_killed_ingress_costs_its_own_requests_only(pair):
+    """Serve's proxy answers for it: 500 where nothing was sent yet. The replicas run to the end what nobody reads."""
+    request = body(max_tokens=60)
+    reference = text_of(pair.post("/v1/completions", json=request))
+    ingresses = replica_actors("SelectNIngress")
+    assert len(ingresses) == NUM_PAIR_INGRESSES
+    with ThreadPoolExecutor(2) as pool:
+        streams = [Streaming(pair, request) for _ in range(2)]
+        posts = [pool.submit(pair.post, "/v1/completions", json=request) for _ in range(2)]
+        for stream in streams:
+            stream.wait_until_begun()
+        wait_until(lambda: sum(in_flight().values()) == 4, 10, "all are being answered")
+        sent = [each["sent"] for each in tracked_by_ingresses()]
+        process_of_actor(ingresses[sent.index(max(sent))]).kill()
+        responses = [post.result() for post in posts]
+    texts = [stream.text() for stream in streams]
+    lost = [each for each in responses if each.status_code == 500]
+    assert {text_of(each) for each in responses if each not in lost} <= {reference}
+    assert all(each.text == "Internal Server Error" for each in lost)
+    assert len(lost) + sum(text != reference for text in texts) == max(sent)
+    assert all(reference.startswith(text) for text in texts)
+    wait_until(lambda: list(in_flight().values()) == [0] * NUM_REPLICAS, 60, "what was lost has run to its end")
+    wait_until(lambda: len(replica_actors("SelectNIngress")) == NUM_PAIR_INGRESSES, 60, "the ingress is replaced")
+    assert text_of(pair.post("/v1/completions", json=request)) == reference
 
 
 def test_a_replica_told_to_drain_finishes_what_it_has_and_takes_nothing_more(pair):
