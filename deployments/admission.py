@@ -245,9 +245,9 @@ class Admission:
         return ordered[len(ordered) * START_PERCENT // 100] if ordered else 0.0
 
     def _refuse_what_is_hopeless(self, entry: Entry[_Waiter]) -> None:
-        if self._config.max_queued_requests == 0:
-            raise self._full()
         waiter, claim, ttft_s = entry.item, entry.item.claim, entry.item.claim.ask.ttft_s
+        if self._config.max_queued_requests == 0 and claim.retried_s is None:
+            raise self._full()
         if claim.has_waited or not self._config.refuse_late or ttft_s is None:
             return
         free, rate = self._free_tokens_and_rate()

@@ -453,6 +453,19 @@ def test_those_that_wait_for_another_replica_do_not_hold_up_others_on_this_one()
     run(check())
 
 
+def test_one_that_is_retried_may_wait_where_nobody_else_may():
+    async def check():
+        case = Case(max_queued_requests=0)
+        case.report()
+        dead = case.retry()
+        await settle()
+        assert not dead.done()
+        case.report("a", "b")
+        assert (await dead).replica_id == "b"
+
+    run(check())
+
+
 def test_whoever_is_retried_goes_first_and_in_the_order_of_the_deaths():
     async def check():
         case = Case()
