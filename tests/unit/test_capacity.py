@@ -11,7 +11,7 @@ from selectn_core.engine import Engine
 from selectn_core.errors import RequestError, RequestTooLarge
 from selectn_core.kv_geometry import BlockGeometry, KvGeometry
 from tests.tiny_models import tiny_model
-from tests.unit.engines import engine_config, greedy
+from tests.unit.engines import engine_config, greedy, memory_gib_for
 
 BLOCKS = st.builds(
     BlockGeometry,
@@ -50,7 +50,8 @@ def test_more_offloaded_is_more_headroom_and_promises_are_kept():
 
 
 def test_too_long_for_the_model_is_not_the_same_as_too_long_for_this_memory():
-    with Engine(tiny_model("llama"), engine_config(kv_tokens=32)) as engine:
+    small = engine_config("auto", memory_gib=memory_gib_for(3, kv_tokens=32), kv_tokens=32)
+    with Engine(tiny_model("llama"), small) as engine:
         limit = engine.model.config.max_position_embeddings
         assert engine.max_model_len < limit
         assert not engine.headroom().is_model_limit
