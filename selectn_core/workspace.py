@@ -57,7 +57,8 @@ def measure_workspace(
     batching = ContinuousBatching(model, config, device, _IGNORE, num_sectors=max(1, num_sectors))
     last = _last_of_a_new_kind(units).module
     try:
-        step_bytes = device.peak_bytes(lambda: batching.run_step(_requests(config, geometry, num_sectors, limit, 0)))
+        requests = _requests(config, geometry, num_sectors, limit, 0)
+        step_bytes = device.peak_bytes(partial(_run, batching, requests))
         with _stopping_after(last):
             alone, half, full = (
                 device.peak_bytes(partial(_run, batching, _requests(config, geometry, sectors, limit, past)))
@@ -75,7 +76,10 @@ def measure_workspace(
 
 
 def _requests(config: BatchConfig, geometry: KvGeometry, num_sectors: int, limit: int, past: int) -> list[Request]:
-    """As many tokens as a step may have: one request with most of them, and as long a past as fits; others decode."""
+    """As many tokens as a step may have: one request with most of them, and as long a past as fits; others decode.
+
+    Fewer requests where the device is that small; none, where not even one fits.
+    """
     requests: list[Request] = []
     tokens, sectors = config.max_batch_tokens, num_sectors
     for others in reversed(range(config.max_requests)):
@@ -83,7 +87,7 @@ def _requests(config: BatchConfig, geometry: KvGeometry, num_sectors: int, limit
         longest = min(limit, geometry.longest_request_in(share))
         length = min(tokens - others, longest)
         if length < 1:
-            break
+            continue
         requests.append((length, min(past, longest - length)))
         sectors -= geometry.sectors_for_request(sum(requests[-1]))
         tokens -= length
@@ -115,6 +119,8 @@ def _stopping_after(module: nn.Module) -> Iterator[None]:
 
 
 def _run(batching: ContinuousBatching, requests: Sequence[Request]) -> None:
+    if not requests:
+        return
     try:
         batching.run_step(requests)
     except _Enough:
