@@ -41,6 +41,15 @@ def test_the_readmes_make_targets_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_committed_result_is_of_a_whole_run_and_its_script_is_among_the_figures(path: Path) -> None:
+    assert json.loads(path.read_text(encoding="utf-8"))["quick"] is False
+    assert f"`{path.stem}.py`" in (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+
+
 def test_the_tables_of_the_algorithm_are_those_of_the_committed_result() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "enumerate_intervals.json").read_text(encoding="utf-8"))
     assert results["provenance"] == "modelled"
