@@ -11,6 +11,7 @@ from deployments import serve_command
 from deployments.cli import build_parser, main
 from deployments.serving import base_urls, free_port, last_error
 from selectn_core.errors import ConfigError
+from tests.integration.tiny_checkpoint import save_tiny_llama
 
 
 def parse_serve(*options: str) -> argparse.Namespace:
@@ -149,3 +150,17 @@ def test_base_urls_are_ones_a_client_can_use():
 def test_a_profile_that_cannot_be_made_is_a_short_error(options, message, capsys):
     assert main(["profile", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_profile_is_gone_on_with_only_where_something_longer_is_asked_for(tmp_path, capsys):
+    model = save_tiny_llama(tmp_path / "model")
+
+    def profiled(max_length: int) -> str:
+        options = ["--model", str(model), "--device", "emulated", "--out", "record.yaml", "--budget-s", "30"]
+        assert main(["profile", *options, "--max-length", str(max_length)]) == 0
+        return capsys.readouterr().out
+
+    first = profiled(64)
+    assert "shapes, complete" in first
+    assert profiled(32) == profiled(64) == first
+    assert profiled(256) != first
