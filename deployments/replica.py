@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,7 @@ class SelectNReplica:
             asyncio.to_thread(import_module, "selectn_core.engine"),  # which takes as long
         )
         self._engine = await asyncio.to_thread(_started_engine, config, self._member)
+        close_at_exit(self._engine)
         self._tokenizer: Any = self._engine.tokenizer
         self._created_unix_s = int(time.time())
         self._prefixes = RecentPrefixes()
@@ -289,6 +291,19 @@ def _started_engine(config: EngineConfig, member: Member | None) -> Engine:
         member.join(engine, member.bus_of(engine))
     engine.start()
     return engine
+
+
+def close_at_exit(engine: Engine) -> None:
+    """Closes the engine when its process is about to end without a word to the replica, as where its raylet has gone.
+
+    Python waits for the threads that generate and copy: nothing else would ever end them, or free the device.
+    """
+
+    def close() -> None:
+        threading.main_thread().join()
+        engine.close()
+
+    threading.Thread(target=close, name="close-at-exit", daemon=True).start()
 
 
 def _close(engine: Engine, member: Member | None) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,7 @@ from selectn_core.errors import EngineUnavailable, RequestError
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config, greedy, make_prompts
 
+ROOT = Path(__file__).resolve().parents[3]
 PROMPT = make_prompts([5])[0]
 
 
@@ -62,3 +66,25 @@ def test_its_objective_is_the_one_that_it_has_now(engine: Engine) -> None:
     for own_ms in (249.0, 2001.0):
         with pytest.raises(RequestError):
             engine.objectives_for(ttft_ms=own_ms, tpot_ms=None)
+
+
+NOT_CLOSED = """
+from deployments.replica import close_at_exit
+from selectn_core.engine import Engine
+from tests.tiny_models import tiny_model
+from tests.unit.engines import engine_config, greedy
+
+engine = Engine(tiny_model(), engine_config(2))
+engine.start()
+close_at_exit(engine)
+endless = engine.submit([5, 6, 7], greedy(200))
+next(iter(endless))
+print("leaving")
+"""
+
+
+def test_a_process_that_ends_without_closing_its_engine_ends() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", NOT_CLOSED], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "leaving\n"), ended.stderr
