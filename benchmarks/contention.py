@@ -229,8 +229,6 @@ class Node:
                     sequence=sequence,
                     heard_life=heard_life,
                     buses=(bus,),
-                    host_limit_bytes=HOST_BYTES,
-                    host_available_bytes=HOST_BYTES,
                 )
             )
             await asyncio.sleep(NODE_PERIOD_S)
