@@ -36,6 +36,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.common import Check, StepReader, finish, parse_arguments, random_prompts, table
+from benchmarks.noise import NoiseWatch
 from selectn_core.config import (
     MAX_SLOTS,
     BatchConfig,
@@ -60,6 +61,7 @@ OBJECTIVE = 1.1
 # Half of what the objective allows is planned for; what no plan knows has the other half: noise, and copies that
 # slow the model because they use the same memory, which only an emulated device has.
 PLANNED = 1.05
+ATTAINED = 0.95
 INTERVALS = (1, 2, 3, 4, 6)
 REFERENCE = "k = 0, room for all"
 RESIDENT = ("k = 0, swapping", "k = 0, recomputing", "k = 0, no more than fit", "k = 0, half as many again")
@@ -99,7 +101,7 @@ def main() -> int:
         __doc__ or "", [("--plot", {"type": Path, "metavar": "FILE", "help": "draw tokens/s and batch against k"})]
     )
     load = QUICK if arguments.quick else FULL
-    with ExitStack() as stack:
+    with NoiseWatch() as watch, ExitStack() as stack:
 
         def build(**settings: Any) -> Engine:
             return stack.enter_context(_engine(arguments.model, load, **settings))
@@ -121,7 +123,7 @@ def main() -> int:
         from benchmarks.plots import plot_capacity  # late: matplotlib is only needed here
 
         plot_capacity(rows, rows[0]["objective_s"] * 1e3, arguments.plot)
-    return finish(arguments, "emulated", samples, _checks(rows, samples))
+    return finish(arguments, "emulated", samples, _checks(rows, samples), watch.report)
 
 
 def _engine(
@@ -280,16 +282,17 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
 
 def _checks(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> list[Check]:
     by_name = {row["side"]: row for row in rows}
-    best = max(
-        (by_name[name] for name in RESIDENT if by_name[name]["attained"] >= 0.95), key=lambda r: r["tokens_per_s"]
-    )
+    resident = [by_name[name] for name in RESIDENT]
+    attaining = [row for row in resident if row["attained"] >= ATTAINED]
+    # Where none attains, the one nearest to it: a check of its own says that it does not.
+    best = max(attaining, key=lambda r: r["tokens_per_s"]) if attaining else max(resident, key=lambda r: r["attained"])
     ours = by_name["k_max"]
     ratios = [
         mine["tokens_per_s"] / theirs["tokens_per_s"]
         for mine, theirs in zip(*(_of(samples, side) for side in ("k_max", best["side"])), strict=True)
     ]
     print(f"k_max over {best['side']}: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) tokens/s by round")
-    paper = [row for row in rows if row["side"].startswith("paper") and row["attained"] >= 0.95]
+    paper = [row for row in rows if row["side"].startswith("paper") and row["attained"] >= ATTAINED]
     most_paper = max((row["offloaded_bytes"] for row in paper), default=ours["offloaded_bytes"])
     tokens = [sample.pop("tokens") for sample in samples]
     expected = tokens[0]
@@ -299,14 +302,26 @@ def _checks(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -
             name="k_max over the best k = 0: tokens/s",
             value=median(ratios),
             target=">= 1.85",
+            is_timed=True,
         ),
         Check(
             name="k_max over the paper's intervals that attain: layers' bytes in host memory",
             value=ours["offloaded_bytes"] / most_paper,
             target=">= 1",
+            is_timed=True,
         ),
-        Check(name="k_max: requests that meet the TPOT objective", value=ours["attained"], target=">= 0.95"),
-        Check(name=f"{best['side']}, the best k = 0: requests that meet it", value=best["attained"], target=">= 0.95"),
+        Check(
+            name="k_max: requests that meet the TPOT objective",
+            value=ours["attained"],
+            target=f">= {ATTAINED}",
+            is_timed=True,
+        ),
+        Check(
+            name=f"{best['side']}, the best k = 0: requests that meet it",
+            value=best["attained"],
+            target=f">= {ATTAINED}",
+            is_timed=True,
+        ),
         # Batches differ between the sides, and with them the order of sums: a token may differ where two logits tie.
         Check(name="requests with equal tokens on every side", value=equal, target=">= 0.9"),
     ]
