@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from cluster.node_messages import BusReport, GpuReport, Reading, Unavailable
-from selectn_core.config import require
+from selectn_core.bounds import Bounds, check_numbers, require
+from selectn_core.config import MOST_GB_PER_S
 from selectn_core.device.bus import Bus
 
 # Bytes per second and lane that each generation's line rate leaves after its encoding: 8b/10b up to 2, 128b/130b up
@@ -44,12 +45,12 @@ class BusConfig:
 
     name: str
     gpus: tuple[str | int, ...] = ()
-    gb_per_s: float | None = None
+    gb_per_s: Annotated[float | None, Bounds(above=0, at_most=MOST_GB_PER_S)] = None
     node: str | None = None
 
     def __post_init__(self) -> None:
         require(bool(_NAME.fullmatch(self.name)), "buses.name", self.name, "1 to 64 of A-Z a-z 0-9 . _ : -")
-        require(self.gb_per_s is None or self.gb_per_s > 0, "buses.gb_per_s", self.gb_per_s, "more than 0")
+        check_numbers(self, "buses")
         require(
             not any(isinstance(gpu, int) and gpu < 0 for gpu in self.gpus),
             "buses.gpus",

@@ -13,7 +13,7 @@ their fallback, an equal share, which is kept free for as many as the node's age
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from cluster.bus_allocation import BusOvercommitted, allocate_bus, max_min_shares, unit_cost_bytes_per_s
 from cluster.messages import (
@@ -27,7 +27,9 @@ from cluster.messages import (
     RangeUpdate,
     ReplicaReport,
 )
+from selectn_core.bounds import Bounds, check_numbers, require
 
+LEASE = Bounds(above=0, at_most=120)
 # A share that differs by less than this goes out with the next renewal, not at once.
 _WORTH_SENDING = 0.01
 _MAX_PROBLEM_CHARACTERS = 2000
@@ -41,16 +43,15 @@ class CoordinatorConfig:
     anything. A replica or node that nobody has vouched for in `forget_after_s` counts as gone.
     """
 
-    lease_s: float = 10.0
-    clock_drift: float = 0.01
-    forget_after_s: float = 600.0
+    lease_s: Annotated[float, LEASE] = 10.0
+    clock_drift: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.01
+    forget_after_s: Annotated[float, Bounds(above=0, at_most=1e9)] = 600.0
 
     def __post_init__(self) -> None:
-        if self.lease_s <= 0 or self.clock_drift < 0 or self.forget_after_s < 2 * self.lease_bound_s:
-            raise ValueError(
-                f"lease_s={self.lease_s}, clock_drift={self.clock_drift}, forget_after_s={self.forget_after_s}: "
-                "lease_s > 0, clock_drift >= 0 and forget_after_s of two leases or more are needed"
-            )
+        check_numbers(self, "coordinator")
+        allowed = f"at least two leases: {2 * self.lease_bound_s:g}"
+        is_enough = self.forget_after_s >= 2 * self.lease_bound_s
+        require(is_enough, "coordinator.forget_after_s", self.forget_after_s, allowed)
 
     @property
     def lease_bound_s(self) -> float:

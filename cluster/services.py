@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Annotated
 
 import ray
 
-from cluster.coordinator import CoordinatorConfig
+from cluster.coordinator import LEASE, CoordinatorConfig
 from cluster.coordinator_actor import COORDINATOR_NAME, CoordinatorSink, open_coordinator
 from cluster.coordinator_actor import NAMESPACE as COORDINATOR_NAMESPACE
 from cluster.node_agents import start_node_agents, stop_node_agents
 from cluster.telemetry import TelemetryConfig
-from selectn_core.config import require
+from selectn_core.bounds import Bounds, check_numbers, require
+from selectn_core.config import MOST_GIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +27,14 @@ class CoordinationConfig:
     """
 
     coordinator: bool = True
-    lease_s: float = 10.0
-    period_s: float = 2.0
-    host_gib: float | None = None
+    lease_s: Annotated[float, LEASE] = 10.0
+    period_s: Annotated[float, Bounds(above=0, at_most=LEASE.at_most / 4)] = 2.0
+    host_gib: Annotated[float | None, Bounds(at_least=0, at_most=MOST_GIB)] = None
 
     def __post_init__(self) -> None:
-        require(0 < self.lease_s <= 120, "cluster.lease_s", self.lease_s, "more than 0, at most 120")
+        check_numbers(self, "cluster")
         allowed = f"more than 0, at most a quarter of cluster.lease_s: {self.lease_s / 4:g}"
         require(0 < self.period_s <= self.lease_s / 4, "cluster.period_s", self.period_s, allowed)
-        require(self.host_gib is None or self.host_gib >= 0, "cluster.host_gib", self.host_gib, "0 or more, or null")
 
     @property
     def protocol(self) -> CoordinatorConfig:

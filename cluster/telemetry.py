@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from cluster import nvml
 from cluster.buses import DEFAULT_EFFICIENCY, BusConfig, emulated_buses, find_buses, require_disjoint
@@ -22,7 +22,7 @@ from cluster.node_messages import (
     Reading,
     Unavailable,
 )
-from selectn_core.config import require
+from selectn_core.bounds import Bounds, check_numbers
 from selectn_core.device.bus import Bus
 from selectn_core.host_memory import SHARED_MEMORY, available_host_memory, free_bytes, memory_pressure
 
@@ -45,16 +45,13 @@ class TelemetryConfig:
     `pcie_efficiency` is the part of a link's raw bandwidth that copies get. `buses` replace those that are found.
     """
 
-    period_s: float = 1.0
-    deadline_s: float = 0.5
-    pcie_efficiency: float = DEFAULT_EFFICIENCY
+    period_s: Annotated[float, Bounds(at_least=0.01, at_most=3600)] = 1.0
+    deadline_s: Annotated[float, Bounds(at_least=0.001, at_most=3600)] = 0.5
+    pcie_efficiency: Annotated[float, Bounds(above=0, at_most=1)] = DEFAULT_EFFICIENCY
     buses: tuple[BusConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        require(self.period_s > 0, "telemetry.period_s", self.period_s, "more than 0")
-        require(self.deadline_s > 0, "telemetry.deadline_s", self.deadline_s, "more than 0")
-        efficiency = self.pcie_efficiency
-        require(0 < efficiency <= 1, "telemetry.pcie_efficiency", efficiency, "more than 0, at most 1")
+        check_numbers(self, "telemetry")
         require_disjoint(self.buses)
 
 

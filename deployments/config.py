@@ -10,13 +10,13 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.services import CoordinationConfig
 from cluster.telemetry import TelemetryConfig
+from selectn_core.bounds import Bounds, require, require_number
 from selectn_core.config import (
     BatchConfig,
     DeviceConfig,
@@ -27,11 +27,17 @@ from selectn_core.config import (
     SloConfig,
 )
 from selectn_core.errors import ConfigError
+from selectn_core.yaml_file import read_yaml
 
 IMPORT_PATH = "deployments.app:build_app"
-REPLICA_NAME = "SelectNReplica"
+REPLICA_NAME, INGRESS_NAME = "SelectNReplica", "SelectNIngress"
+PORT = Bounds(at_least=0, at_most=65_535)
 # Calls that must get through to a replica whose queue is full: health, snapshot, plan changes.
 NUM_CONTROL_CALLS = 16
+# Callers take a report for stale after 5 s (deployments/board.py), and one may be lost.
+MOST_HEADROOM_PERIOD_S = 2.5
+_COUNT = Bounds(at_least=1, at_most=1 << 20)
+_SECONDS = Bounds(at_least=0, at_most=86_400)
 
 
 class Strict(BaseModel):
@@ -58,10 +64,10 @@ class RequestLimits(Strict):
     environment variable of that name, on the nodes where the ingress runs; without any everybody may ask.
     """
 
-    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
-    default_max_tokens: int = Field(default=256, ge=1)
-    max_queued_requests: int = Field(default=256, ge=0)
-    admission_timeout_s: float = Field(default=30.0, gt=0)
+    max_body_bytes: Annotated[int, Bounds(at_least=1024, at_most=1 << 30)] = 4 * 2**20
+    default_max_tokens: Annotated[int, Bounds(at_least=1, at_most=(1 << 31) - 1)] = 256
+    max_queued_requests: Annotated[int, Bounds(at_least=0, at_most=1 << 20)] = 256
+    admission_timeout_s: Annotated[float, Bounds(above=0, at_most=86_400)] = 30.0
     refuse_late: bool = True
     api_keys_file: str | None = None
     api_keys_env: str | None = None
@@ -84,11 +90,17 @@ class AppArgs(Strict):
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
     cluster: CoordinationConfig = Field(default_factory=CoordinationConfig)
     limits: RequestLimits = Field(default_factory=RequestLimits)
-    num_replicas: int = Field(default=1, ge=1)
-    num_ingress_replicas: int = Field(default=1, ge=1)
-    headroom_period_s: float = Field(default=0.5, gt=0)
-    max_ongoing_requests: int | None = Field(default=None, ge=1)
-    shutdown_grace_s: float = Field(default=10.0, ge=0)
+    num_replicas: Annotated[int, _COUNT] = 1
+    num_ingress_replicas: Annotated[int, _COUNT] = 1
+    headroom_period_s: Annotated[float, Bounds(at_least=0.01, at_most=MOST_HEADROOM_PERIOD_S)] = 0.5
+    max_ongoing_requests: Annotated[int | None, _COUNT] = None
+    shutdown_grace_s: Annotated[float, _SECONDS] = 10.0
+
+    @model_validator(mode="after")
+    def _require_calls_for_every_request(self) -> AppArgs:
+        if self.max_ongoing_requests is not None:
+            require_calls(self, "max_ongoing_requests", self.max_ongoing_requests)
+        return self
 
     @property
     def engine(self) -> EngineConfig:
@@ -109,21 +121,11 @@ class AppArgs(Strict):
         return self.batch.max_requests + self.batch.max_waiting + NUM_CONTROL_CALLS
 
 
-class OffloadChange(Strict):
-    """`user_config.offload`: a running replica's plan, in its `offload.unit`s. Slots None: as many as there are."""
+class Changeable(Strict):
+    """What `user_config` of the replicas may change while they run; see `deployments/declared.py`."""
 
-    num_offloaded: int = Field(ge=0)
-    num_slots: int | None = Field(default=None, ge=1)
-
-
-class ReplicaUserConfig(Strict):
-    """`user_config` of the replica deployment: what may change without a restart.
-
-    `slo` has the keys of the `slo` section. `offload` is a plan by hand; without it the policy decides.
-    """
-
-    slo: SloConfig | None = None
-    offload: OffloadChange | None = None
+    slo: SloConfig
+    offload: OffloadConfig
 
 
 def parse(section: type[Section], values: Any, *, where: str) -> Section:
@@ -139,22 +141,26 @@ def describe(error: ValidationError, *, where: str) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        value = problem["input"]
         if problem["type"] == "value_error":  # ours: names the field itself
             lines.append(f"{where}: {message}")
-            continue
-        path = ".".join([where, *map(str, problem["loc"])])
-        value = problem["input"]
-        shown = "" if isinstance(value, Mapping | list) else f"{value!r} is not allowed: "
-        lines.append(f"{path}: {shown}{message}")
+        elif problem["type"] == "number":  # of Bounds: reads as where a section is made without pydantic
+            lines.append(f"{where}: {'.'.join(map(str, problem['loc']))}={value!r} is not allowed: {message}")
+        else:
+            shown = "" if isinstance(value, Mapping | list) else f"{value!r} is not allowed: "
+            lines.append(f"{'.'.join([where, *map(str, problem['loc'])])}: {shown}{message}")
     return "\n".join(lines)
 
 
-def refuse_unknown_keys(section: type, values: Any, path: str = "") -> None:
-    """Raises ConfigError for a key of `values`, at any depth, that `section` has no field for."""
+def refuse_unknown_keys(section: Any, values: Any, path: str = "") -> None:
+    """Raises ConfigError for a key of `values`, at any depth, that `section` has no field for.
+
+    What is no section is left alone: whoever knows its type says what is wrong with it.
+    """
     if isinstance(values, list):
         for index, value in enumerate(values):
             refuse_unknown_keys(section, value, f"{path}{index}.")
-    if not isinstance(values, Mapping):
+    if not isinstance(values, Mapping) or section is None:
         return
     known = _field_types(section)
     for key, value in values.items():
@@ -170,18 +176,24 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(known)}"
 
 
+def require_calls(args: AppArgs, name: str, max_ongoing_requests: Any) -> None:
+    """Raises ConfigError where Serve would keep requests from an engine that has room for them, or health checks."""
+    most = Bounds(at_least=args.batch.max_requests + NUM_CONTROL_CALLS, at_most=1 << 20)
+    require_number(name, max_ongoing_requests, bounds=most, is_whole=True)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """A serve_config.yaml, checked: every Select-N application's args and user_config are valid.
 
     Raises ConfigError for a file that cannot be read, is no Serve config, or has a wrong value.
     """
-    document = _read_yaml(Path(path))
+    document = read_yaml(Path(path), ConfigError)
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected a mapping with the key 'applications'")
     for app in select_n_applications(document):
-        where = f"{path}: args"
-        parse(AppArgs, app.get("args") or {}, where=where)
-        for deployment in app.get("deployments") or ():
-            if deployment.get("name") == REPLICA_NAME and deployment.get("user_config"):
-                parse(ReplicaUserConfig, deployment["user_config"], where=f"{path}: user_config")
+        args = parse(AppArgs, app_args(app), where=f"{path}: args")
+        for deployment in _deployments(app):
+            _check_deployment(deployment, args, where=str(path))
     _check_serve_schema(document, path)
     return document
 
@@ -197,41 +209,74 @@ def select_n_applications(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return ours
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: expected a mapping with the key 'applications'")
-    return document
+def app_args(app: Mapping[str, Any]) -> Any:
+    """An application's `args:`, to be parsed; {} where there are none."""
+    args = app.get("args")
+    return {} if args is None else args
+
+
+def _deployments(app: Mapping[str, Any]) -> list[dict[str, Any]]:
+    deployments = app.get("deployments")
+    entries = [] if deployments is None else deployments
+    if not isinstance(entries, list) or not all(isinstance(each, dict) and "name" in each for each in entries):
+        raise ConfigError("deployments: expected a list of deployments, each with a name")
+    return entries
+
+
+def _check_deployment(deployment: Mapping[str, Any], args: AppArgs, *, where: str) -> None:
+    """Raises ConfigError for what Serve would take, and this application cannot do."""
+    from deployments.declared import declared  # late: it is made of this module
+
+    name, names = deployment["name"], (REPLICA_NAME, INGRESS_NAME)
+    if name not in names:
+        raise ConfigError(f"{where}: deployments: there is no deployment {name!r}{nearest(str(name), names)}")
+    require_waking(deployment.get("autoscaling_config"), where=f"{where}: {name}")
+    if name == INGRESS_NAME:
+        user_config = deployment.get("user_config")
+        require(user_config is None, f"{where}: {name}.user_config", user_config, "none: it has nothing to change")
+        return
+    declared(args.engine, deployment.get("user_config"), where=f"{where}: user_config")
+    if deployment.get("max_ongoing_requests") is not None:
+        require_calls(args, f"{where}: {name}.max_ongoing_requests", deployment["max_ongoing_requests"])
+
+
+def require_waking(autoscaling_config: Any, *, where: str) -> None:
+    """Raises ConfigError for an autoscaling that may end the last replica: no request would bring one back."""
+    if not isinstance(autoscaling_config, Mapping):
+        return
+    for key in ("min_replicas", "initial_replicas"):
+        value = autoscaling_config.get(key)
+        allowed = "at least 1: a request does not start a replica where there is none"
+        require(value != 0, f"{where}.autoscaling_config.{key}", value, allowed)
 
 
 def _check_serve_schema(document: Mapping[str, Any], path: str | Path) -> None:
     # Late: importing Ray takes a second, which `selectn --help` should not.
     from ray.serve.schema import ServeDeploySchema
 
-    unknown = set(document) - set(ServeDeploySchema.model_fields)
-    for key in sorted(unknown):  # Serve itself would drop them silently
-        raise ConfigError(f"{path}: unknown key '{key}'{nearest(key, ServeDeploySchema.model_fields)}")
     try:
+        refuse_unknown_keys(ServeDeploySchema, document)  # Serve itself would drop them silently
         ServeDeploySchema.model_validate(dict(document))
     except ValidationError as error:
         raise ConfigError(describe(error, where=str(path))) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except Exception as error:  # of Serve's own validators, which import what the file names
+        raise ConfigError(f"{path}: Serve cannot read it: {error}") from None
+    port = (document.get("http_options") or {}).get("port")
+    require_number(f"{path}: http_options.port", port, bounds=PORT, is_whole=True)
 
 
 def _field_types(section: type) -> dict[str, Any]:
     if is_dataclass(section):
         hints = get_type_hints(section)
         return {each.name: _section_of(hints[each.name]) for each in fields(section)}
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return {name: _section_of(info.annotation) for name, info in section.model_fields.items()}
-    return {}
+    return {name: _section_of(info.annotation) for name, info in section.model_fields.items()}  # type: ignore[attr-defined]
 
 
 def _section_of(annotation: Any) -> Any:
-    """The section type in `Section`, `Section | None` or `tuple[Section, ...]`."""
-    sections = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
-    return next((each for each in sections if is_dataclass(each) or issubclass(each, BaseModel)), object)
+    """The section type in `Section`, `Section | None`, `tuple[Section, ...]` and the like; None where there is none."""
+    if isinstance(annotation, type) and (is_dataclass(annotation) or issubclass(annotation, BaseModel)):
+        return annotation
+    found = (_section_of(part) for part in get_args(annotation))
+    return next((each for each in found if each is not None), None)

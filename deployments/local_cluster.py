@@ -9,10 +9,12 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import psutil
 
 from deployments.ray_private import forbid_multi_node_addresses
+from selectn_core.bounds import Bounds, check_numbers
 from selectn_core.errors import SelectNError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,10 @@ class ClusterConfig:
 
     address: str | None = None
     dashboard: bool = False
-    num_cpus: int | None = None
+    num_cpus: Annotated[int | None, Bounds(at_least=0, at_most=1 << 16)] = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "cluster")
 
     def resolved_address(self) -> str | None:
         """The cluster to join, or None to start one."""

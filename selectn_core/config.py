@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from selectn_core.errors import ConfigError
+from selectn_core.bounds import Bounds, check_numbers, require
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_KINDS = ("auto", "cuda", "emulated")
@@ -14,11 +14,13 @@ OFFLOAD_UNITS = ("layer", "block")
 MAX_SLOTS = 8
 POLICIES = ("select-n", "paper", "static", "group", "all", "none")
 
-
-def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    """Raises ConfigError naming the field, its value and what is allowed, unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{name}={value!r} is not allowed: expected {allowed}")
+# Far beyond any machine and model: what is larger is a mistake, and would overflow somewhere behind it.
+MOST_GIB = 1 << 20
+MOST_GB_PER_S = 1e6
+MOST_TOKENS = 1 << 31
+MOST_MS = 1e9
+_COUNT = Bounds(at_least=1, at_most=1 << 20)
+_OBJECTIVE_MS = Bounds(above=0, at_most=MOST_MS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,26 +54,14 @@ class DeviceConfig:
     """
 
     kind: str = "auto"
-    memory_gib: float | None = None
-    link_gb_per_s: float = 2.0
+    memory_gib: Annotated[float | None, Bounds(above=0, at_most=MOST_GIB)] = None
+    link_gb_per_s: Annotated[float, Bounds(above=0, at_most=MOST_GB_PER_S)] = 2.0
     bus: str | None = None
-    compute_threads: int | None = None
+    compute_threads: Annotated[int | None, Bounds(at_least=1, at_most=4096)] = None
 
     def __post_init__(self) -> None:
         require(self.kind in DEVICE_KINDS, "device.kind", self.kind, f"one of {', '.join(DEVICE_KINDS)}")
-        require(
-            self.memory_gib is None or self.memory_gib > 0,
-            "device.memory_gib",
-            self.memory_gib,
-            "more than 0",
-        )
-        require(self.link_gb_per_s > 0, "device.link_gb_per_s", self.link_gb_per_s, "more than 0")
-        require(
-            self.compute_threads is None or self.compute_threads >= 1,
-            "device.compute_threads",
-            self.compute_threads,
-            "at least 1",
-        )
+        check_numbers(self, "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +73,15 @@ class BatchConfig:
     most `max_waiting` requests queue.
     """
 
-    max_batch_tokens: int = 256
-    max_requests: int = 32
-    max_waiting: int = 256
-    page_size: int = 16
-    kv_tokens: int = 4096
+    max_batch_tokens: Annotated[int, _COUNT] = 256
+    max_requests: Annotated[int, _COUNT] = 32
+    max_waiting: Annotated[int, _COUNT] = 256
+    page_size: Annotated[int, Bounds(at_least=4, at_most=1 << 16)] = 16
+    kv_tokens: Annotated[int, Bounds(at_least=1, at_most=MOST_TOKENS)] = 4096
     prefix_sharing: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_tokens", "max_requests", "max_waiting", "kv_tokens"):
-            require(getattr(self, name) >= 1, f"batch.{name}", getattr(self, name), "at least 1")
-        require(self.page_size >= 4, "batch.page_size", self.page_size, "at least 4")
+        check_numbers(self, "batch")
         require(
             self.max_requests <= self.max_batch_tokens,
             "batch.max_requests",
@@ -116,24 +104,21 @@ class OffloadConfig:
 
     policy: str = "select-n"
     unit: str = "layer"
-    num_offloaded: int | Literal["auto"] = "auto"
-    num_slots: int = 2
-    interval: int | None = None
-    num_sharing: int = 1
+    num_offloaded: Annotated[int | Literal["auto"], Bounds(at_least=0, at_most=1 << 16)] = "auto"
+    num_slots: Annotated[int, Bounds(at_least=1, at_most=MAX_SLOTS)] = 2
+    interval: Annotated[int | None, Bounds(at_least=1, at_most=1 << 16)] = None
+    num_sharing: Annotated[int, Bounds(at_least=1, at_most=1024)] = 1
 
     def __post_init__(self) -> None:
-        allowed = self.num_offloaded == "auto" or (isinstance(self.num_offloaded, int) and self.num_offloaded >= 0)
-        require(allowed, "offload.num_offloaded", self.num_offloaded, "'auto' or a number of units, 0 or more")
+        check_numbers(self, "offload")
         require(self.unit in OFFLOAD_UNITS, "offload.unit", self.unit, f"one of {', '.join(OFFLOAD_UNITS)}")
-        require(1 <= self.num_slots <= MAX_SLOTS, "offload.num_slots", self.num_slots, f"1 to {MAX_SLOTS}")
         require(self.policy in POLICIES, "offload.policy", self.policy, f"one of {', '.join(POLICIES)}")
         require(
-            (self.interval is not None and self.interval >= 1) if self.policy == "group" else self.interval is None,
+            (self.interval is not None) == (self.policy == "group"),
             "offload.interval",
             self.interval,
             "a number of layers, at least 1, with offload.policy 'group', and null with every other",
         )
-        require(self.num_sharing >= 1, "offload.num_sharing", self.num_sharing, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +136,7 @@ class HostConfig:
 
     weights: str = "auto"
     directory: str | None = None
-    kv_gib: float = 1.0
+    kv_gib: Annotated[float, Bounds(at_least=0, at_most=MOST_GIB)] = 1.0
 
     def __post_init__(self) -> None:
         require(self.weights in HOST_WEIGHTS, "host.weights", self.weights, f"one of {', '.join(HOST_WEIGHTS)}")
@@ -161,7 +146,7 @@ class HostConfig:
             self.directory,
             "an absolute path",
         )
-        require(self.kv_gib >= 0, "host.kv_gib", self.kv_gib, "0 (none is kept) or more")
+        check_numbers(self, "host")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,20 +157,14 @@ class SloConfig:
     for `percentile` percent of all requests. A request may name its own, from `tightest` to `loosest` times these.
     """
 
-    ttft_ms: float | Literal["auto"] = "auto"
-    tpot_ms: float | Literal["auto"] = "auto"
-    percentile: float = 99.0
-    tightest: float = 0.5
-    loosest: float = 100.0
+    ttft_ms: Annotated[float | Literal["auto"], _OBJECTIVE_MS] = "auto"
+    tpot_ms: Annotated[float | Literal["auto"], _OBJECTIVE_MS] = "auto"
+    percentile: Annotated[float, Bounds(above=0, at_most=100)] = 99.0
+    tightest: Annotated[float, Bounds(above=0, at_most=1)] = 0.5
+    loosest: Annotated[float, Bounds(at_least=1, at_most=1e9)] = 100.0
 
     def __post_init__(self) -> None:
-        for name in ("ttft_ms", "tpot_ms"):
-            value = getattr(self, name)
-            allowed = value == "auto" or (isinstance(value, int | float) and value > 0)
-            require(allowed, f"slo.{name}", value, "more than 0, or 'auto'")
-        require(0 < self.percentile <= 100, "slo.percentile", self.percentile, "more than 0, at most 100")
-        require(0 < self.tightest <= 1, "slo.tightest", self.tightest, "more than 0, at most 1")
-        require(self.loosest >= 1, "slo.loosest", self.loosest, "at least 1")
+        check_numbers(self, "slo")
 
 
 @dataclass(frozen=True, kw_only=True)

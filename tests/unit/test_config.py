@@ -34,7 +34,7 @@ from selectn_core.errors import ConfigError
         (OffloadConfig, "num_offloaded", -1, "'auto'"),
         (OffloadConfig, "num_offloaded", "all", "'auto'"),
         (OffloadConfig, "unit", "expert", "one of layer, block"),
-        (OffloadConfig, "num_slots", 9, "1 to 8"),
+        (OffloadConfig, "num_slots", 9, "at most 8"),
         (HostConfig, "weights", "pinned", "auto, shared_memory, file, private"),
         (HostConfig, "directory", "stores", "an absolute path"),
         (SloConfig, "tpot_ms", 0.0, "more than 0"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.app import resolve_device
-from deployments.config import IMPORT_PATH, AppArgs, ReplicaUserConfig, load_yaml, parse
+from deployments.config import IMPORT_PATH, NUM_CONTROL_CALLS, AppArgs, load_yaml, parse
 from selectn_core.config import DeviceConfig, EngineConfig
 from selectn_core.errors import ConfigError
 
@@ -28,10 +30,10 @@ def test_the_defaults_are_the_engines_defaults():
         ({"batch": {"page_sise": 16}}, "unknown key 'batch.page_sise'; did you mean 'page_size'?"),
         ({"limits": {"max_body": 1}}, "unknown key 'limits.max_body'; did you mean 'max_body_bytes'?"),
         ({"slo": {"zzz": 1}}, "known keys: loosest, percentile, tightest, tpot_ms, ttft_ms"),
-        ({"batch": {"page_size": "big"}}, r"args\.batch\.page_size: 'big' is not allowed: .* integer"),
+        ({"batch": {"page_size": "big"}}, r"args: batch\.page_size='big' is not allowed: .*whole number"),
         ({"batch": {"page_size": 1}}, "batch.page_size=1 is not allowed: expected at least 4"),
         ({"device": {"kind": "gpu"}}, "device.kind='gpu' is not allowed: expected one of auto, cuda"),
-        ({"num_replicas": 0}, "num_replicas: 0 is not allowed: expected greater than or equal to 1"),
+        ({"num_replicas": 0}, "args: num_replicas=0 is not allowed: expected at least 1, at most 1,048,576"),
         ({"offload": None}, "args.offload: None is not allowed: expected a dictionary"),
         ({"batch": {"page_size": 1}, "num_replicas": 0}, r"(?s)page_size.*num_replicas"),
         (
@@ -40,9 +42,12 @@ def test_the_defaults_are_the_engines_defaults():
         ),
         ({"telemetry": {"buses": [{"name": "a b"}]}}, "buses.name='a b' is not allowed"),
         ({"cluster": {"lease": 3}}, "unknown key 'cluster.lease'; did you mean 'lease_s'?"),
-        ({"cluster": {"lease_s": 0}}, "cluster.lease_s=0.0 is not allowed: expected more than 0, at most 120"),
+        ({"cluster": {"lease_s": 0}}, "cluster.lease_s=0 is not allowed: expected more than 0, at most 120"),
         ({"cluster": {"lease_s": 4, "period_s": 2}}, "cluster.period_s=2.0 .* at most a quarter of cluster.lease_s: 1"),
-        ({"cluster": {"host_gib": -1}}, "cluster.host_gib=-1.0 is not allowed"),
+        ({"cluster": {"host_gib": -1}}, "cluster.host_gib=-1 is not allowed"),
+        ({"headroom_period_s": 5}, "headroom_period_s=5 is not allowed: expected at least 0.01, at most 2.5"),
+        ({"max_ongoing_requests": 1}, "max_ongoing_requests=1 is not allowed: expected at least 48"),
+        ({"batch": {1: 2}}, "unknown key 'batch.1'"),
         ([], "valid dictionary"),
     ],
 )
@@ -63,16 +68,8 @@ def test_numbers_may_be_strings_as_on_a_command_line():
 def test_all_waiting_is_done_in_the_engine_unless_configured_otherwise():
     args = AppArgs()
     assert args.resolved_max_ongoing_requests() > args.batch.max_requests + args.batch.max_waiting
-    assert AppArgs(max_ongoing_requests=7).resolved_max_ongoing_requests() == 7
-
-
-def test_user_config_is_checked_as_strictly():
-    wanted = parse(ReplicaUserConfig, {"offload": {"num_offloaded": 2}}, where="user_config")
-    assert wanted.offload.num_offloaded == 2
-    with pytest.raises(ConfigError, match="did you mean 'num_offloaded'"):
-        parse(ReplicaUserConfig, {"offload": {"num_ofloaded": 2}}, where="user_config")
-    with pytest.raises(ConfigError, match=r"user_config\.offload\.num_offloaded"):
-        parse(ReplicaUserConfig, {"offload": {}}, where="user_config")
+    least = args.batch.max_requests + NUM_CONTROL_CALLS
+    assert AppArgs(max_ongoing_requests=least).resolved_max_ongoing_requests() == least
 
 
 @pytest.mark.parametrize(
@@ -112,10 +109,74 @@ class TestYaml:
         with pytest.raises(ConfigError, match="user_config: unknown key 'ofload'; did you mean 'offload'"):
             load_yaml(path)
 
-    def test_keys_that_serve_would_drop_are_found(self, tmp_path):
-        path = self.write(tmp_path / "c.yaml", {}, http_option={"port": 1})
-        with pytest.raises(ConfigError, match="unknown key 'http_option'; did you mean 'http_options'"):
+    @pytest.mark.parametrize(
+        ("application", "top", "message"),
+        [
+            ({}, {"http_option": {"port": 1}}, "unknown key 'http_option'; did you mean 'http_options'"),
+            ({}, {"http_options": {"prot": 1}}, "unknown key 'http_options.prot'; did you mean 'port'"),
+            ({"route_prefx": "/"}, {}, "unknown key 'applications.0.route_prefx'; did you mean 'route_prefix'"),
+            (
+                {"deployments": [{"name": "SelectNReplica", "num_replcas": 2}]},
+                {},
+                "unknown key 'applications.0.deployments.0.num_replcas'; did you mean 'num_replicas'",
+            ),
+            (
+                {"deployments": [{"name": "SelectNReplica", "autoscaling_config": {"max_replcas": 2}}]},
+                {},
+                "autoscaling_config.max_replcas'; did you mean 'max_replicas'",
+            ),
+        ],
+    )
+    def test_keys_that_serve_would_drop_are_found(self, tmp_path, application, top, message):
+        path = self.write(tmp_path / "c.yaml", application, **top)
+        with pytest.raises(ConfigError, match=f"c.yaml: {message}" if top else message):
             load_yaml(path)
+
+    @pytest.mark.parametrize(
+        ("deployments", "message"),
+        [
+            ([None], "expected a list of deployments, each with a name"),
+            ({"name": "SelectNReplica"}, "expected a list of deployments, each with a name"),
+            ([{"num_replicas": 2}], "expected a list of deployments, each with a name"),
+            ([{"name": "SelectNReplika"}], "there is no deployment 'SelectNReplika'; did you mean 'SelectNReplica'"),
+            ([{"name": "SelectNReplica", "num_replicas": 0}], "num_replicas"),
+            (
+                [{"name": "SelectNReplica", "max_ongoing_requests": 1}],
+                "SelectNReplica.max_ongoing_requests=1 is not allowed: expected at least 48",
+            ),
+            ([{"name": "SelectNReplica", "user_config": [1]}], "user_config: .* expected a mapping"),
+            ([{"name": "SelectNReplica", "user_config": {"slo": {"tpot_ms": math.inf}}}], "slo.tpot_ms=inf is not"),
+            (
+                [{"name": "SelectNReplica", "autoscaling_config": {"policy": {"policy_function": "none:such"}}}],
+                "Serve cannot read it: No module named 'none'",
+            ),
+            ([{"name": "SelectNIngress", "user_config": {"slo": {}}}], "SelectNIngress.user_config=.* expected none"),
+            (
+                [{"name": "SelectNReplica", "autoscaling_config": {"min_replicas": 0, "max_replicas": 4}}],
+                "SelectNReplica.autoscaling_config.min_replicas=0 is not allowed: expected at least 1",
+            ),
+            (
+                [{"name": "SelectNReplica", "autoscaling_config": {"initial_replicas": 0, "max_replicas": 4}}],
+                "autoscaling_config.initial_replicas=0 is not allowed: expected at least 1",
+            ),
+        ],
+    )
+    def test_what_serve_would_take_and_cannot_work_is_found(self, tmp_path, deployments, message):
+        path = self.write(tmp_path / "c.yaml", {"deployments": deployments})
+        with pytest.raises(ConfigError, match=message):
+            load_yaml(path)
+
+    @pytest.mark.parametrize("port", [99_999, -1])
+    def test_ports_are_ports(self, tmp_path, port):
+        path = self.write(tmp_path / "c.yaml", {}, http_options={"port": port})
+        with pytest.raises(ConfigError, match=f"http_options.port={port} is not allowed: .* at most 65,535"):
+            load_yaml(path)
+
+    def test_a_deployment_that_scales_is_taken(self, tmp_path):
+        scaling = {"min_replicas": 1, "max_replicas": 4, "policy": {"policy_function": "math:sqrt"}}
+        replica = {"name": "SelectNReplica", "autoscaling_config": scaling, "ray_actor_options": {"num_cpus": 1}}
+        path = self.write(tmp_path / "c.yaml", {"deployments": [replica, {"name": "SelectNIngress"}]})
+        assert load_yaml(path)["applications"][0]["deployments"][0] == replica
 
     def test_what_serve_refuses_is_found(self, tmp_path):
         path = self.write(tmp_path / "c.yaml", {}, http_options={"port": "many"})
@@ -125,7 +186,19 @@ class TestYaml:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
+            ("", "expected a mapping"),
             ("a: [", "is not YAML"),
+            ("a: 2020-13-45", "is not YAML"),
+            ("a: " + "[" * 5000, "nested too deeply"),
+            (
+                "a: &a [1, 1, 1]\n"
+                + "".join(f"{x}: &{x} [{', '.join(['*' + y] * 99)}]\n" for y, x in pairwise("abcdefg")),
+                "1,000,000 values",
+            ),
+            ("a: &a [*a]", "1,000,000 values"),
+            ("a: !!python/object/apply:os.system [ls]", "is not YAML"),
+            ("1: 2\nb: 3\napplications: [{import_path: 'deployments.app:build_app'}]", "unknown key '1'"),
+            ("applications: [{import_path: 'deployments.app:build_app', args: [1]}]", "args: expected a valid dict"),
             ("- 1", "expected a mapping"),
             ("applications: 3", "expected a list of applications"),
             ("applications: [{import_path: 'x:y'}]", "none has import_path"),
@@ -140,3 +213,21 @@ class TestYaml:
     def test_a_missing_file_is_named(self, tmp_path):
         with pytest.raises(ConfigError, match=r"none.yaml: cannot be read: No such file"):
             load_yaml(tmp_path / "none.yaml")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (None, "cannot be read: Is a directory"),
+            (b"a: caf\xe9", "byte 6 is not UTF-8"),
+            (b"a: \0", "is not YAML"),
+            (b"#" * (16 << 20) + b"#", "is larger than 16,777,216 bytes"),
+        ],
+    )
+    def test_what_is_no_text_is_said(self, tmp_path, content, message):
+        path = tmp_path / "c.yaml"
+        if content is None:
+            path.mkdir()
+        else:
+            path.write_bytes(content)
+        with pytest.raises(ConfigError, match=f"c.yaml: .*{message}"):
+            load_yaml(path)
