@@ -24,7 +24,7 @@ from cluster.headroom import RecentPrefixes, ReplicaReport, prefix_hashes
 from cluster.member import Member
 from cluster.services import CoordinationConfig
 from cluster.telemetry import TelemetryConfig
-from deployments.config import ReplicaUserConfig, parse
+from deployments.declared import apply_declared, declared
 from deployments.detokenizer import Detokenizer, StopStrings
 from deployments.membership import open_member
 from deployments.messages import (
@@ -44,6 +44,7 @@ from deployments.ray_private import bind_replica_to_node_address
 from deployments.sizing import prompt_bytes
 from selectn_core.config import EngineConfig, SloConfig
 from selectn_core.errors import (
+    ConfigError,
     EngineOverloaded,
     EngineUnavailable,
     RequestError,
@@ -72,6 +73,9 @@ class SelectNReplica:
         telemetry: TelemetryConfig,
     ) -> None:
         bind_replica_to_node_address()
+        self._args, self._declared = config, config
+        self._is_configured = False
+        self._user_config_problem: str | None = None
         self._default_max_tokens = default_max_tokens
         # One thread: a tokenizer is not thread-safe, and one keeps up with any engine.
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
@@ -169,21 +173,33 @@ class SelectNReplica:
 
     async def snapshot(self) -> dict[str, Any]:
         """The engine's state, as plain JSON data, and what the cluster allows it."""
-        return {**self._engine.snapshot(), "cluster": self._member.snapshot() if self._member is not None else None}
+        return {
+            **self._engine.snapshot(),
+            "cluster": self._member.snapshot() if self._member is not None else None,
+            "user_config_problem": self._user_config_problem,
+        }
 
     async def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
         """Changes this replica's plan from its next iteration on. Raises ConfigError if it does not fit."""
         self._engine.set_num_offloaded(num_offloaded, num_slots)
 
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve's hook for a changed `user_config`: the replica goes on running."""
-        wanted = parse(ReplicaUserConfig, user_config, where="user_config")
-        if wanted.slo is not None:
-            await self.set_objectives(wanted.slo)
-        if wanted.offload is not None:
-            await self.set_num_offloaded(wanted.offload.num_offloaded, wanted.offload.num_slots)
-        elif self._engine.steering is None:
-            self._engine.resume_policy()
+    async def reconfigure(self, user_config: dict[str, Any] | None, rank: Any = None) -> None:
+        """Serve's hook for `user_config`, when the replica starts and when it has changed: the replica goes on running.
+
+        Serve calls it without a `user_config`, after one was removed, only because it takes a `rank`. One that is wrong
+        ends a replica that starts, and changes nothing in one that runs: Serve would replace it with one that fails.
+        """
+        try:
+            wanted = declared(self._args, user_config)
+            if wanted != self._declared:
+                apply_declared(self._engine, wanted)
+        except ConfigError as error:
+            if not self._is_configured:
+                raise
+            self._user_config_problem = str(error)
+            logger.error("user_config is wrong and changes nothing: %s", error)
+            return
+        self._declared, self._is_configured, self._user_config_problem = wanted, True, None
 
     async def set_objectives(self, slo: SloConfig) -> None:
         """Changes the objectives from the next iteration on, for requests in flight too."""

@@ -89,6 +89,7 @@ class Engine:
         # Called on the generation thread when a step is planned and has not begun: the iteration controller's place.
         self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
         self.steering: Steering | None = None  # another thread may end it at any moment: read it once
+        self._resting: Steering | None = None  # during a plan by hand: objectives stay
         self._record: PerformanceRecord | None = None
         self.link_share: LinkShare | None = None
         self.promises = Promises(self)
@@ -178,14 +179,14 @@ class Engine:
     @property
     def objectives(self) -> Objectives | None:
         """What requests are served for that do not name their own; None where nothing says."""
-        steering = self.steering
+        steering = self.steering or self._resting
         return steering.objectives if steering is not None else configured_objectives(self.config.slo)
 
     def set_objectives(self, slo: SloConfig) -> None:
         """Changes the objectives from the next step on, for requests in flight too."""
         self.config = replace(self.config, slo=slo)
         self.attainment = Attainment(slo.percentile)
-        steering = self.steering
+        steering = self.steering or self._resting
         if steering is not None:
             steering.set_objectives(slo)
 
@@ -446,7 +447,7 @@ class Engine:
 
     def _aim_by_hand(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
         with self._lock:  # the policy may be deciding right now: what it comes to is of no interest any more
-            self.steering = None
+            self._resting, self.steering = self.steering or self._resting, None
             self.target.aim_at(plan, urgent=urgent)
 
     def _before_schedule(self) -> int:
