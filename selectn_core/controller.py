@@ -95,13 +95,18 @@ class Controller:
         self._last_usage: LinkUsage | None = None
         self._remembered = Remembered()
 
+    @property
+    def compute_scale(self) -> float:
+        """Measured over expected time of steps that only decode, in the middle: 1 where the record is right."""
+        return self._scales[True].middle
+
     # -- before scheduling --------------------------------------------------------------------------------------
 
     def admit(self, load: Load, plan: OffloadPlan) -> Admission:
         """What may join the next step, while `plan` holds."""
         batch = len(load.decoding)
         kv_tokens = _rounded_up(load.mean_kv_tokens)
-        decode = StepShape.decode(max(1, batch), kv_tokens)
+        decode = load.sampling_in(StepShape.decode(max(1, batch), kv_tokens))
         unloaded_s = self._unloaded_s(decode)
         self._tpot_s = load.tightest_tpot_s
         limits_s = [tpot_limit_s(each, load.now_s, unloaded_s) for each in load.decoding]
@@ -116,7 +121,7 @@ class Controller:
         self._is_prefill_held = not tokens and any(each.prefill_tokens for each in load.fitting)
         self._planned = decode
         if tokens and batch:
-            self._planned = StepShape.of([(_rounded_up(tokens), 0)], [kv_tokens] * batch)
+            self._planned = load.sampling_in(StepShape.of([(_rounded_up(tokens), 0)], [kv_tokens] * batch))
         return Admission(prefill_tokens=tokens, num_beginning=num_beginning)
 
     def _num_beginning(self, load: Load, kv_tokens: int) -> int:
@@ -127,7 +132,8 @@ class Controller:
         running, most = len(load.decoding) + load.num_begun, len(load.fitting) - load.num_begun
 
         def is_too_slow(num_more: int) -> bool:
-            return self._unloaded_s(StepShape.decode(running + num_more, kv_tokens)) > self._limit_s
+            shape = load.sampling_in(StepShape.decode(running + num_more, kv_tokens))
+            return self._unloaded_s(shape) > self._limit_s
 
         if most <= 0 or not is_too_slow(most):
             return max(0, most)
@@ -145,7 +151,8 @@ class Controller:
         needed = max(_SMALLEST_CHUNK, self._limit_s / self._prefill_s_per_token)
         slowed = 1 + self._slowdown  # beside a link that is always busy, as it is where most is offloaded
         for tokens in _chunks(room, least):
-            unloaded_s = slowed * self._unloaded_s(StepShape.of(prefills=[(tokens, 0)], decodes=decodes))
+            shape = load.sampling_in(StepShape.of(prefills=[(tokens, 0)], decodes=decodes))
+            unloaded_s = slowed * self._unloaded_s(shape)
             if unloaded_s <= (self._limit_s if tokens <= needed else _CHUNK_SHARE * self._limit_s):
                 return tokens
         return 0
@@ -157,7 +164,7 @@ class Controller:
         offloaded while the link is better can come home at any moment, over a link that has just become slow, without
         taking memory from anybody.
         """
-        shape = StepShape.decode(len(load.decoding) + 1, _rounded_up(load.mean_kv_tokens))
+        shape = load.sampling_in(StepShape.decode(len(load.decoding) + 1, _rounded_up(load.mean_kv_tokens)))
         scale = math.ceil((1 + self._slowdown) * self._scales[True].high / _ROUNDING) * _ROUNDING
         limit_s, link = PLANNED_SHARE * tpot_s, self.link.guaranteed
         asked = (shape, scale, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)

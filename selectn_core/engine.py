@@ -378,7 +378,7 @@ class Engine:
         eos_ids = () if params.ignore_eos else self.default_eos_ids
         handle.eos_ids = frozenset((*eos_ids, *params.stop_token_ids))
         handle.max_total_tokens += params.max_tokens
-        handle.objectives = objectives
+        handle.params, handle.objectives = params, objectives
         self.requests.add(handle)
         if not self.batching.submit(handle.ticket, prompt_ids, params, sorted(handle.eos_ids), seed):
             self.requests.remove(handle.ticket)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from selectn_core.steps import StepShape
+
 # Of a TPOT objective, what steps are planned to take: the rest is for what nobody can predict.
 PLANNED_SHARE = 0.92
 # A request whose average exceeds this share is behind, and catches up over so many tokens.
@@ -43,7 +45,7 @@ class Load:
 
     The first `num_begun` of the waiting ones hold KV cache, and the first `num_fitting` may (None: all): of the others
     none begins, however many tokens a step has room for. `is_full`: there is no room for one more, whether or not it
-    waits here.
+    waits here. Of the requests, `sampled_share` draw their tokens and `truncated_share` do so among the likeliest only.
     """
 
     now_s: float
@@ -53,6 +55,15 @@ class Load:
     num_begun: int = 0
     num_fitting: int | None = None
     is_full: bool = False
+    sampled_share: float = 0.0
+    truncated_share: float = 0.0
+
+    def sampling_in(self, shape: StepShape) -> StepShape:
+        """This step with the same shares of those that decode in it sampling."""
+        num_sampled, num_truncated = (
+            math.ceil(share * shape.num_decodes) for share in (self.sampled_share, self.truncated_share)
+        )
+        return shape.sampling(num_sampled, num_truncated)
 
     @property
     def fitting(self) -> Sequence[Waiting]:

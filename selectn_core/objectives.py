@@ -26,13 +26,13 @@ class Objectives:
 def resolve_objectives(slo: SloConfig, times: StepTimes, batch: BatchConfig) -> Objectives:
     """The configured objectives, with each "auto" replaced by its multiple of the unloaded latency.
 
-    For TPOT that is a decode step of `batch.max_requests` requests that fill the KV cache's guaranteed part; for TTFT a
-    step of `batch.max_batch_tokens` tokens of prefill. Nothing is offloaded in either.
+    For TPOT that is a decode step of `batch.max_requests` requests that fill the KV cache's guaranteed part and sample,
+    as by default; for TTFT a step of `batch.max_batch_tokens` tokens of prefill. Nothing is offloaded in either.
     """
     length = max(1, batch.kv_tokens // batch.max_requests)
     unloaded = {
         "ttft_s": times.expected_s(StepShape.prefill(batch.max_batch_tokens)) * TTFT_MULTIPLE,
-        "tpot_s": times.expected_s(StepShape.decode(batch.max_requests, length)) * TPOT_MULTIPLE,
+        "tpot_s": times.expected_s(StepShape.decode(batch.max_requests, length).sampling()) * TPOT_MULTIPLE,
     }
     return Objectives(
         ttft_s=unloaded["ttft_s"] if slo.ttft_ms == "auto" else slo.ttft_ms / 1e3,

@@ -54,10 +54,10 @@ class Workload:
         return replace(self, tpot_s=limit_s) if name == TPOT else replace(self, ttft_s=limit_s)
 
     def tpot_shape(self) -> StepShape:
-        """The decode step, with the last chunk of a prompt in it where one is let in."""
+        """The decode step, whose requests sample, with the last chunk of a prompt in it where one is let in."""
         admitted = min(self.admitted_tokens, self._prompt)
         prefills = [(admitted, self._prompt - admitted)] if admitted else []
-        return StepShape.of(prefills=prefills, decodes=[self.length] * self.batch)
+        return StepShape.of(prefills=prefills, decodes=[self.length] * self.batch).sampling()
 
     def ttft_shapes(self) -> list[StepShape]:
         """The steps of a prompt's chunks; the rest of the batch decodes in them where it takes them along."""

@@ -23,6 +23,7 @@ from selectn_core.kv_geometry import KvGeometry
 from selectn_core.planner import fewest_offloaded
 from selectn_core.profile import UnitTimer
 from selectn_core.record import LinkRecord, MeasuredCopy, MemoryRecord, PerformanceRecord
+from selectn_core.sampling_times import measure_sampling
 from selectn_core.step_times import MeasuredStep, StepTimes
 from selectn_core.steps import StepLog, StepShape
 
@@ -118,6 +119,7 @@ class _Session:
         self._coarse()
         is_complete = self._refine()
         engine = self.engine
+        vocab_size = engine.model.config.get_text_config().vocab_size
         return PerformanceRecord(
             fingerprint=fingerprint_of(engine),
             provenance=engine.device.provenance,
@@ -133,6 +135,7 @@ class _Session:
             link=link,
             steps=tuple(self.measured.values()),
             is_complete=is_complete,
+            sampling=measure_sampling(engine.device, vocab_size, engine.config.batch.max_requests),
         )
 
     # -- steps --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import yaml
 from selectn_core.errors import RecordRefused
 from selectn_core.kv_geometry import BlockGeometry, KvGeometry
 from selectn_core.latency import Link
-from selectn_core.step_times import MeasuredStep, StepTimes
+from selectn_core.step_times import MeasuredStep, SamplingTimes, StepTimes
 from selectn_core.steps import StepShape
 from selectn_core.workspace import Workspace
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +119,7 @@ class PerformanceRecord:
     link: LinkRecord
     steps: tuple[MeasuredStep, ...]
     is_complete: bool
+    sampling: SamplingTimes = field(default_factory=SamplingTimes)
     table: tuple[Mapping[str, Any], ...] = ()
 
     @property
@@ -128,7 +129,7 @@ class PerformanceRecord:
 
     def step_times(self) -> StepTimes:
         """The model of time that these steps give."""
-        return StepTimes(self.steps, self.unit_kinds, self.unit_bytes)
+        return StepTimes(self.steps, self.unit_kinds, self.unit_bytes, self.sampling)
 
     def require(self, running: Fingerprint, where: str = "the performance record") -> None:
         """Raises RecordRefused, naming every difference, unless the record is of what is running."""
@@ -172,15 +173,20 @@ class PerformanceRecord:
         return replace(self, table=table)
 
 
-_SHAPE_FIELDS = tuple(each.name for each in fields(StepShape))
+# Of the steps that were measured none has sampled rows: what those take was measured apart.
+_SHAPE_FIELDS = tuple(each.name for each in fields(StepShape) if each.name not in ("num_sampled", "num_truncated"))
 
 
 def _to_plain(record: PerformanceRecord) -> dict[str, Any]:
     plain = asdict(record)
+    plain["sampling"] = _rounded(plain["sampling"])
     plain["steps"] = {
         "shape_fields": list(_SHAPE_FIELDS),
         "points": [
-            {**{k: v for k, v in _rounded(asdict(step)).items() if k != "shape"}, "shape": list(astuple(step.shape))}
+            {
+                **{k: v for k, v in _rounded(asdict(step)).items() if k != "shape"},
+                "shape": [getattr(step.shape, name) for name in _SHAPE_FIELDS],
+            }
             for step in record.steps
         ],
     }
@@ -210,6 +216,7 @@ def _from_plain(document: Mapping[str, Any]) -> PerformanceRecord:
         link=LinkRecord(**{**link, "copies": tuple(MeasuredCopy(**copy) for copy in link["copies"])}),
         steps=tuple(_step(point) for point in steps["points"]),
         is_complete=document["is_complete"],
+        sampling=SamplingTimes(**document["sampling"]),
         table=tuple(document["table"]),
     )
 

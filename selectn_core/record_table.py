@@ -26,7 +26,7 @@ def _rows(record: PerformanceRecord, device_bytes: int | None) -> Iterator[dict[
     for batch in sorted({*(4**i for i in range(8) if 4**i < most), most}):
         for length in _LENGTHS:
             try:
-                unloaded_s = times.conservative(StepShape.decode(batch, length)).unloaded_s
+                unloaded_s = times.conservative(StepShape.decode(batch, length).sampling()).unloaded_s
             except NotMeasured:
                 continue
             for multiple in TPOT_MULTIPLES:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from selectn_core.objectives import Objectives
+from selectn_core.sampling import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class RequestHandle:
         self.num_tokens = 0
         self.max_total_tokens = num_prompt_tokens  # prompt and the most output it may have
         self.eos_ids: frozenset[int] = frozenset()
+        self.params = SamplingParams()
         self._cancel = cancel
         self._events: deque[TokenEvent] = deque()
         self._changed = threading.Condition()

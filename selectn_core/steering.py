@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -207,7 +207,8 @@ def make_policy(engine: Engine, times: StepTimes, record: PerformanceRecord, obj
 
 def _static_plan(engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives) -> OffloadPlan:
     batch, num_sharing = engine.config.batch, engine.config.offload.num_sharing
-    costs = times.expected(StepShape.decode(batch.max_requests, max(1, batch.kv_tokens // batch.max_requests)))
+    full = StepShape.decode(batch.max_requests, max(1, batch.kv_tokens // batch.max_requests))
+    costs = times.expected(full.sampling())
     link = record.link.link
     limit_s = PLANNED_SHARE * objectives.tpot_s
     plan = worst_case_share(costs, link, num_sharing, limit_s)
@@ -257,4 +258,12 @@ def load_of(
         waiting=[*begun, *others],
         num_begun=len(begun),
         mean_kv_tokens=kv_tokens // len(decoding) + 1 if decoding else 1,
+        # Nobody in flight: those who come sample, unless they say otherwise.
+        sampled_share=_share(not handle.params.is_greedy for handle in handles.values()),
+        truncated_share=_share((handle.params.is_truncated for handle in handles.values()), of_none=0.0),
     )
+
+
+def _share(flags: Iterable[bool], *, of_none: float = 1.0) -> float:
+    values = list(flags)
+    return sum(values) / len(values) if values else of_none

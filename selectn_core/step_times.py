@@ -31,20 +31,42 @@ class MeasuredStep:
     num_samples: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingTimes:
+    """Seconds that a step has more where `n` rows are sampled: `call_s + n * row_s`, and more for those with top_p."""
+
+    call_s: float = 0.0
+    row_s: float = 0.0
+    truncated_row_s: float = 0.0
+
+    def seconds(self, shape: StepShape) -> float:
+        """What sampling adds to a step of this shape."""
+        if not shape.num_sampled:
+            return 0.0
+        return self.call_s + shape.num_sampled * self.row_s + shape.num_truncated * self.truncated_row_s
+
+
 class StepTimes:
     """Answers for every shape from a few measured ones.
 
     `expected` fits them: a unit's time is a piecewise linear function of the step's tokens (through every number of
     tokens that was measured) plus non-negative multiples of its requests, the keys of its decoding requests, and the
     keys and query-key pairs of its prefills. `conservative` fits nothing: it is what some step that is at least as
-    large in every respect has taken at worst.
+    large in every respect has taken at worst. What sampling takes comes on top, as part of the rest of the step.
     """
 
-    def __init__(self, steps: Sequence[MeasuredStep], unit_kinds: Sequence[int], unit_bytes: Sequence[int]) -> None:
-        """`unit_kinds[l]` is the kind of unit l, an index into every step's `kind_s`."""
+    def __init__(
+        self,
+        steps: Sequence[MeasuredStep],
+        unit_kinds: Sequence[int],
+        unit_bytes: Sequence[int],
+        sampling: SamplingTimes | None = None,
+    ) -> None:
+        """`unit_kinds[l]` is the kind of unit l, an index into every step's `kind_s`. `sampling` None: it is free."""
         if not steps:
             raise NotMeasured("the performance record holds no steps: run `selectn profile`")
         self.steps = tuple(steps)
+        self.sampling = sampling or SamplingTimes()
         self._unit_kinds, self.unit_bytes = tuple(unit_kinds), tuple(unit_bytes)
         self._num_of_kind = [self._unit_kinds.count(kind) for kind in range(len(steps[0].kind_s))]
         self._knots = sorted({step.shape.num_tokens for step in steps})
@@ -59,11 +81,13 @@ class StepTimes:
 
     def _expected(self, shape: StepShape) -> StepCosts:
         times = self._features(shape) @ self._coefficients
-        return self._costs(times[:-1].tolist(), float(times[-1]))
+        return self._costs(times[:-1].tolist(), float(times[-1]) + self.sampling.seconds(shape))
 
     def expected_s(self, shape: StepShape) -> float:
         """Seconds of the whole step with every unit resident, as `expected`."""
-        return self._known.get(("total", shape), lambda: float(self._features(shape) @ self._total))
+        return self._known.get(
+            ("total", shape), lambda: float(self._features(shape) @ self._total) + self.sampling.seconds(shape)
+        )
 
     def conservative(self, shape: StepShape) -> StepCosts:
         """The costs of the cheapest measured step that covers `shape`, at the worst of all that it covers itself.
@@ -79,7 +103,7 @@ class StepTimes:
         best = min(covering, key=lambda i: self._promised_s[i])
         step = self.steps[best]
         scale = self._promised_s[best] / self._median_s(step)
-        return self._costs([t * scale for t in step.kind_s], step.rest_s * scale)
+        return self._costs([t * scale for t in step.kind_s], step.rest_s * scale + self.sampling.seconds(shape))
 
     def median_error(self) -> float:
         """Of the steps that were measured, the median error of `expected` relative to the measured time."""

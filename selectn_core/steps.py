@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from statistics import mean, median
 
 from selectn_core.placement import OffloadPlan
@@ -20,6 +20,7 @@ class StepShape:
     `num_tokens` are the query tokens of all requests, `num_decodes` the requests that decode (one token each),
     `kv_tokens` the keys that all requests attend to, their new tokens included, of which `decode_kv_tokens` are of the
     decoding ones. `prefill_pairs` counts query-key pairs of the others: for each its tokens times its keys.
+    `num_sampled` of the requests draw their token, `num_truncated` of those among the most likely ones only.
     """
 
     num_tokens: int
@@ -28,6 +29,8 @@ class StepShape:
     kv_tokens: int
     decode_kv_tokens: int
     prefill_pairs: int
+    num_sampled: int = 0
+    num_truncated: int = 0
 
     @classmethod
     def of(cls, prefills: Sequence[tuple[int, int]] = (), decodes: Sequence[int] = ()) -> StepShape:
@@ -52,13 +55,22 @@ class StepShape:
         """One chunk of `tokens` after `cached` keys."""
         return cls.of(prefills=[(tokens, cached)])
 
+    def sampling(self, num_sampled: int | None = None, num_truncated: int = 0) -> StepShape:
+        """The same with so many requests that draw their token; None: all that decode, as clients do by default."""
+        return replace(
+            self,
+            num_sampled=self.num_decodes if num_sampled is None else num_sampled,
+            num_truncated=num_truncated,
+        )
+
     @property
     def is_decode_only(self) -> bool:
         return self.num_decodes == self.num_requests
 
     def covers(self, other: StepShape) -> bool:
-        """Whether this step is at least as large in every respect."""
-        return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
+        """Whether the model computes at least as much in every respect; what sampling takes is added by its rows."""
+        mine, theirs = astuple(self.sampling(0)), astuple(other.sampling(0))
+        return all(a >= b for a, b in zip(mine, theirs, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

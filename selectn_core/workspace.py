@@ -14,11 +14,14 @@ from torch import nn
 from selectn_core.config import BatchConfig
 from selectn_core.device import Device
 from selectn_core.kv_geometry import KvGeometry
+from selectn_core.sampling import SamplingParams
 from selectn_core.transformers_cb import Callbacks, ContinuousBatching
 from selectn_core.units import Unit
 
 # Of the free sectors, what the cache of the measurement has: the rest is room for what is to be measured.
 _SHARE = 0.7
+# What takes most to choose tokens by, over a large vocabulary more than the model itself.
+_LARGEST_SAMPLING = SamplingParams(temperature=1.0, top_k=1, top_p=0.5)
 
 Request = tuple[int, int]  # tokens in the step, tokens before them
 
@@ -58,7 +61,7 @@ def measure_workspace(
     last = _last_of_a_new_kind(units).module
     try:
         requests = _requests(config, geometry, num_sectors, limit, 0)
-        step_bytes = device.peak_bytes(partial(_run, batching, requests))
+        step_bytes = device.peak_bytes(partial(_run, batching, requests, _LARGEST_SAMPLING))
         with _stopping_after(last):
             alone, half, full = (
                 device.peak_bytes(partial(_run, batching, _requests(config, geometry, sectors, limit, past)))
@@ -118,11 +121,11 @@ def _stopping_after(module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _run(batching: ContinuousBatching, requests: Sequence[Request]) -> None:
+def _run(batching: ContinuousBatching, requests: Sequence[Request], params: SamplingParams | None = None) -> None:
     if not requests:
         return
     try:
-        batching.run_step(requests)
+        batching.run_step(requests, params)
     except _Enough:
         batching.drop_requests()
 

@@ -16,13 +16,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessorList,
-)
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
@@ -36,9 +33,10 @@ from selectn_core.attention import ATTENTION_NAME, make_segments
 from selectn_core.config import BatchConfig
 from selectn_core.device import Device
 from selectn_core.kv_geometry import KvGeometry
-from selectn_core.sampling import SamplingParams, perturb_for_argmax
+from selectn_core.sampling import SamplingParams
 from selectn_core.steps import StepShape
 from selectn_core.transformers_cb.pages import KvPages, bytes_of_a_page_in_every_layer, kv_geometry
+from selectn_core.transformers_cb.sampler import NOT_FINITE, SamplingProcessors, sampling_of
 from selectn_core.transformers_cb.swap import KvSwap, SwapIsCheaper
 
 
@@ -81,8 +79,8 @@ class ContinuousBatching:
         self._step: tuple[StepShape, float] | None = None
         self.geometry = kv_geometry(model, config.page_size)
         self._manager = _new_manager(model, config, self.geometry, num_sectors)
-        self._manager.output_router = _CallbackRouter(callbacks.on_output)
-        self._processors = self._manager.logit_processor = _SamplingProcessors()
+        self._router = self._manager.output_router = _CallbackRouter(callbacks.on_output)
+        self._processors = self._manager.logit_processor = SamplingProcessors()
         model.set_attn_implementation(ATTENTION_NAME)
         self._segments_hook = model.register_forward_pre_hook(_add_segments, with_kwargs=True)
         self._build_processor()
@@ -147,10 +145,11 @@ class ContinuousBatching:
         self.check_integrity()  # which forgets cached prefixes
         return [torch.stack(rows) for rows in logits]
 
-    def run_step(self, requests: Sequence[tuple[int, int]]) -> None:
+    def run_step(self, requests: Sequence[tuple[int, int]], params: SamplingParams | None = None) -> None:
         """One step of requests with that many tokens, each after that many keys that were never computed.
 
-        On the calling thread, before `start`. For what a step costs: its results mean nothing, and go nowhere.
+        Greedy, where no `params` say how tokens are chosen. On the calling thread, before `start`. For what a step
+        costs: its results mean nothing, and go nowhere.
         """
         for i, (num_tokens, num_past) in enumerate(requests):
             state = RequestState(
@@ -158,7 +157,7 @@ class ContinuousBatching:
                 initial_tokens=[0] * (num_past + num_tokens),
                 max_new_tokens=1,
                 eos_token_id=-1,
-                logit_processor_kwargs={"sampling": (SamplingParams(), 0)},
+                logit_processor_kwargs={"sampling": (params or SamplingParams(), 0)},
             )
             state.position_offset, state.remaining_prefill_tokens = num_past, [0] * num_tokens
             self._processor.scheduler.add_waiting_request(state)
@@ -252,11 +251,29 @@ class ContinuousBatching:
         update_batch = processor.update_batch
 
         def update_and_record() -> None:
+            self._router.not_finite = self._not_finite()
             update_batch()
+            self._drop_not_finite()
             self._end_step()
 
         processor.update_batch = update_and_record
         self._processor = processor
+
+    def _not_finite(self) -> set[str]:
+        """The requests whose token was chosen among logits that are not finite: it means nothing."""
+        requests, tokens, _ = self._processor.inputs_and_outputs.prepare_batch_update()
+        with_token = [each.state.request_id for each in requests if each.has_new_token]
+        return {with_token[row] for row in self._processors.rows_not_finite(tokens)}
+
+    def _drop_not_finite(self) -> None:
+        """Frees what such requests hold now, and forgets cached prefixes: theirs may be what is damaged."""
+        scheduler, failed = self._processor.scheduler, self._router.not_finite
+        self._router.not_finite = set()
+        for request_id in failed & set(scheduler.active_requests):
+            scheduler.finish_request(request_id)
+            scheduler.block_new_requests = False
+        if failed:
+            self.pages.evict_cached()
 
     def _before_schedule(self) -> int:
         scheduler, capacity = self._processor.scheduler, self.pages.num_sectors
@@ -320,7 +337,9 @@ def _shape(batch: Sequence[FutureRequestState]) -> StepShape:
             decodes.append(past + 1)
         else:
             prefills.append((tokens, past))
-    return StepShape.of(prefills, decodes)
+    choosing = [sampling_of(request)[0] for request in batch if request.has_new_token]
+    num_sampled = sum(not params.is_greedy for params in choosing)
+    return StepShape.of(prefills, decodes).sampling(num_sampled, sum(params.is_truncated for params in choosing))
 
 
 class _CallbackRouter(OutputRouter):
@@ -329,50 +348,17 @@ class _CallbackRouter(OutputRouter):
     def __init__(self, on_output: Callable[[GenerationOutput], None]) -> None:
         super().__init__()
         self._on_output = on_output
+        self.not_finite: set[str] = set()  # of the step whose outputs come next, the requests that have failed
 
     def deliver(self, output: GenerationOutput) -> None:
+        if output.request_id in self.not_finite and output.error is None:
+            output.generated_tokens.pop()
+            output.error, output.status = NOT_FINITE, RequestStatus.FAILED
         self._on_output(output)
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         for output in outputs:
-            self._on_output(output)
-
-
-class _SamplingProcessors(ContinuousBatchingLogitsProcessorList):
-    """Per-request sampling in one pass, so that greedy and sampled requests share a batch."""
-
-    def __init__(self) -> None:
-        super().__init__(LogitsProcessorList())
-        self.do_processing = True
-        self.observe: Callable[[int, torch.Tensor], None] | None = None  # seed, logits [vocab_size]
-        self._rows: list[tuple[SamplingParams, int, int]] = []
-
-    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        if set(kwargs) != {"sampling"}:
-            raise ValueError(f"expected the one keyword 'sampling', got {sorted(kwargs)}")
-
-    def prepare_tensor_args(
-        self, requests_in_batch: list[FutureRequestState], arg_storage: torch.Tensor
-    ) -> torch.Tensor:
-        self._rows = []
-        for request in requests_in_batch:
-            if request.has_new_token:
-                state = request.state
-                params, seed = state.logit_processor_kwargs["sampling"]
-                # A preempted request comes back with its tokens in the prompt: the sum is its position still.
-                self._rows.append((params, seed, len(state.initial_tokens) + len(state.generated_tokens)))
-        return arg_storage
-
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, logits_processor_args: torch.Tensor
-    ) -> torch.Tensor:
-        if not self._rows:  # a chunk of prefill alone: nobody gets a token in this step
-            return scores
-        params, seeds, positions = zip(*self._rows, strict=True)
-        if self.observe is not None:
-            for seed, row in zip(seeds, scores, strict=False):  # those that get a token come first
-                self.observe(seed, row)
-        return perturb_for_argmax(scores, params, seeds, positions)
+            self.deliver(output)
 
 
 def _new_manager(

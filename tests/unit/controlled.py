@@ -10,7 +10,7 @@ from selectn_core.in_flight import Decoding, Load, Waiting
 from selectn_core.latency import Link, simulate_steps_s
 from selectn_core.placement import OffloadPlan
 from selectn_core.policies import Frontier, Policy, SelectN
-from selectn_core.step_times import MeasuredStep, StepTimes, while_copying
+from selectn_core.step_times import MeasuredStep, SamplingTimes, StepTimes, while_copying
 from selectn_core.steps import StepRecord, StepShape
 
 NUM_UNITS, UNIT_BYTES = 16, 10_000_000
@@ -51,10 +51,10 @@ def grid() -> list[StepShape]:
     return [*decodes, *prefills, *mixed]
 
 
-def step_times(*, factor: float = 1.0) -> StepTimes:
+def step_times(*, factor: float = 1.0, sampling: SamplingTimes | None = None) -> StepTimes:
     """A record's times, `factor` times what the machine takes."""
     steps = tuple(measured(shape, factor=factor) for shape in grid())
-    return StepTimes(steps, [0] * NUM_UNITS, [UNIT_BYTES] * NUM_UNITS)
+    return StepTimes(steps, [0] * NUM_UNITS, [UNIT_BYTES] * NUM_UNITS, sampling)
 
 
 def frontier() -> Frontier:
@@ -72,14 +72,18 @@ class Machine:
         tpot_s: float,
         link: Link = LINK,
         slowdown: float = 0.0,
+        sampling: SamplingTimes | None = None,
     ) -> None:
-        """`slowdown` is how much a link that is always busy slows compute, which the controller knows."""
-        self.true, self.tpot_s, self.slowdown = step_times(), tpot_s, slowdown
+        """`slowdown` is how much a link that is always busy slows compute, which the controller knows.
+
+        `sampling` is what rows that are sampled truly take; all are, where it is given.
+        """
+        self.true, self.tpot_s, self.slowdown = step_times(sampling=sampling), tpot_s, slowdown
         self.link = LINK
         policy = policy or SelectN(frontier())
         self.controller = Controller(times, link, policy, slowdown=slowdown, max_tokens=MAX_TOKENS)
         self.plan = OffloadPlan(offloaded=(), num_slots=1, num_units=NUM_UNITS)
-        self.shape = StepShape.decode(BATCH, LENGTH)
+        self.shape = StepShape.decode(BATCH, LENGTH).sampling(None if sampling is not None else 0)
         self.waiting: Sequence[Waiting] = ()
         self.num_fitting: int | None = None
         self.now_s, self.num_tokens = 0.0, 1
@@ -119,6 +123,7 @@ class Machine:
             waiting=self.waiting,
             mean_kv_tokens=length,
             num_fitting=self.num_fitting,
+            sampled_share=self.shape.num_sampled / self.shape.num_decodes,
         )
 
     def forget(self) -> None:

@@ -15,6 +15,7 @@ from selectn_core.in_flight import PLANNED_SHARE, Decoding, Load, Waiting
 from selectn_core.latency import Link
 from selectn_core.learning import ComputeScale, LinkEstimate
 from selectn_core.policies import Paper
+from selectn_core.step_times import SamplingTimes
 from selectn_core.steps import StepShape
 from tests.unit.controlled import BATCH, LENGTH, LINK, MAX_TOKENS, NUM_UNITS, UNIT_BYTES, Machine, frontier, step_times
 
@@ -53,6 +54,23 @@ def test_a_record_that_is_wrong_by_two_is_found_out(factor: float) -> None:
     assert max(machine.durations_s[30:]) <= machine.tpot_s
     right = Machine(step_times(), tpot_s=1.6 * UNLOADED_S).run(60)
     assert abs(machine.plan.num_offloaded - right.plan.num_offloaded) <= 1
+
+
+def test_sampling_is_not_taken_for_slow_compute() -> None:
+    """A third of the unloaded step: in the record it is rest of the step, and what is learned of compute stays 1."""
+    sampling = SamplingTimes(row_s=UNLOADED_S / 3 / BATCH)
+    tpot_s = 2 * UNLOADED_S
+    machine = Machine(step_times(sampling=sampling), tpot_s=tpot_s, sampling=sampling).run(60)
+    assert machine.controller.compute_scale == pytest.approx(1.0, abs=0.01)
+    assert max(machine.durations_s[20:]) <= tpot_s
+    # With the same requests greedy there is more time to hide copies in, at once.
+    machine.shape = StepShape.decode(BATCH, LENGTH)
+    greedy = Machine(step_times(), tpot_s=tpot_s).run(60)
+    assert machine.run(10).plan.num_offloaded >= greedy.plan.num_offloaded - 1
+    assert machine.controller.compute_scale == pytest.approx(1.0, abs=0.01)
+    # A record that says nothing of sampling leaves it to be learned as slow compute.
+    blind = Machine(step_times(), tpot_s=tpot_s, sampling=sampling).run(60)
+    assert blind.controller.compute_scale > 1.2
 
 
 def test_a_link_that_drops_to_a_quarter_costs_three_steps_at_most_and_comes_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import threading
 import time
 import weakref
@@ -351,6 +352,41 @@ def test_sampled_and_greedy_requests_share_a_batch() -> None:
     assert results[0] == alone
     assert results[0] != results[1], "sampling at 1.5 would hardly be greedy"
     assert results[1:] == generate("llama", engine_config(0), prompts=prompts)
+
+
+def test_sampled_text_is_the_same_with_offloading_and_its_rows_are_counted() -> None:
+    sampled = SamplingParams(max_tokens=12, temperature=1.5, top_p=0.9, seed=-4, ignore_eos=True)
+    texts = []
+    for num_offloaded in (0, 4):
+        engine = CheckedEngine(tiny_model(), engine_config(num_offloaded, 1))
+        handles = [engine.submit(prompt, sampled) for prompt in make_prompts((4, 5))]
+        handles.append(engine.submit(PROMPT, greedy()))
+        with engine:
+            texts.append([handle.result() for handle in handles])
+        last = engine.steps.records[-1].shape
+        assert (last.num_requests, last.num_sampled, last.num_truncated) == (3, 2, 2)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_whose_logits_are_not_finite_fails_with_a_word_and_no_other_does(temperature: float) -> None:
+    """A damaged row of the embedding: whoever uses that token gets an error, not the token 0 for ever."""
+    loaded, damaged = tiny_model(), VOCAB_SIZE - 2
+    loaded.model.get_input_embeddings().weight[damaged] = math.nan
+    params = SamplingParams(max_tokens=12, temperature=temperature, seed=1, ignore_eos=True)
+    prompts = [prompt for prompt in make_prompts() if damaged not in prompt]
+    with CheckedEngine(loaded, engine_config(2, 1)) as engine:
+        expected = engine.submit(prompts[0], params).result()
+        handles = [engine.submit(prompts[0], params), engine.submit([*prompts[1], damaged, 7], params)]
+        assert handles[0].result() == expected
+        events = list(handles[1])
+        with pytest.raises(RuntimeError, match="not finite"):  # nothing of the first one was kept for its prefix
+            engine.submit([*prompts[1], damaged, 7], params).result()
+        assert engine.submit(prompts[1], params).result()
+    assert [event.finish_reason for event in events] == ["error"]
+    assert events[0].token_ids == ()
+    assert "model.dtype" in (events[0].error or "")
+    engine.batching.check_integrity()
 
 
 # -- interval and memory ----------------------------------------------------------------------------------------

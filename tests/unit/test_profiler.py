@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,8 @@ def test_a_profile_covers_what_the_engine_can_meet_and_leaves_it_as_it_was(engin
         times.conservative(StepShape.decode(batch.max_requests + 1, 16))
     assert all(step.low_s <= step.high_s and step.num_samples >= 1 for step in record.steps)
     assert record.link.bytes_per_s > 0
+    full = StepShape.decode(batch.max_requests, 16)
+    assert times.expected(full.sampling()).rest_s > times.expected(full).rest_s
     assert [copy.num_bytes for copy in record.link.copies] == sorted(copy.num_bytes for copy in record.link.copies)
 
 
@@ -62,6 +64,7 @@ def test_a_record_survives_its_file(engine: Engine, tmp_path: Path) -> None:
     assert loaded.unit_bytes == record.unit_bytes
     assert loaded.memory == record.memory
     assert loaded.table == record.table
+    assert astuple(loaded.sampling) == pytest.approx(astuple(record.sampling), abs=1e-7)
     assert len(record.table) > 0
     shape = StepShape.decode(2, 20)
     assert loaded.step_times().expected_s(shape) == pytest.approx(record.step_times().expected_s(shape), rel=0.02)
@@ -115,9 +118,9 @@ def test_a_record_of_something_else_is_refused_with_what_differs(engine: Engine)
     ("text", "message"),
     [
         (None, "selectn profile"),
-        ("version: 0\n", "version=0 is not allowed: expected 1"),
+        ("version: 0\n", "version=0 is not allowed: expected 2"),
         ("- a list\n", "version=None is not allowed"),
-        ("version: 1\nfingerprint: {}\n", "is damaged"),
+        ("version: 2\nfingerprint: {}\n", "is damaged"),
         ("version: [1\n", "is not YAML"),
     ],
 )

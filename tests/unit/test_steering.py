@@ -15,8 +15,9 @@ from selectn_core.placement import OffloadPlan
 from selectn_core.planner import unmeasured_plan
 from selectn_core.record_cache import performance_record
 from selectn_core.requests import RequestHandle, TokenEvent
+from selectn_core.sampling import SamplingParams
 from selectn_core.steering import LinkShare, load_of
-from selectn_core.steps import StepLog
+from selectn_core.steps import StepLog, StepShape
 from tests.tiny_models import tiny_model
 from tests.unit.engines import CheckedEngine, engine_config, generate, greedy, make_prompts, memory_gib_for
 
@@ -69,6 +70,16 @@ def test_nobody_is_left_out_of_the_load() -> None:
     assert load.num_begun == 2
     assert [each.deadline_s < 1e9 for each in load.waiting] == [False, True, False, False, True]
     assert load.tightest_tpot_s == OBJECTIVES.tpot_s
+
+
+def test_the_load_says_how_many_draw_their_tokens() -> None:
+    """Where nobody is in flight all do: it is the default of those who come."""
+    handles = {name: a_handle(num_tokens) for name, num_tokens in (("a", 3), ("b", 3), ("c", 0), ("d", 0))}
+    handles["a"].params = SamplingParams(temperature=1.0)
+    handles["c"].params = SamplingParams(temperature=1.0, top_p=0.5)
+    load = load_of(handles, {"a": 0, "b": 0}, {}, OBJECTIVES)
+    assert load.sampling_in(StepShape.decode(4, 10)) == StepShape.decode(4, 10).sampling(2, 1)
+    assert load_of({}, {}, {}, OBJECTIVES).sampling_in(StepShape.decode(3, 10)) == StepShape.decode(3, 10).sampling()
 
 
 @pytest.mark.parametrize("kv_gib", [0.0, 1.0])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from selectn_core.errors import NotMeasured
 from selectn_core.latency import Link, StepCosts
 from selectn_core.record import PerformanceRecord
-from selectn_core.step_times import MeasuredStep, StepTimes, while_copying
+from selectn_core.step_times import MeasuredStep, SamplingTimes, StepTimes, while_copying
 from selectn_core.steps import StepShape
 from tests.unit.controlled import NUM_UNITS, UNIT_BYTES, grid, measured, rest_s, step_times, unit_s
 
@@ -70,6 +70,18 @@ def test_a_busy_link_slows_compute_by_its_share_of_the_time() -> None:
     assert while_copying(costs, 10, Link(bytes_per_s=10.0), 0.4).unloaded_s == pytest.approx(2 * 1.2)
     assert while_copying(costs, 1000, Link(bytes_per_s=10.0), 0.4).unloaded_s == pytest.approx(2 * 1.4)
     assert while_copying(costs, 0, Link(bytes_per_s=10.0), 0.4) is costs
+
+
+def test_sampled_rows_add_to_the_rest_of_the_step_and_to_nothing_else() -> None:
+    sampling = SamplingTimes(call_s=1e-4, row_s=7e-4, truncated_row_s=3e-4)
+    times = StepTimes([measured(shape) for shape in grid()], [0] * NUM_UNITS, [UNIT_BYTES] * NUM_UNITS, sampling)
+    greedy = StepShape.decode(8, 128)
+    sampled, truncated = greedy.sampling(), greedy.sampling(6, 4)
+    for shape, added_s in ((greedy, 0.0), (sampled, 1e-4 + 8 * 7e-4), (truncated, 1e-4 + 6 * 7e-4 + 4 * 3e-4)):
+        for asked in (times.expected, times.conservative):
+            assert asked(shape).compute_s == asked(greedy).compute_s
+            assert asked(shape).rest_s - asked(greedy).rest_s == pytest.approx(added_s)
+        assert times.expected_s(shape) - times.expected_s(greedy) == pytest.approx(added_s)
 
 
 # A record of SmolLM2-135M as `selectn profile` wrote it on two shared CPU cores.
