@@ -134,17 +134,17 @@ class CoordinatorSink:
         """`num_sharing`: see `node_state`."""
         self._send = ActorSink(COORDINATOR_NAME, namespace=NAMESPACE, method="report_node")
         self._num_sharing = num_sharing
-        self._heard_life, self._heard_unix_s = 0, 0.0
+        self._heard_life, self._heard_s = 0, 0.0
 
     def __call__(self, report: NodeReport) -> None:
         """Returns when a report has been taken; raises where it was not, and knows of no life then."""
         # A sample from before this life was heard of may lack a replica that the one before it knew.
-        is_newer = report.telemetry.sampled_unix_s >= self._heard_unix_s
+        is_newer = report.telemetry.sampled_s >= self._heard_s
         state = node_state(report, heard_life=self._heard_life if is_newer else 0, num_sharing=self._num_sharing)
         heard_life, self._heard_life = self._heard_life, 0
         self._heard_life = self._send(state)
         if self._heard_life != heard_life:
-            self._heard_unix_s = time.time()
+            self._heard_s = time.monotonic()
 
 
 def _wake(future: asyncio.Future[None] | None) -> None:

@@ -15,13 +15,13 @@ from collections import deque
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
 import ray
 
 from cluster.messages import Allowance, KvUse, LinkDemand
 from cluster.node_agents import find_agent
 from cluster.node_messages import HostAnswer, HostClaim, NodeReport
 from cluster.node_state import bus_of_gpu
+from cluster.processes import start_ticks
 from cluster.range_client import Exchange, RangeClient
 from cluster.range_holder import RangeHolder
 from selectn_core.errors import HostMemoryExceeded
@@ -98,12 +98,11 @@ class Member:
         """`exchange` reports to the coordinator, which may hold an answer back for `hold_s`."""
         self._node_id, self._agent, self._exchange, self._hold_s = node_id, agent, exchange, hold_s
         self._agent_timeout_s = agent_timeout_s
-        process = psutil.Process()
         self._claim = HostClaim(
             replica_id=replica_id,
             bus_id=None,
             pid=os.getpid(),
-            process_started_unix_s=process.create_time(),
+            process_start_ticks=start_ticks(os.getpid()),
         )
         self._claim_lock = threading.Lock()
         self._is_granted = False  # what `_claim` says, by an agent that may be gone since

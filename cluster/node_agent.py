@@ -9,12 +9,12 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import ray
 
 from cluster.host_claims import HostClaims
 from cluster.node_messages import HostAnswer, HostClaim, HostReport, NodeReport
 from cluster.node_metrics import NodeGauges
+from cluster.processes import is_running
 from cluster.telemetry import Telemetry, TelemetryConfig, read_host
 from selectn_core.host_memory import HostMemory
 
@@ -176,11 +176,4 @@ def node_names(node_id: str) -> set[str]:
 
 def is_alive(claim: HostClaim) -> bool:
     """Whether the process that made a claim is still there. False too for one that cannot be seen from here."""
-    try:
-        process = psutil.Process(claim.pid)
-        is_the_same = abs(process.create_time() - claim.process_started_unix_s) < 1.0
-        return is_the_same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
+    return is_running(claim.pid, claim.process_start_ticks)

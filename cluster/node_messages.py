@@ -124,8 +124,12 @@ class NvmlInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeTelemetry:
-    """One sample of a node's hardware. `sampling_s` is how long taking it has taken."""
+    """One sample of a node's hardware. `sampling_s` is how long taking it has taken.
 
+    `sampled_s` is when, on the node's monotonic clock, which orders samples; `sampled_unix_s` is for people.
+    """
+
+    sampled_s: float
     sampled_unix_s: float
     sampling_s: float
     nvml: Reading[NvmlInfo]
@@ -138,14 +142,15 @@ class NodeTelemetry:
 class HostClaim:
     """What a replica keeps in its node's host memory, and where it is: made before the memory is used, then renewed.
 
-    `own_bytes` are its alone; the store is one for all replicas of the node that name it. `process_started_unix_s`
-    tells its process from a later one of the same `pid`. `is_renewal`: this was granted before, and is in use.
+    `own_bytes` are its alone; the store is one for all replicas of the node that name it. `process_start_ticks`
+    (`processes.start_ticks`) tells its process from a later one of the same `pid`. `is_renewal`: this was granted
+    before, and is in use.
     """
 
     replica_id: str
     bus_id: str | None
     pid: int
-    process_started_unix_s: float
+    process_start_ticks: int
     own_bytes: int = 0
     store_name: str | None = None
     store_bytes: int = 0

@@ -14,8 +14,8 @@ def node_state(report: NodeReport, *, heard_life: int, num_sharing: int) -> Node
     """
     return NodeState(
         node_id=report.node_id,
-        # An agent that was restarted counts its samples anew; the node's clock goes on.
-        sequence=round(report.telemetry.sampled_unix_s * 1e6),
+        # An agent that was restarted counts its samples anew; the node's monotonic clock goes on, and nobody sets it.
+        sequence=round(report.telemetry.sampled_s * 1e6),
         heard_life=heard_life,
         buses=tuple(
             state for bus in report.telemetry.buses if (state := _bus_state(bus, report, num_sharing)) is not None

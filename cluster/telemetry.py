@@ -80,6 +80,7 @@ class Telemetry:
         gpus = self._read_gpus()
         self._learn_topology(gpus)
         return NodeTelemetry(
+            sampled_s=start_s,
             sampled_unix_s=sampled_unix_s,
             nvml=nvml_state,
             gpus=gpus,

@@ -245,7 +245,7 @@ def replica_report(replica_id: str, engine: Engine, door: Door, prefixes: Recent
     ttft_s = objectives.ttft_s if objectives is not None else None
     return ReplicaReport(
         replica_id=replica_id,
-        reported_s=time.time(),
+        reported_s=time.monotonic(),
         kv_capacity_tokens=headroom.kv_capacity_tokens,
         longest_request_tokens=headroom.longest_request_tokens,
         is_model_limit=headroom.is_model_limit,

@@ -19,7 +19,7 @@ def claim(name: str, own_bytes: int = 0, store: str | None = None, *, pid: int =
         replica_id=name,
         bus_id="b",
         pid=pid,
-        process_started_unix_s=0.0,
+        process_start_ticks=0,
         own_bytes=own_bytes,
         store_name=store,
         store_bytes=STORE_BYTES[store] if store is not None else 0,

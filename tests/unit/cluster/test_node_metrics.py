@@ -51,6 +51,7 @@ HOST = HostReport(
     shared_memory_free_bytes=1,
 )
 FULL = NodeTelemetry(
+    sampled_s=0,
     sampled_unix_s=0,
     sampling_s=0.5,
     nvml=NvmlInfo(driver_version="1", num_gpus=1),

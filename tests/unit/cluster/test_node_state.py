@@ -27,13 +27,16 @@ def bus(name: str, *gpus: str, rate: float | Unavailable = 1e9) -> BusReport:
     return BusReport(name=name, gpus=gpus, bytes_per_s=rate, found_by="topology", rate_from="pcie_link")
 
 
-def report(*buses: BusReport, ledger: LedgerReport | None = None, memory: object = MEMORY, at_s: float = 5.0):
+def report(
+    *buses: BusReport, ledger: LedgerReport | None = None, memory: object = MEMORY, at_s: float = 5.0, unix_s=1e9
+):
     return NodeReport(
         node_id="n",
         agent_id="agent",
         sequence=3,
         telemetry=NodeTelemetry(
-            sampled_unix_s=at_s,
+            sampled_s=at_s,
+            sampled_unix_s=unix_s,
             sampling_s=0.1,
             nvml=UNKNOWN,
             gpus=(),
@@ -81,6 +84,13 @@ def test_a_restarted_agents_reports_are_newer_than_its_predecessors():
     before, after = report(at_s=1e9), replace(report(at_s=1e9 + 0.2), agent_id="another", sequence=0)
     states = [node_state(each, heard_life=0, num_sharing=1) for each in (before, after)]
     assert states[0].sequence < states[1].sequence
+
+
+@pytest.mark.parametrize("step_s", [5.0, -3600.0])
+def test_a_nodes_clock_that_is_set_changes_no_order(step_s: float):
+    before, after = report(at_s=7.0, unix_s=1e9), report(at_s=7.2, unix_s=1e9 + 0.2 + step_s)
+    first, second = (node_state(each, heard_life=0, num_sharing=1).sequence for each in (before, after))
+    assert second - first == pytest.approx(0.2e6)
 
 
 def test_the_bus_of_a_gpu():

@@ -148,7 +148,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         if replica.host is not None and num_bytes < replica.host.own_bytes:
             replica.host = replace(replica.host, own_bytes=num_bytes)
         claim = HostClaim(
-            replica_id=replica.holder.replica_id, bus_id="b", pid=0, process_started_unix_s=0.0, own_bytes=num_bytes
+            replica_id=replica.holder.replica_id, bus_id="b", pid=0, process_start_ticks=0, own_bytes=num_bytes
         )
         answer = self.agent.claims.claim(claim, self.true_s)
         if answer.refusal is None and not answer_is_lost:
