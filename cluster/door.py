@@ -16,20 +16,16 @@ nobody waits for ever.
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import islice
 
+from cluster.forecast import Course, Footprints, Forecast
 from cluster.headroom import MAX_ORIGINS, Promise
 from selectn_core.errors import EngineOverloaded, EngineUnavailable
 
 _RECENT = 64
-# Requests do not keep step exactly: one waits for its prefill, another's last token is on its way. Each counts as there
-# for so many steps more: always as many, so that what was predicted of a step is still so when it has come closer.
-SLACK_STEPS = 8
 # Progress opens the door too, and is looked at this often while somebody waits.
 PROGRESS_PERIOD_S = 0.05
 # How many behind the first are looked at whether they may pass.
@@ -52,27 +48,10 @@ class Visit:
     entered_s: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Course:
-    """A visit's tokens at every step to come: it `begins` with `tokens`, and gets one per step until it has `more`."""
-
-    tokens: int
-    more: int
-    begins: int = 0
-
-    @property
-    def until(self) -> int:
-        """The last step at which it counts as there."""
-        return self.begins + self.more + SLACK_STEPS
-
-    def at(self, step: int) -> int:
-        return self.tokens + min(step - self.begins, self.more) if self.begins <= step <= self.until else 0
-
-
 class Door:
     """Lets visits in, one after the other. Not thread-safe; `capacity_tokens` is asked at every decision.
 
-    `footprint` is what a request of so many tokens takes of it, which is whole pages.
+    `footprint` is what a request of so many tokens takes of it, which is whole pages; it is asked once for each number.
     """
 
     def __init__(
@@ -84,12 +63,13 @@ class Door:
         max_waiting: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._capacity_tokens, self._footprint, self._clock = capacity_tokens, footprint, clock
+        self._capacity_tokens, self._footprints, self._clock = capacity_tokens, Footprints(footprint), clock
         self._max_requests, self._max_waiting = max_requests, max_waiting
         self._waiting: deque[Visit] = deque()
         self._inside: dict[Visit, None] = {}
         self._stays: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # tokens, seconds inside
         self._looked_s = -PROGRESS_PERIOD_S
+        self._last_forecast = Forecast.of((), self._footprints)
         self.is_closed = False
 
     def knock(self, visit: Visit) -> None:
@@ -113,7 +93,7 @@ class Door:
         if visit in self._inside:
             assert visit.entered_s is not None
             del self._inside[visit]
-            self._stays.append((self._footprint(visit.total_tokens), self._clock() - visit.entered_s))
+            self._stays.append((self._footprints.of(visit.total_tokens), self._clock() - visit.entered_s))
         elif visit in self._waiting:
             self._waiting.remove(visit)
         self.let_in()
@@ -144,75 +124,40 @@ class Door:
         if not self._waiting:
             return None
         first = self._waiting[0]
-        if self._has_room_for(first):
-            return first
-        others = [visit for visit in islice(self._waiting, 1, 1 + MAX_PASSING) if self._has_room_for(visit)]
-        if not others:
-            return None
-        courses = [_course(visit) for visit in self._inside]
-        then = replace(_course(first), begins=self._turn_of(first, courses))
-        return next((visit for visit in others if self._may_begin(then, [*courses, _course(visit)])), None)
-
-    def _has_room_for(self, visit: Visit) -> bool:
         if not self._inside:  # alone it may have all there is: more layers are offloaded for it
-            return True
+            return first
         if len(self._inside) >= self._max_requests:
-            return False
-        return sum(self._at_peak([*self._inside, visit])) <= self._capacity_tokens()
+            return None
+        inside, capacity = self._forecast(), self._capacity_tokens()
+        beside = inside.beside(_course(first))
+        if beside.peak <= capacity:
+            self._last_forecast = beside
+            return first
+        turn: int | None = None
+        for visit in islice(self._waiting, 1, 1 + MAX_PASSING):
+            beside = inside.beside(_course(visit))
+            if beside.peak > capacity:
+                continue
+            if turn is None:
+                turn = inside.turn_of(_course(first), capacity, self._max_requests)
+            if beside.may_begin(_course(first), turn, capacity, self._max_requests):
+                self._last_forecast = beside
+                return visit
+        return None
 
-    def _at_peak(self, visits: Sequence[Visit]) -> list[int]:
-        """What each of the visits holds when together they hold most, if from now on each gets a token per step."""
-        courses = [_course(visit) for visit in visits]
-        best: list[int] = []
-        for step in {course.until for course in courses}:  # whoever is there only grows: the peak is before one is gone
-            best = max(best, [self._footprint(course.at(step)) for course in courses], key=sum)
-        return best
-
-    def _turn_of(self, visit: Visit, courses: Sequence[_Course]) -> int:
-        """The first step at which the visit could come in beside these, if nobody else comes.
-
-        There was no room a step before, so then somebody is gone, or the visit will be that much smaller when another
-        is gone, or gone itself after another: only such steps are tried.
-        """
-        room_at = self._room_at(courses)
-        own = _course(visit)
-        turns = {0}
-        for end in {course.until for course in courses}:
-            smaller = self._most_more(own, room_at(end))
-            turns.update((end + 1, end - smaller, end + 1 - own.until))
-        for turn in sorted(turn for turn in turns if turn >= 0):
-            if self._may_begin(replace(own, begins=turn), courses, room_at):
-                return turn
-        raise AssertionError("nobody is inside after the last one's end")
-
-    def _may_begin(self, own: _Course, courses: Sequence[_Course], room_at: Callable[[int], int] | None = None) -> bool:
-        """Whether there is room for a course from its beginning to its end; `room_at` is that of the courses."""
-        ends = {course.until for course in courses if course.until >= own.begins}
-        num_there = sum(course.until >= own.begins for course in courses)
-        room_at = room_at or self._room_at(courses)
-        return num_there == 0 or (
-            num_there < self._max_requests
-            and all(self._footprint(own.at(end)) <= room_at(end) for end in (own.until, *ends))
-        )
-
-    def _room_at(self, courses: Sequence[_Course]) -> Callable[[int], int]:
-        """What is left beside the courses, by step."""
-        capacity = self._capacity_tokens()
-        return lru_cache(maxsize=None)(
-            lambda step: capacity - sum(self._footprint(course.at(step)) for course in courses)
-        )
-
-    def _most_more(self, course: _Course, room_tokens: int) -> int:
-        """How many more tokens than it begins with a course may have to fit; below 0 if it never does."""
-        sizes = range(course.tokens, course.tokens + course.more + 1)
-        return bisect_right(sizes, room_tokens, key=self._footprint) - 1
+    def _forecast(self) -> Forecast:
+        """Of the visits inside as far as they are now; the last one, where nothing has changed since."""
+        courses = tuple(_course(visit) for visit in self._inside)
+        if courses != self._last_forecast.courses:
+            self._last_forecast = Forecast.of(courses, self._footprints)
+        return self._last_forecast
 
     # -- what a report says -------------------------------------------------------------------------------------
 
     @property
     def inside_tokens(self) -> int:
         """What the visits inside will hold at most together."""
-        return sum(self._at_peak(list(self._inside)))
+        return self._forecast().peak
 
     @property
     def waiting(self) -> tuple[Visit, ...]:
@@ -229,9 +174,8 @@ class Door:
 
     def promises(self) -> tuple[Promise, ...]:
         """Who was promised what, those at the door included: the largest by name, the rest together as ""."""
-        inside = list(self._inside)
-        held = [*zip(inside, self._at_peak(inside), strict=True)]
-        held += [(visit, self._footprint(visit.total_tokens)) for visit in self._waiting]
+        held = [*zip(self._inside, self._forecast().at_peak(), strict=True)]
+        held += [(visit, self._footprints.of(visit.total_tokens)) for visit in self._waiting]
         promises: dict[str, Promise] = {}
         for visit, tokens in held:
             promises[visit.origin] = _sum(visit, promises.get(visit.origin), tokens)
@@ -252,7 +196,7 @@ class Door:
         token_s = sum(each[0] * each[1] for each in self._stays)
         if not tokens or token_s <= 0:
             return None
-        inside = sum(self._footprint(visit.total_tokens) for visit in self._inside)
+        inside = sum(self._footprints.of(visit.total_tokens) for visit in self._inside)
         packing = inside / self.inside_tokens if inside else 1.0  # tokens at their ends, per token held at the peak
         full = min(packing * self._capacity_tokens(), self._max_requests * tokens / len(self._stays))
         return full * tokens / token_s
@@ -264,9 +208,9 @@ class Door:
         assert len(self._waiting) <= self._max_waiting, "more wait than may"
 
 
-def _course(visit: Visit) -> _Course:
+def _course(visit: Visit) -> Course:
     tokens = visit.prompt_tokens + visit.num_generated()
-    return _Course(tokens=tokens, more=max(0, visit.total_tokens - tokens))
+    return Course(tokens, max(0, visit.total_tokens - tokens))
 
 
 def _sum(visit: Visit, promise: Promise | None, tokens: int) -> Promise:

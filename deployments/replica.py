@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
@@ -90,7 +89,7 @@ class SelectNReplica:
         self._prefixes = RecentPrefixes()
         self._door = Door(
             self._engine.reachable_kv_tokens,
-            lru_cache(maxsize=8192)(self._engine.promised_tokens),  # asked for every request at every decision
+            self._engine.promised_tokens,
             max_requests=config.batch.max_requests,
             max_waiting=config.batch.max_waiting,
         )

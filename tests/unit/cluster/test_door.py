@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cluster.door import SLACK_STEPS, Door, Visit
+from cluster.door import Door, Visit
+from cluster.forecast import SLACK_STEPS
 from cluster.headroom import MAX_ORIGINS
 from selectn_core.errors import EngineOverloaded, EngineUnavailable
 

@@ -1,0 +1,286 @@
+"""What cluster/door.py must decide, computed anew from each request at each step: the square of how many there are.
+
+The door as it was before it counted all of them at once (cluster/forecast.py). Tests compare the two.
+
+A replica's door: requests come in in turn, and only those whose KV is sure to find room.
+
+Callers choose a replica by reports, which are late, and several of them choose at once. Here, where all requests of a
+replica meet, it is exact: nobody is let in with whom the requests inside might at some step not fit together.
+
+That step is looked for. Every request inside gets a token per step until it has its last one, and gives back all it
+has; so what they will hold together is known for every step to come, if none stops early. Its peak is what is promised:
+less than the sum of what each has at its own end, since they do not end together.
+
+For the same reason it is known when the first in turn can come in. Until then there may be room that it cannot use, and
+whoever can use it without making the first one's turn later may pass: known as backfilling where jobs are scheduled on
+a parallel machine (Lifka, "The ANL/IBM SP scheduling system", 1995). The first one's turn only ever comes closer, so
+nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import islice
+
+from cluster.headroom import MAX_ORIGINS, Promise
+from selectn_core.errors import EngineOverloaded, EngineUnavailable
+
+_RECENT = 64
+# Requests do not keep step exactly: one waits for its prefill, another's last token is on its way. Each counts as there
+# for so many steps more: always as many, so that what was predicted of a step is still so when it has come closer.
+SLACK_STEPS = 8
+# Progress opens the door too, and is looked at this often while somebody waits.
+PROGRESS_PERIOD_S = 0.05
+# How many behind the first are looked at whether they may pass.
+MAX_PASSING = 4
+
+
+@dataclass(eq=False, kw_only=True)
+class Visit:
+    """A request at the door (`entered_s` None) or inside. `decide(True)`: it may come in; False: it never will.
+
+    It begins with `prompt_tokens` and has `total_tokens` at most; `num_generated` says how far it is.
+    """
+
+    origin: str
+    sequence: int = 0
+    prompt_tokens: int
+    total_tokens: int
+    decide: Callable[[bool], None] = field(repr=False)
+    num_generated: Callable[[], int] = field(default=lambda: 0, repr=False)
+    entered_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Course:
+    """A visit's tokens at every step to come: it `begins` with `tokens`, and gets one per step until it has `more`."""
+
+    tokens: int
+    more: int
+    begins: int = 0
+
+    @property
+    def until(self) -> int:
+        """The last step at which it counts as there."""
+        return self.begins + self.more + SLACK_STEPS
+
+    def at(self, step: int) -> int:
+        return self.tokens + min(step - self.begins, self.more) if self.begins <= step <= self.until else 0
+
+
+class Door:
+    """Lets visits in, one after the other. Not thread-safe; `capacity_tokens` is asked at every decision.
+
+    `footprint` is what a request of so many tokens takes of it, which is whole pages.
+    """
+
+    def __init__(
+        self,
+        capacity_tokens: Callable[[], int],
+        footprint: Callable[[int], int] = lambda num_tokens: num_tokens,
+        *,
+        max_requests: int,
+        max_waiting: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._capacity_tokens, self._footprint, self._clock = capacity_tokens, footprint, clock
+        self._max_requests, self._max_waiting = max_requests, max_waiting
+        self._waiting: deque[Visit] = deque()
+        self._inside: dict[Visit, None] = {}
+        self._stays: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # tokens, seconds inside
+        self._looked_s = -PROGRESS_PERIOD_S
+        self.is_closed = False
+
+    def knock(self, visit: Visit) -> None:
+        """Queues the visit, and lets it in at once if it can.
+
+        Raises EngineUnavailable behind a closed door, EngineOverloaded where `max_waiting` wait already.
+        """
+        if self.is_closed:
+            raise EngineUnavailable("this replica is stopping; send the request again")
+        self._waiting.append(visit)
+        self.let_in()
+        if len(self._waiting) > self._max_waiting:
+            self._waiting.remove(visit)
+            raise EngineOverloaded(
+                f"{len(self._inside)} requests are running and {self._max_waiting} are waiting for KV cache "
+                f"(batch.max_requests={self._max_requests}, batch.max_waiting={self._max_waiting})"
+            )
+
+    def leave(self, visit: Visit) -> None:
+        """The visit is over, or has given up waiting. Idempotent."""
+        if visit in self._inside:
+            assert visit.entered_s is not None
+            del self._inside[visit]
+            self._stays.append((self._footprint(visit.total_tokens), self._clock() - visit.entered_s))
+        elif visit in self._waiting:
+            self._waiting.remove(visit)
+        self.let_in()
+
+    def let_in(self) -> None:
+        """Lets in whom there is room for; call it when the capacity may have grown, or requests are further."""
+        while (visit := self._next()) is not None:
+            self._waiting.remove(visit)
+            visit.entered_s = self._clock()
+            self._inside[visit] = None
+            visit.decide(True)
+
+    def progressed(self) -> None:
+        """Somebody inside has more tokens: the step at which most is held may now leave room for who waits."""
+        now_s = self._clock()
+        if self._waiting and now_s - self._looked_s >= PROGRESS_PERIOD_S:
+            self._looked_s = now_s
+            self.let_in()
+
+    def close(self) -> None:
+        """Turns away who waits and whoever comes; who is inside may finish. Idempotent."""
+        self.is_closed = True
+        while self._waiting:
+            self._waiting.popleft().decide(False)
+
+    def _next(self) -> Visit | None:
+        """Who may come in now: the first in turn, or else who does not delay it."""
+        if not self._waiting:
+            return None
+        first = self._waiting[0]
+        if self._has_room_for(first):
+            return first
+        others = [visit for visit in islice(self._waiting, 1, 1 + MAX_PASSING) if self._has_room_for(visit)]
+        if not others:
+            return None
+        courses = [_course(visit) for visit in self._inside]
+        then = replace(_course(first), begins=self._turn_of(first, courses))
+        return next((visit for visit in others if self._may_begin(then, [*courses, _course(visit)])), None)
+
+    def _has_room_for(self, visit: Visit) -> bool:
+        if not self._inside:  # alone it may have all there is: more layers are offloaded for it
+            return True
+        if len(self._inside) >= self._max_requests:
+            return False
+        return sum(self._at_peak([*self._inside, visit])) <= self._capacity_tokens()
+
+    def _at_peak(self, visits: Sequence[Visit]) -> list[int]:
+        """What each of the visits holds when together they hold most, if from now on each gets a token per step."""
+        courses = [_course(visit) for visit in visits]
+        best: list[int] = []
+        for step in sorted(
+            {course.until for course in courses}
+        ):  # whoever is there only grows: the peak is before one is gone
+            best = max(best, [self._footprint(course.at(step)) for course in courses], key=sum)
+        return best
+
+    def _turn_of(self, visit: Visit, courses: Sequence[_Course]) -> int:
+        """The first step at which the visit could come in beside these, if nobody else comes.
+
+        There was no room a step before, so then somebody is gone, or the visit will be that much smaller when another
+        is gone, or gone itself after another: only such steps are tried.
+        """
+        room_at = self._room_at(courses)
+        own = _course(visit)
+        turns = {0}
+        for end in {course.until for course in courses}:
+            smaller = self._most_more(own, room_at(end))
+            turns.update((end + 1, end - smaller, end + 1 - own.until))
+        for turn in sorted(turn for turn in turns if turn >= 0):
+            if self._may_begin(replace(own, begins=turn), courses, room_at):
+                return turn
+        raise AssertionError("nobody is inside after the last one's end")
+
+    def _may_begin(self, own: _Course, courses: Sequence[_Course], room_at: Callable[[int], int] | None = None) -> bool:
+        """Whether there is room for a course from its beginning to its end; `room_at` is that of the courses."""
+        ends = {course.until for course in courses if course.until >= own.begins}
+        num_there = sum(course.until >= own.begins for course in courses)
+        room_at = room_at or self._room_at(courses)
+        return num_there == 0 or (
+            num_there < self._max_requests
+            and all(self._footprint(own.at(end)) <= room_at(end) for end in (own.until, *ends))
+        )
+
+    def _room_at(self, courses: Sequence[_Course]) -> Callable[[int], int]:
+        """What is left beside the courses, by step."""
+        capacity = self._capacity_tokens()
+        return lru_cache(maxsize=None)(
+            lambda step: capacity - sum(self._footprint(course.at(step)) for course in courses)
+        )
+
+    def _most_more(self, course: _Course, room_tokens: int) -> int:
+        """How many more tokens than it begins with a course may have to fit; below 0 if it never does."""
+        sizes = range(course.tokens, course.tokens + course.more + 1)
+        return bisect_right(sizes, room_tokens, key=self._footprint) - 1
+
+    # -- what a report says -------------------------------------------------------------------------------------
+
+    @property
+    def inside_tokens(self) -> int:
+        """What the visits inside will hold at most together."""
+        return sum(self._at_peak(list(self._inside)))
+
+    @property
+    def waiting(self) -> tuple[Visit, ...]:
+        """Those at the door, the first in turn first."""
+        return tuple(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def waiting_prompt_tokens(self) -> int:
+        return sum(visit.prompt_tokens for visit in self._waiting)
+
+    def promises(self) -> tuple[Promise, ...]:
+        """Who was promised what, those at the door included: the largest by name, the rest together as ""."""
+        inside = list(self._inside)
+        held = [*zip(inside, self._at_peak(inside), strict=True)]
+        held += [(visit, self._footprint(visit.total_tokens)) for visit in self._waiting]
+        promises: dict[str, Promise] = {}
+        for visit, tokens in held:
+            promises[visit.origin] = _sum(visit, promises.get(visit.origin), tokens)
+        by_size = sorted(promises.values(), key=lambda promise: (-promise.tokens, promise.origin))
+        named, rest = by_size[:MAX_ORIGINS], by_size[MAX_ORIGINS:]
+        if rest:
+            tokens, requests = sum(each.tokens for each in rest), sum(each.requests for each in rest)
+            named.append(Promise(origin="", tokens=tokens, requests=requests))
+        return tuple(named)
+
+    def drain_tokens_per_s(self) -> float | None:
+        """At which a full replica gives promised tokens back; None before the first request has left.
+
+        By Little's law what is inside over how long it stays, both as recently measured: so it is known without the
+        replica ever having been full.
+        """
+        tokens = sum(each[0] for each in self._stays)
+        token_s = sum(each[0] * each[1] for each in self._stays)
+        if not tokens or token_s <= 0:
+            return None
+        inside = sum(self._footprint(visit.total_tokens) for visit in self._inside)
+        packing = inside / self.inside_tokens if inside else 1.0  # tokens at their ends, per token held at the peak
+        full = min(packing * self._capacity_tokens(), self._max_requests * tokens / len(self._stays))
+        return full * tokens / token_s
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where someone waits who may come in, or more wait than may."""
+        assert not set(self._inside).intersection(self._waiting), "a visit is inside and at the door"
+        assert self._next() is None, "there is room, and somebody waits"
+        assert len(self._waiting) <= self._max_waiting, "more wait than may"
+
+
+def _course(visit: Visit) -> _Course:
+    tokens = visit.prompt_tokens + visit.num_generated()
+    return _Course(tokens=tokens, more=max(0, visit.total_tokens - tokens))
+
+
+def _sum(visit: Visit, promise: Promise | None, tokens: int) -> Promise:
+    if promise is None:
+        return Promise(origin=visit.origin, tokens=tokens, requests=1, sequence=visit.sequence)
+    return Promise(
+        origin=visit.origin,
+        tokens=promise.tokens + tokens,
+        requests=promise.requests + 1,
+        sequence=max(promise.sequence, visit.sequence),
+    )
