@@ -26,6 +26,8 @@ from deployments.protocol import (
 )
 
 DONE = "data: [DONE]\n\n"
+# What some clients' readers (Python's str.splitlines) end a line at, and JSON leaves as it is.
+LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
 class Writer(Protocol):
@@ -129,4 +131,5 @@ async def _chunks(generation: Generation, writer: Writer, include_usage: bool) -
 
 
 def _event(body: BaseModel) -> str:
-    return f"data: {body.model_dump_json()}\n\n"
+    data = body.model_dump_json()
+    return f"data: {data if data.isascii() else data.translate(LINE_ENDS)}\n\n"
