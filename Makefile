@@ -41,6 +41,7 @@ bench: $(READY)  ## Run every benchmark; results go to build/
 	$(BIN)/python -m benchmarks.bench_slo --json build/bench_slo.json --plot build/bench_slo.png
 	$(BIN)/python -m benchmarks.enumerate_intervals --json build/enumerate_intervals.json --plot build/enumerate_intervals.png
 	$(BIN)/python -m benchmarks.bench_router --json build/bench_router.json
+	$(BIN)/python -m benchmarks.bench_door --json build/bench_door.json
 	$(BIN)/python -m benchmarks.bench_overload --json build/bench_overload.json
 	$(BIN)/python -m benchmarks.bench_recovery --json build/bench_recovery.json
 

@@ -46,6 +46,10 @@ class Footprints:
     def of(self, num_tokens: int) -> int:
         return int(self._up_to(num_tokens)[num_tokens])
 
+    def at(self, nums_tokens: Tokens) -> Tokens:
+        """Of each number of tokens."""
+        return self._up_to(int(nums_tokens.max()))[nums_tokens]
+
     def along(self, course: Course) -> Tokens:
         """At each step of the course until it has all its tokens. [more + 1]"""
         last = course.tokens + course.more
@@ -101,11 +105,9 @@ class Forecast:
         """What each holds at the first step at which most is held."""
         if not self.courses:
             return []
-        step = int(self.held.argmax())
-        return [
-            self.footprints.of(course.tokens + min(step, course.more)) if step <= course.lasts else 0
-            for course in self.courses
-        ]
+        step, (tokens, more) = int(self.held.argmax()), np.array(self.courses).T
+        held = self.footprints.at(tokens + np.minimum(step, more))
+        return [int(each) for each in np.where(step <= more + SLACK_STEPS, held, 0)]
 
     def num_there(self, step: int) -> int:
         """How many count as there at a step."""

@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
-from cluster.headroom import Ask, Board
+from cluster.board import Board
+from cluster.headroom import Ask
 from deployments.arrivals import Arrivals
 from deployments.board import SharedBoard
 from deployments.errors import ApiError, late, overloaded, too_large, unavailable
@@ -120,7 +121,7 @@ class Admission:
     def __init__(
         self, shared: SharedBoard, config: AdmissionConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._shared, self._config, self._clock = shared, config, clock
+        self.shared, self._config, self._clock = shared, config, clock
         self._queue: FairQueue[_Waiter] = FairQueue(config.max_queued_requests)
         self._retried: list[_Waiter] = []  # in the order of `retried_s`: their replicas have died
         self._arrivals = Arrivals(clock)
@@ -144,13 +145,13 @@ class Admission:
     @property
     def ttft_s(self) -> float | None:
         """The objective that replicas have now; None where none has said one."""
-        with self._shared.locked() as board:
+        with self.shared.locked() as board:
             return board.ttft_s
 
     @property
     def ttft_range_s(self) -> tuple[float, float] | None:
         """From what to what a request's own objective may be; None where no replica has said it."""
-        with self._shared.locked() as board:
+        with self.shared.locked() as board:
             return board.ttft_range_s
 
     async def enter(self, claim: Claim) -> Turn:
@@ -175,7 +176,7 @@ class Admission:
             if isinstance(error, TimeoutError):
                 raise self.overdue(claim) from None
             raise
-        with self._shared.locked() as board:
+        with self.shared.locked() as board:
             sequence = board.sequence_of(claim.ask.request_id)
         return Turn(self, entry, replica_id, sequence)
 
@@ -186,13 +187,13 @@ class Admission:
 
     def on_board(self, change: Callable[[Board], None]) -> None:
         """Changes the board, and lets in whom that makes room for."""
-        with self._shared.locked() as board:
+        with self.shared.locked() as board:
             change(board)
         self._pump()
 
     def has_started(self, ask: Ask, seconds: float) -> None:
         """A request's first text is there, so long after it was let in."""
-        with self._shared.locked() as board:
+        with self.shared.locked() as board:
             prefill_s = board.prefill_s(ask)
         self._starts_s.append(max(0.0, seconds - prefill_s))
 
@@ -205,9 +206,9 @@ class Admission:
 
     def overdue(self, claim: Claim) -> ApiError:
         """What a request is told whose deadline has passed before a replica has begun it."""
-        with self._shared.locked() as board:
-            is_nobody_there = not board.replica_ids
-        if is_nobody_there:
+        with self.shared.locked() as board:
+            is_somebody_there = board.has_model(claim.ask.model)
+        if not is_somebody_there:
             return unavailable()
         if self._config.refuse_late and claim.ask.ttft_s is not None:
             return late(claim.ask.ttft_s, self._retry_after_s(claim.ask.tokens))
@@ -218,7 +219,7 @@ class Admission:
     def _listen(self) -> None:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-            self._shared.listen(self._on_news_from_any_thread)
+            self.shared.listen(self._on_news_from_any_thread)
 
     def _on_news_from_any_thread(self) -> None:
         assert self._loop is not None
@@ -234,7 +235,7 @@ class Admission:
         if claim.retried_s is not None:
             return claim.retried_s + wait_s
         if self._config.refuse_late and ttft_s is not None:
-            with self._shared.locked() as board:
+            with self.shared.locked() as board:
                 start_s = board.prefill_s(claim.ask) + self._start_s()
             wait_s = min(wait_s, max(ttft_s - start_s, LEAST_WAIT_SHARE * ttft_s))
         return claim.arrived_s + wait_s
@@ -262,7 +263,7 @@ class Admission:
 
     def _free_tokens_and_rate(self) -> tuple[int, float | None]:
         """Tokens that are free for those who wait here, below 0 where more are promised already; tokens/s to come."""
-        with self._shared.locked() as board:
+        with self.shared.locked() as board:
             return board.free_tokens() - board.door_tokens(), board.drain_tokens_per_s()
 
     @property
@@ -317,13 +318,13 @@ class Admission:
         """Places the waiter if it can be placed now. Whether it waits no more: placed, refused, or cancelled."""
         if not waiter.placed.done():
             claim = waiter.claim
-            with self._shared.locked() as board:
-                could_hold, longest = board.could_hold(claim.ask), board.longest_request_tokens
+            with self.shared.locked() as board:
                 replica_id = board.place(claim.ask, claim.excluded)
+                error = None if replica_id is not None else _never(board, claim.ask)
             if replica_id is not None:
                 waiter.placed.set_result(replica_id)
-            elif not could_hold:
-                waiter.fail(too_large(claim.ask.least_tokens, longest or 0))
+            elif error is not None:
+                waiter.fail(error)
         return waiter.placed.done()
 
     def _retry_after_s(self, tokens: int, *, beyond_s: float = 0.0) -> float:
@@ -334,3 +335,12 @@ class Admission:
             return 1.0
         wait_s = (queued + tokens - free) / rate - beyond_s
         return float(min(MAX_RETRY_AFTER_S, max(1.0, math.ceil(wait_s))))
+
+
+def _never(board: Board, ask: Ask) -> ApiError | None:
+    """Why no replica that there is will ever have the request; None where one may."""
+    if board.replica_ids and not board.has_model(ask.model):
+        return unavailable(f"no replica serves the model '{ask.model}' any more; retry later")
+    if not board.could_hold(ask):
+        return too_large(ask.least_tokens, board.longest_request_tokens(ask.model) or 0)
+    return None

@@ -25,7 +25,7 @@ def build_app(args: AppArgs) -> serve.Application:
     """The application that `args` describe, with `device.kind: auto` resolved for this cluster."""
     args = args.model_copy(update={"device": resolve_device(args.device, cluster_num_gpus())})
     replica = _replica(args).bind(args.engine, args.limits.default_max_tokens, args.cluster, args.telemetry)
-    return _ingress(args).bind(replica, args.limits, args.slo)
+    return _ingress(args).bind(replica, args.limits, args.slo, args.model)
 
 
 def cluster_num_gpus() -> float:

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 
-from cluster.headroom import Board
+from cluster.board import Board
 
 STALE_AFTER_S = 5.0
 

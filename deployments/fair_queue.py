@@ -51,6 +51,8 @@ class _Class(Generic[T]):
     now: float = 0.0
     flows: dict[str, _Flow[T]] = field(default_factory=dict)
     left: dict[str, float] = field(default_factory=dict)
+    count: int = 0  # of all flows' entries, and their tokens
+    tokens: int = 0
 
     def start(self, key: str, tokens: int) -> float:
         """The virtual time at which a key begins that has nothing waiting.
@@ -60,12 +62,10 @@ class _Class(Generic[T]):
         """
         return max(self.left.get(key, self.now), self.now - MOST_OWED * tokens)
 
-    def __len__(self) -> int:
-        return sum(len(flow.entries) for flow in self.flows.values())
-
-    @property
-    def tokens(self) -> int:
-        return sum(entry.tokens for flow in self.flows.values() for entry in flow.entries)
+    def counts(self, entry: Entry[T], sign: int) -> None:
+        """The entry has come (1) or gone (-1)."""
+        self.count += sign
+        self.tokens += sign * entry.tokens
 
 
 class FairQueue(Generic[T]):
@@ -77,7 +77,7 @@ class FairQueue(Generic[T]):
         self._now = 0.0
 
     def __len__(self) -> int:
-        return sum(len(each) for each in self._classes.values())
+        return sum(each.count for each in self._classes.values())
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +100,7 @@ class FairQueue(Generic[T]):
             flow.entries.appendleft(entry)
         else:
             flow.entries.append(entry)
+        self._classes[entry.priority].counts(entry, 1)
         return victim
 
     def head(self, below_tokens: float = inf) -> Entry[T] | None:
@@ -132,6 +133,7 @@ class FairQueue(Generic[T]):
         each.served += entry.tokens / WEIGHTS[entry.priority]
         flow.served += entry.tokens
         flow.entries.remove(entry)
+        each.counts(entry, -1)
         self._drop_if_empty(each, entry.key)
 
     def refund(self, entry: Entry[T]) -> None:
@@ -157,6 +159,7 @@ class FairQueue(Generic[T]):
         flow = each.flows.get(entry.key)
         if flow is not None and entry in flow.entries:
             flow.entries.remove(entry)
+            each.counts(entry, -1)
             self._drop_if_empty(each, entry.key)
 
     def tokens_before(self, entry: Entry[T], coming: Mapping[Flow, float]) -> float:
@@ -198,7 +201,7 @@ class FairQueue(Generic[T]):
         is_first_of_equals = PRIORITIES.index(priority) < PRIORITIES.index(before)
         if served > reaches or (served == reaches and not is_first_of_equals):
             return 0.0
-        waiting, count = each.tokens, len(each)
+        waiting, count = each.tokens, each.count
         begun_last = waiting / count if count else 0.0
         return min(waiting + coming, (reaches - served) * WEIGHTS[priority] + begun_last)
 
@@ -225,7 +228,7 @@ class FairQueue(Generic[T]):
         lower = PRIORITIES[PRIORITIES.index(entry.priority) + 1 :]
         for priority in reversed(lower):
             each = self._classes[priority]
-            if len(each) > self._share(priority):
+            if each.count > self._share(priority):
                 return max(each.flows.values(), key=lambda flow: len(flow.entries)).entries[-1]
         flows = self._classes[entry.priority].flows
         if not flows:

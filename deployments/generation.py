@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from deployments.messages import (
     Refused,
 )
 from deployments.protocol import FinishReason
+from deployments.served_models import ServedModels
 from deployments.sizing import PromptSizes
 
 logger = logging.getLogger(__name__)
@@ -83,20 +84,17 @@ class ReplicaClient:
         *,
         ttft_s: float | None,
         timeout_s: float,
+        model_names: Collection[str] = (),
     ) -> None:
-        """`ttft_s`: the objective until a replica has reported its own."""
+        """`ttft_s`: the objective until a replica has reported its own. `model_names`: what replicas may come with."""
         self._handle, self._admission, self._sizes = handle, admission, sizes
         self._stream_handle = handle.options(stream=True)
         self._ttft_s, self._timeout_s = ttft_s, timeout_s
-        self._card: ModelCard | None = None
+        self.models = ServedModels(admission.shared, self._any_card, model_names)
 
-    async def model_card(self) -> ModelCard:
-        """What is served; asked once, since replicas of one deployment serve one model."""
-        card = self._card
-        if card is None:
-            call: Awaitable[ModelCard] = self._handle.model_card.remote()
-            card = self._card = await self._bounded(call, self._timeout_s)
-        return card
+    async def _any_card(self) -> ModelCard:
+        call: Awaitable[ModelCard] = self._handle.model_card.remote()
+        return await self._bounded(call, self._timeout_s)
 
     async def check_health(self) -> None:
         """Raises ApiError 503 unless the replica that is asked is healthy."""
@@ -116,7 +114,7 @@ class ReplicaClient:
         have sent anything by then. Raises ApiError when the request is refused or fails.
         """
         self._check_objective(request)
-        longest = self._card.max_model_len if self._card is not None else None
+        longest = self.models.longest_tokens(request.model)
         request = replace(request, origin=self._admission.origin)
         ask = self._sizes.ask(request, self._objective_s(request), longest)
         claim = self._admission.claim(ask, key=key, priority=priority)

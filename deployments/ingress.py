@@ -16,7 +16,7 @@ from deployments.api_keys import ApiKeys, load_api_keys
 from deployments.board import board_of
 from deployments.body_limit import BodyLimit
 from deployments.config import RequestLimits
-from deployments.errors import ErrorResponse, install_error_handlers, model_not_found, unauthorized
+from deployments.errors import ErrorResponse, install_error_handlers, unauthorized
 from deployments.generation import Generation, ReplicaClient
 from deployments.messages import ChatMessage, GenerateRequest, ModelCard
 from deployments.protocol import (
@@ -31,8 +31,9 @@ from deployments.protocol import (
 )
 from deployments.ray_private import bind_replica_to_node_address
 from deployments.responses import ChatWriter, CompletionWriter, Writer, sse_events, whole_response
+from deployments.served_models import possible_names
 from deployments.sizing import PromptSizes
-from selectn_core.config import SloConfig
+from selectn_core.config import ModelConfig, SloConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 class Ingress:
     """The ingress deployment's class: builds the FastAPI application in its replica."""
 
-    def __init__(self, replica: DeploymentHandle, limits: RequestLimits, slo: SloConfig) -> None:
+    def __init__(self, replica: DeploymentHandle, limits: RequestLimits, slo: SloConfig, model: ModelConfig) -> None:
         bind_replica_to_node_address()
         self._keys = load_api_keys(limits.api_keys_file, limits.api_keys_env)
         admission = Admission(
@@ -58,7 +59,14 @@ class Ingress:
         )
         sizes = PromptSizes(limits.default_max_tokens)
         ttft_s = None if slo.ttft_ms == "auto" else slo.ttft_ms / 1e3
-        client = ReplicaClient(replica, admission, sizes, ttft_s=ttft_s, timeout_s=limits.admission_timeout_s)
+        client = ReplicaClient(
+            replica,
+            admission,
+            sizes,
+            ttft_s=ttft_s,
+            timeout_s=limits.admission_timeout_s,
+            model_names=possible_names(model),
+        )
         self._service = Service(client)
         self._limits = limits
 
@@ -84,14 +92,11 @@ class Service:
 
     async def models(self) -> ModelList:
         """GET /v1/models."""
-        return ModelList(data=(_model(await self._replicas.model_card()),))
+        return ModelList(data=tuple(_model(card) for card in await self._replicas.models.cards()))
 
     async def model(self, name: str) -> Model:
         """GET /v1/models/{name}. Raises ApiError 404 for another model."""
-        card = await self._replicas.model_card()
-        if name != card.name:
-            raise model_not_found(name, card.name)
-        return _model(card)
+        return _model(await self._replicas.models.card(name))
 
     async def check_health(self) -> None:
         """Raises ApiError 503 unless a replica answers that it is healthy."""
@@ -113,6 +118,7 @@ class Service:
             prompt=prompt,
             sampling=body.sampling(max_tokens),
             stop=body.stop,
+            model=body.model,
             ttft_ms=body.slo.ttft_ms if body.slo is not None else None,
             tpot_ms=body.slo.tpot_ms if body.slo is not None else None,
         )

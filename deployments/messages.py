@@ -40,6 +40,7 @@ class Sampling:
 class GenerateRequest:
     """One generation. `prompt` is text, token ids, or a conversation for the chat template.
 
+    `model` is the name that was asked for; "": whatever is served.
     `ttft_ms` and `tpot_ms` are the request's own latency objectives; None: the server's.
     `origin` names the caller among those that share the replicas, `sequence` the request among the caller's.
     `waited_s`: since it came to the caller, of which the time to its first token counts.
@@ -49,6 +50,7 @@ class GenerateRequest:
     prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    model: str = ""
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     origin: str = ""

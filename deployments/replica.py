@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
@@ -98,6 +99,9 @@ class SelectNReplica:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateMessage]:
         """Refused, or Accepted, Delta..., Finished. Abandoning the iterator cancels the request."""
         came_s = time.monotonic()
+        if request.model not in ("", self._engine.model_name):  # its caller has not heard yet who serves what
+            yield Refused(kind="unavailable", message=f"this replica does not serve the model '{request.model}'")
+            return
         try:
             prompt_ids = await self._in_tokenizer_thread(encode_prompt, self._tokenizer, request)
             params = self._sampling_params(request.sampling, len(prompt_ids))
@@ -156,7 +160,11 @@ class SelectNReplica:
         """Serve's hook, called every `headroom_period_s`: what the routers rank this replica by."""
         self._door.let_in()
         replica_id = serve.get_replica_context().replica_id.unique_id
-        return replica_report(replica_id, self._engine, self._door, self._prefixes).to_json()
+        report = replica_report(replica_id, self._engine, self._door, self._prefixes)
+        card = await self.model_card()
+        return replace(
+            report, model=card.name, max_model_len=card.max_model_len, model_created_unix_s=card.created_unix_s
+        ).to_json()
 
     async def drain(self) -> None:
         """Lets no request in any more, and sends those at the door elsewhere; those inside finish."""

@@ -23,13 +23,21 @@ class HeadroomRouter(RequestRouter):
     def initialize_state(self, **_: Any) -> None:
         """Serve's hook."""
         self._shared = boards.board_of(self.app_name)
+        self._read: dict[str, tuple[dict[str, Any], ReplicaReport | None]] = {}
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve's hook: the running replicas, or their reports, have changed."""
         super().update_replicas(replicas)
+        self._read = {each.replica_id.unique_id: self._read_stats(each) for each in replicas}
         with self._shared.locked() as board:
-            board.observe({each.replica_id.unique_id: _report(each) for each in replicas})
+            board.observe({replica_id: report for replica_id, (_, report) in self._read.items()})
         self._shared.changed()
+
+    def _read_stats(self, replica: RunningReplica) -> tuple[dict[str, Any], ReplicaReport | None]:
+        """What the replica has said, and the report that it is. Serve tells of all when one has said anything."""
+        stats = replica.routing_stats
+        before = self._read.get(replica.replica_id.unique_id)
+        return before if before is not None and before[0] == stats else (stats, ReplicaReport.from_json(stats))
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Serve's hook."""
@@ -69,7 +77,3 @@ class HeadroomRouter(RequestRouter):
 
 def _generate_request(pending_request: PendingRequest) -> GenerateRequest | None:
     return next((each for each in pending_request.args if isinstance(each, GenerateRequest)), None)
-
-
-def _report(replica: RunningReplica) -> ReplicaReport | None:
-    return ReplicaReport.from_json(replica.routing_stats)

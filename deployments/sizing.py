@@ -48,6 +48,7 @@ class PromptSizes:
             prompt_tokens=prompt_tokens,
             ttft_s=ttft_s,
             prefixes=prefix_hashes(data),
+            model=request.model,
         )
 
     def counted(self, request: GenerateRequest, num_prompt_tokens: int) -> None:

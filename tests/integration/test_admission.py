@@ -21,7 +21,8 @@ from ray import serve
 from ray.serve.context import _get_global_client  # deploys a config, as `serve deploy` does
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.headroom import DOOR_REQUESTS, ReplicaReport
+from cluster.board import DOOR_REQUESTS
+from cluster.headroom import ReplicaReport
 from deployments.admission import Admission
 from deployments.board import board_of
 from deployments.config import REPLICA_NAME, AppArgs

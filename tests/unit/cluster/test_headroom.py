@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from cluster.board import DOOR_REQUESTS, Board
 from cluster.headroom import (
-    DOOR_REQUESTS,
     MAX_PREFIXES,
     Ask,
-    Board,
     Promise,
     RecentPrefixes,
     ReplicaReport,
@@ -128,7 +127,18 @@ class TestRanking:
         assert ranked(board, ask()) == ["c"]
         assert board.could_hold(ask())
         assert not board.could_hold(ask(tokens=5000))
-        assert board.longest_request_tokens == 2000
+        assert board.longest_request_tokens() == 2000
+
+    def test_a_model_is_looked_for_where_it_is_served_or_may_be(self):
+        board = board_of(report("a", model="old"), report("b", 500, model="new", longest_request_tokens=50))
+        board.observe({**{name: board._seen[name].report for name in "ab"}, "c": None})
+        assert ranked(board, ask(model="old")) == ["a", "c"]
+        assert ranked(board, ask(model="new", tokens=50)) == ["b", "c"]
+        assert ranked(board, ask(tokens=50)) == ["a", "b", "c"]
+        board.forget("c")
+        assert [board.has_model(name) for name in ("old", "new", "other")] == [True, True, False]
+        assert not board.could_hold(ask(model="new", tokens=60)), "the other one's limit is none of its"
+        assert (board.longest_request_tokens("new"), board.longest_request_tokens()) == (50, 2000)
 
     def test_what_the_model_itself_cannot_do_is_for_a_replica_to_say(self):
         board = board_of(report("a", longest_request_tokens=99, is_model_limit=True))
@@ -248,6 +258,12 @@ class TestMissingAndStaleReports:
         assert ReplicaReport.from_json({}) is None
         assert ReplicaReport.from_json({**sent.to_json(), "drain_tokens_per_s": float("nan")}) is None
 
+    def test_a_report_that_names_its_model_arrives_whole(self):
+        sent = report("a", model="m", max_model_len=8, model_created_unix_s=3)
+        assert ReplicaReport.from_json(sent.to_json()) == sent
+        for wrong in ({"model": 1}, {"max_model_len": -1}, {"model_created_unix_s": 0.5}):
+            assert ReplicaReport.from_json({**sent.to_json(), **wrong}) is None
+
     def test_an_objective_is_a_time_and_may_be_endless(self):
         sent = report("a", ttft_s=0.5, tightest_ttft_s=0.25, loosest_ttft_s=float("inf"))
         assert ReplicaReport.from_json(sent.to_json()) == sent
@@ -341,7 +357,7 @@ class BoardMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_was_sent_is_known_by_replica_too(self):
-        by_replica = {name: set(there) for name, there in self.board._sent_to.items()}
+        by_replica = {name: set(there.requests) for name, there in self.board._sent_to.items()}
         places = {place for place, _ in self.placed.values()}
         assert by_replica == {
             name: {key for key, (place, _) in self.placed.items() if place == name} for name in places

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.board import Board
 from cluster.door import Door, Visit
+from cluster.headroom import Ask, Promise, ReplicaReport
 from selectn_core.errors import EngineOverloaded
-from tests.unit.cluster import reference_door
+from tests.unit.cluster import reference_board, reference_door
 
 # -- the door ------------------------------------------------------------------------------------------------------
 
@@ -109,6 +112,110 @@ def test_the_door_decides_as_its_reference_does(steps, footprint, max_requests):
         doors[0].door.check_integrity()
 
 
+# -- the board -----------------------------------------------------------------------------------------------------
+
+ME, REPLICAS = "me", "abcd"
+PREFIXES = st.lists(st.integers(0, 5), max_size=3, unique=True).map(tuple)
+PROMISES = st.lists(
+    st.builds(
+        Promise,
+        origin=st.sampled_from([ME, "x", "y", ""]),
+        tokens=st.integers(0, 300),
+        requests=st.integers(0, 3),
+        sequence=st.integers(0, 12),
+    ),
+    max_size=4,
+    unique_by=lambda promise: promise.origin,
+).map(tuple)
+REPORTS = st.builds(
+    ReplicaReport,
+    replica_id=st.just("r"),
+    reported_s=st.integers(0, 3).map(float),
+    kv_capacity_tokens=st.integers(0, 600),
+    longest_request_tokens=st.sampled_from([150, 1000]),
+    max_requests=st.integers(1, 6),
+    is_model_limit=st.booleans(),
+    promises=PROMISES,
+    waiting_prefill_tokens=st.integers(0, 50),
+    drain_tokens_per_s=st.none() | st.floats(0, 100),
+    prefill_s_per_token=st.none() | st.floats(0, 0.1),
+    slack=st.none() | st.floats(-1, 1),
+    ttft_s=st.none() | st.floats(0.1, 5),
+    tightest_ttft_s=st.none() | st.floats(0.1, 1),
+    loosest_ttft_s=st.none() | st.floats(1, 9),
+    prefixes=PREFIXES,
+    is_draining=st.booleans(),
+)
+REPLICA = st.sampled_from(REPLICAS)
+ASKED = st.tuples(st.integers(1, 400), st.none() | st.floats(0.1, 5), PREFIXES)
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("observe"), st.dictionaries(REPLICA, st.none() | REPORTS)),
+        st.tuples(st.just("place"), ASKED),
+        st.tuples(st.just("place"), ASKED),
+        st.tuples(st.just("again"), st.integers(0, 20), ASKED),
+        st.tuples(st.just("begun"), st.integers(0, 20)),
+        st.tuples(st.just("moved"), st.integers(0, 20), REPLICA),
+        st.tuples(st.just("end"), st.integers(0, 20)),
+        st.tuples(st.just("forget"), REPLICA),
+        st.tuples(st.just("time"), st.floats(0, 3)),
+    ),
+    max_size=30,
+)
+
+
+def asked(number: int, tokens: int, ttft_s: float | None, prefixes: tuple[int, ...]) -> Ask:
+    return Ask(
+        request_id=f"r{number}",
+        tokens=tokens,
+        least_tokens=tokens,
+        prompt_tokens=tokens // 2,
+        ttft_s=ttft_s,
+        prefixes=prefixes,
+    )
+
+
+def happens(board: Any, number: int, what: str, values: list[Any]) -> Any:
+    """One event on either board, and what it answers."""
+    if what == "place":
+        return board.place(asked(number, *values[0]))
+    if what == "again":
+        return board.place(asked(values[0], *values[1]), excluded=("a",))
+    if what in ("begun", "end"):
+        return getattr(board, what)(f"r{values[0]}")
+    if what == "moved":
+        return board.moved(f"r{values[0]}", values[1])
+    return getattr(board, what)(*values)
+
+
+def all_that_it_says(board: Any, of: Ask) -> tuple[Any, ...]:
+    longest = board.longest_request_tokens
+    return (
+        [vars(standing) for standing in board.rank(of)],
+        board.could_hold(of),
+        longest() if callable(longest) else longest,
+        *(board.free_tokens(), board.door_tokens(), board.drain_tokens_per_s(), board.prefill_s(of)),
+        *(board.ttft_s, board.ttft_range_s, board.replica_ids),
+        [(board.order(f"r{i}"), board.replica_of(f"r{i}"), board.sequence_of(f"r{i}")) for i in range(30)],
+    )
+
+
+@settings(deadline=None, max_examples=300)
+@given(EVENTS, ASKED, ASKED)
+def test_the_board_decides_as_its_reference_does(events, first, second):
+    now_s = [0.0]
+    boards = [each(ME, stale_after_s=5.0, clock=lambda: now_s[0]) for each in (Board, reference_board.Board)]
+    for number, (what, *values) in enumerate(events):
+        if what == "time":
+            now_s[0] += values[0]
+        else:
+            ours, reference = (happens(board, number, what, values) for board in boards)
+            assert ours == reference
+        for asking in (asked(number, *first), asked(0, *second)):  # one that comes, and one that may be there already
+            ours, reference = (all_that_it_says(board, asking) for board in boards)
+            assert ours == reference
+
+
 # -- how much work it is -------------------------------------------------------------------------------------------
 
 
@@ -156,3 +263,41 @@ def test_the_doors_work_grows_with_the_requests_inside_and_not_with_their_square
         return num_calls(getattr(door, what))
 
     assert work(512) < 9 * work(64)
+
+
+def full_board(num_replicas: int, num_origins: int, board_type: Any = Board) -> Any:
+    """Every replica full, each with this caller's requests and promises to others."""
+    board = board_type(ME, stale_after_s=5.0, clock=lambda: 0.0)
+    names = [f"replica{number}" for number in range(num_replicas)]
+    promises = tuple(Promise(origin=f"o{i}", tokens=10, requests=1) for i in range(num_origins))
+    report = ReplicaReport(
+        replica_id="r",
+        reported_s=0.0,
+        kv_capacity_tokens=40,
+        longest_request_tokens=10**6,
+        max_requests=10**6,
+        drain_tokens_per_s=1.0,
+    )
+    board.observe(dict.fromkeys(names, report))
+    for number in range(1, 1 + 4 * num_replicas):
+        assert board.place(asked(number, 10, None, ())) is not None
+    board.observe({name: replace(report, promises=promises, reported_s=1.0) for name in names})
+    return board
+
+
+ASKING = asked(0, 10, 1.0, (1, 2))
+
+
+@pytest.mark.parametrize(
+    "question",
+    [lambda board: board.rank(ASKING), lambda board: board.place(ASKING), Board.drain_tokens_per_s, Board.free_tokens],
+    ids=["rank", "place", "drain_tokens_per_s", "free_tokens"],
+)
+def test_the_boards_work_grows_with_the_replicas_and_not_with_their_requests(question):
+    def work(num_replicas: int, num_origins: int) -> int:
+        board = full_board(num_replicas, num_origins)
+        board.drain_tokens_per_s()  # what has come since the last question is added up once
+        return num_calls(lambda: question(board))
+
+    assert work(32, 64) <= 1.1 * work(32, 8)
+    assert work(64, 8) < 2.5 * work(32, 8)

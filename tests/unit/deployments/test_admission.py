@@ -38,9 +38,10 @@ class Case:
             )
         self.shared.changed()
 
-    def claim(self, tokens: int = 400, key: str = "k", priority: Any = "normal") -> Claim:
+    def claim(self, tokens: int = 400, key: str = "k", priority: Any = "normal", model: str = "") -> Claim:
         self.num += 1
-        ask = Ask(request_id=f"r{self.num}", tokens=tokens, least_tokens=tokens, prompt_tokens=10, ttft_s=self.ttft_s)
+        sizes = {"tokens": tokens, "least_tokens": tokens, "prompt_tokens": 10}
+        ask = Ask(request_id=f"r{self.num}", ttft_s=self.ttft_s, model=model, **sizes)
         return self.admission.claim(ask, key=key, priority=priority)
 
     def enter(self, *args: Any, **kwargs: Any) -> asyncio.Task[Turn]:
@@ -130,6 +131,22 @@ def test_what_no_replica_can_ever_hold_is_a_503_that_says_the_limit():
         error = await refusal(case.enter(1501))
         assert (error.status, error.code, error.retry_after_s) == (503, "request_too_large", None)
         assert "1500" in str(error)
+
+    run(check())
+
+
+def test_one_whose_model_is_gone_does_not_wait_for_it_and_others_do_not_wait_for_that():
+    async def check():
+        case = Case()
+        case.report("a", promises=FULL, model="old")
+        await case.enter(model="old")  # at the door
+        old, new = case.enter(model="old"), case.enter(model="new", tokens=10)
+        assert (await refusal(new)).status == 503
+        case.report("b", model="new")
+        error = await refusal(old)
+        assert (error.status, error.code) == (503, "unavailable")
+        assert error.retry_after_s is not None
+        assert (await case.enter(model="new")).replica_id == "b"
 
     run(check())
 

@@ -200,6 +200,20 @@ def test_one_that_is_broken_off_is_cancelled() -> None:
     run(check)
 
 
+def test_one_that_came_to_a_replica_of_another_model_is_sent_on() -> None:
+    async def check() -> None:
+        client = Client(Stream(Refused(kind="unavailable", message="another model")), Stream(*ANSWER))
+        client.report("a")
+        asking = asyncio.ensure_future(client.ask(model="new"))
+        await asyncio.sleep(0.01)
+        assert not asking.done()
+        client.report("b", model="new")
+        assert await asking == "a"
+        assert [request.model for request in client.handle.requests] == ["new", "new"]
+
+    run(check)
+
+
 class TestObjectives:
     @staticmethod
     async def full(client: Client, *replica_ids: str, **fields: Any) -> None:
