@@ -118,8 +118,13 @@ class Forecast:
         num_there = self.num_there(begins)
         if num_there == 0:  # alone it may have more than the capacity
             return True
-        own, room = self.footprints.held(course), capacity - self.held[begins : begins + course.lasts + 1]
-        return num_there < max_requests and bool((own[: len(room)] <= room).all() and own[-1] <= capacity)
+        if num_there >= max_requests:
+            return False
+        own, room = self.footprints.held(course), capacity - self.held[begins:]
+        num_beside = min(len(own), len(room))
+        # Where there is too little room without it as well nobody begins before that is over.
+        fits = (own[:num_beside] <= room[:num_beside]).all() and (room >= self.footprints.of(0)).all()
+        return bool(fits and own[-1] <= capacity)
 
     def turn_of(self, course: Course, capacity: int, max_requests: int) -> int:
         """The first step at which one more `may_begin`."""
@@ -129,11 +134,12 @@ class Forecast:
         ends = sorted(each.lasts for each in self.courses)
         full_until = ends[len(ends) - max_requests] if len(ends) >= max_requests else -1
         # At each step there is room for so many tokens more than it begins with; -1 where there is none for it at all.
-        # It must not begin so much earlier that it has more by then, unless so early that it is gone.
-        steps = np.arange(num_steps)
-        fitting = np.searchsorted(along, capacity - self.held, side="right") - 1
+        # It must not begin so much earlier that it has more by then, unless so early that it is gone; nor, where there
+        # is too little without it as well, at any step before.
+        steps, room = np.arange(num_steps), capacity - self.held
+        fitting = np.searchsorted(along, room, side="right") - 1
         is_short = fitting < course.more
-        first = np.maximum(steps - course.lasts, 0)[is_short]
+        first = np.where(room < self.footprints.of(0), 0, np.maximum(steps - course.lasts, 0))[is_short]
         behind = (steps - fitting)[is_short]
         forbidden = np.zeros(num_steps + 2, np.int64)
         has_any = behind > first

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.board import Board
 from cluster.door import Door, Visit
+from cluster.forecast import Course, Footprints, Forecast
 from cluster.headroom import Ask, Promise, ReplicaReport
 from selectn_core.errors import EngineOverloaded
 from tests.unit.cluster import reference_board, reference_door
@@ -112,6 +113,34 @@ def test_the_door_decides_as_its_reference_does(steps, footprint, max_requests):
         doors[0].door.check_integrity()
 
 
+COURSES = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 25)), min_size=1, max_size=8)
+
+
+@settings(deadline=None, max_examples=500)
+@given(COURSES, st.tuples(st.integers(1, 40), st.integers(0, 25)), st.sampled_from(sorted(FOOTPRINTS)), st.data())
+def test_what_is_known_of_every_step_to_come_is_what_each_request_says_for_itself(inside, first, footprint, data):
+    """The peak and who holds what at it, when one more could come in, and whether it could at any given step."""
+    (tokens, more), courses = first, tuple(Course(*each) for each in inside)
+    forecast = Forecast.of(courses, Footprints(FOOTPRINTS[footprint]))
+    peak = forecast.beside(Course(*first)).peak
+    capacity = data.draw(st.integers(0, peak + 10) | st.sampled_from([peak - 1, peak, forecast.peak]))
+    max_requests = data.draw(st.integers(1, len(inside) + 1))
+    reference = reference_door.Door(lambda: capacity, FOOTPRINTS[footprint], max_requests=max_requests, max_waiting=1)
+    visits = [
+        reference_door.Visit(origin="o", prompt_tokens=start, total_tokens=start + rest, decide=lambda _: None)
+        for start, rest in (*inside, first)
+    ]
+    courses_there = [reference_door._Course(tokens=start, more=rest) for start, rest in inside]
+    assert forecast.at_peak() == reference._at_peak(visits[:-1])
+    assert peak == sum(reference._at_peak(visits))
+    turn = reference._turn_of(visits[-1], courses_there)
+    assert forecast.turn_of(Course(*first), capacity, max_requests) == turn
+    for step in range(len(forecast.held) + 3):
+        own = reference_door._Course(tokens=tokens, more=more, begins=step)
+        may = reference._may_begin(own, courses_there)
+        assert forecast.may_begin(Course(*first), step, capacity, max_requests) == may
+
+
 # -- the board -----------------------------------------------------------------------------------------------------
 
 ME, REPLICAS = "me", "abcd"
@@ -120,9 +149,9 @@ PROMISES = st.lists(
     st.builds(
         Promise,
         origin=st.sampled_from([ME, "x", "y", ""]),
-        tokens=st.integers(0, 300),
+        tokens=st.sampled_from([0, 10, 100, 300]),
         requests=st.integers(0, 3),
-        sequence=st.integers(0, 12),
+        sequence=st.integers(0, 3),
     ),
     max_size=4,
     unique_by=lambda promise: promise.origin,
@@ -137,7 +166,7 @@ REPORTS = st.builds(
     is_model_limit=st.booleans(),
     promises=PROMISES,
     waiting_prefill_tokens=st.integers(0, 50),
-    drain_tokens_per_s=st.none() | st.floats(0, 100),
+    drain_tokens_per_s=st.sampled_from([None, 0.0, 7.0, 100.0]),
     prefill_s_per_token=st.none() | st.floats(0, 0.1),
     slack=st.none() | st.floats(-1, 1),
     ttft_s=st.none() | st.floats(0.1, 5),
