@@ -12,6 +12,7 @@ their fallback, an equal share, which is kept free for as many as the node's age
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -27,7 +28,9 @@ from cluster.messages import (
     RangeUpdate,
     ReplicaReport,
 )
-from selectn_core.bounds import Bounds, check_numbers, require
+from selectn_core.bounds import Bounds, check_numbers, flaw_in, require
+
+logger = logging.getLogger(__name__)
 
 LEASE = Bounds(above=0, at_most=120)
 # A share that differs by less than this goes out with the next renewal, not at once.
@@ -76,12 +79,13 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinatorStatus:
-    """`is_settling`: this life is younger than a lease and raises nobody."""
+    """`is_settling`: this life is younger than a lease and raises nobody. `num_refused`: reports that made no sense."""
 
     life: int
     is_settling: bool
     num_nodes: int
     replicas: tuple[ReplicaStatus, ...]
+    num_refused: int = 0
 
 
 @dataclass
@@ -134,6 +138,7 @@ class Coordinator:
 
     def __init__(self, config: CoordinatorConfig, *, life: int, now_s: float) -> None:
         self._config = config
+        self._num_refused = 0
         self._begin(life, now_s)
 
     @property
@@ -142,15 +147,19 @@ class Coordinator:
         return self._life
 
     def on_node_report(self, report: NodeState, now_s: float) -> None:
-        """Takes note of a node's buses. Older reports than the last are ignored."""
+        """Takes note of a node's buses. Older reports than the last are ignored, and what makes no sense is counted."""
+        if self._is_refused(report.node_id, flaw_in(report)):
+            return
         node = self._nodes.get(report.node_id)
         if node is None or report.sequence > node.report.sequence:
             self._nodes[report.node_id] = _Node(report, now_s)
 
     def on_replica_report(self, report: ReplicaReport, now_s: float) -> Heard:
         """Takes note of a replica's state. "old": a later one is known, this one is to be left unanswered;
-        "same": nothing in it changes what others may do.
+        "same": nothing in it changes what others may do. One that makes no sense is left unanswered too, and counted.
         """
+        if self._is_refused(report.replica_id, flaw_in(report) or report.link.flaw):
+            return "old"
         if report.heard_life > self._life:
             # A clock went back over the restart. Updates of a life that is not the latest would be ignored.
             self._begin(report.heard_life + 1, now_s)
@@ -241,8 +250,17 @@ class Coordinator:
             life=self._life,
             is_settling=self._is_settling(now_s),
             num_nodes=len(self._nodes),
+            num_refused=self._num_refused,
             replicas=tuple(sorted(replicas, key=lambda each: each.replica_id)),
         )
+
+    def _is_refused(self, sender: str, flaw: str | None) -> bool:
+        if flaw is None:
+            return False
+        self._num_refused += 1
+        if self._num_refused & (self._num_refused - 1) == 0:  # the 1st, 2nd, 4th, ...: a sender may never stop
+            logger.warning("report %d that makes no sense, from %s: %s", self._num_refused, sender, flaw)
+        return True
 
     def _begin(self, life: int, now_s: float) -> None:
         self._life, self._born_s, self._number = life, now_s, 0

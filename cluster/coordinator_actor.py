@@ -71,7 +71,8 @@ class CoordinatorActor:
         future = self._waiting[report.replica_id] = asyncio.get_running_loop().create_future()
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(future, min(hold_s, self._config.lease_s / 2))
+                # The caller's own number: what is none is no time at all.
+                await asyncio.wait_for(future, min(hold_s, self._config.lease_s / 2) if hold_s >= 0 else 0)
         finally:
             is_current = self._waiting.get(report.replica_id) is future
             if is_current:

@@ -6,7 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 MAX_ORIGINS = 64
@@ -89,16 +89,18 @@ class ReplicaReport:
     def _is_sane(self) -> bool:
         counts = (
             *(self.kv_capacity_tokens, self.longest_request_tokens, self.max_requests, self.waiting_prefill_tokens),
-            *(self.max_model_len, self.model_created_unix_s),
+            *(self.max_model_len, self.model_created_unix_s, self.num_waiting),
             *(count for each in self.promises for count in (each.tokens, each.requests, each.sequence)),
         )
         rates = (self.drain_tokens_per_s, self.prefill_s_per_token)
-        objectives = (self.ttft_s, self.tightest_ttft_s, self.loosest_ttft_s)  # which a user may configure as endless
+        objectives = (self.ttft_s, self.tightest_ttft_s, self.loosest_ttft_s)  # endless is one, if of no use
         return (
             type(self.model) is str
             and all(type(count) is int and count >= 0 for count in counts)
             and all(rate is None or 0 <= rate < inf for rate in rates)
             and all(objective is None or objective > 0 for objective in objectives)
+            and isfinite(self.reported_s)  # NaN equals nothing: such a report would be new for ever
+            and (self.slack is None or isfinite(self.slack))
         )
 
 

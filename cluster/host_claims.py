@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cluster.ledger import Ledger, LedgerClosed
 from cluster.node_messages import HostAnswer, HostClaim, LedgerReport, Placement
+from selectn_core.bounds import flaw_in
 from selectn_core.errors import HostMemoryExceeded
 
 # Replicas renew every second or so. A ledger that has just started takes claims only for this long.
@@ -41,6 +42,8 @@ class HostClaims:
 
     def claim(self, claim: HostClaim, now_s: float) -> HostAnswer:
         """Enters a claim, in place of the replica's last one, or says what is in the way."""
+        if flaw := flaw_in(claim):
+            return HostAnswer(held_bytes=self.held_bytes(claim.replica_id), refusal=f"the claim makes no sense: {flaw}")
         try:
             self._enter(claim, now_s)
         except HostMemoryExceeded as error:

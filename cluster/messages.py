@@ -6,6 +6,7 @@ mean nothing to anybody else, who may only send them back.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -34,10 +35,17 @@ class LinkDemand:
     step_s: float
 
     def __post_init__(self) -> None:
+        if self.flaw is not None:
+            raise ValueError(self.flaw)
+
+    @property
+    def flaw(self) -> str | None:
+        """What is wrong with it; None: nothing. Unpickling one does not ask."""
         if not 0 <= self.k_min <= self.k_max:
-            raise ValueError(f"k_min={self.k_min}, k_max={self.k_max}: 0 <= k_min <= k_max is needed")
-        if self.unit_bytes < 1 or not self.step_s > 0:
-            raise ValueError(f"unit_bytes={self.unit_bytes}, step_s={self.step_s}: both must be above 0")
+            return f"k_min={self.k_min}, k_max={self.k_max}: 0 <= k_min <= k_max is needed"
+        if self.unit_bytes < 1 or not 0 < self.step_s < math.inf:
+            return f"unit_bytes={self.unit_bytes}, step_s={self.step_s}: both must be above 0, and finite"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from cluster.messages import BusState, NodeState
 from cluster.node_messages import BusReport, NodeReport, Unavailable
 
+# Beyond this a driver or a configuration is wrong; one such bus must not keep the node's others from being heard of.
+MOST_BYTES_PER_S = 1e15 + 1
+
 
 def node_state(report: NodeReport, *, heard_life: int, num_sharing: int) -> NodeState:
     """What `report` says of the node's buses.
 
-    A bus whose rate is not known is left out: nobody on it is told anything new. The devices of a bus are its GPUs; a
-    bus of emulated devices counts as many as are configured to share it (`num_sharing`), or as are there.
+    A bus whose rate is not known, or is no rate, is left out: nobody on it is told anything new. The devices of a bus
+    are its GPUs; a bus of emulated devices has as many as are configured to share it (`num_sharing`), or as are there.
     """
     return NodeState(
         node_id=report.node_id,
@@ -24,7 +27,7 @@ def node_state(report: NodeReport, *, heard_life: int, num_sharing: int) -> Node
 
 
 def _bus_state(bus: BusReport, report: NodeReport, num_sharing: int) -> BusState | None:
-    if isinstance(bus.bytes_per_s, Unavailable):
+    if isinstance(bus.bytes_per_s, Unavailable) or not 0 < bus.bytes_per_s < MOST_BYTES_PER_S:
         return None
     ledger = report.ledger
     placed = [each.replica_id for each in ledger.replicas if each.bus_id == bus.name] if ledger is not None else []

@@ -21,6 +21,7 @@ from cluster.messages import (
     RangeUpdate,
     ReplicaReport,
 )
+from selectn_core.bounds import flaw_in
 
 
 class RangeHolder:
@@ -87,7 +88,7 @@ class RangeHolder:
         And if it leaves what `link`, the demand of now, needs at least: one that was made before this much was needed
         may have given it to others. It is dropped, and the next one will know.
         """
-        if update.replica_id != self.replica_id or update.epoch.life < self._heard_life:
+        if update.replica_id != self.replica_id or update.epoch.life < self._heard_life or flaw_in(update):
             return False
         self._heard_life = update.epoch.life
         self.tick(now_s)

@@ -7,7 +7,9 @@ Infinity, NaN, booleans and text are no numbers here, whatever the bounds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -101,7 +103,7 @@ def numbers_of(section: Any) -> dict[str, Number]:
 
 def check_numbers(section: Any, where: str) -> None:
     """Raises ConfigError, naming field, value and range, for the first of a configuration's numbers that is wrong."""
-    for name, number in numbers_of(type(section)).items():
+    for name, number in numbers_of(cast(Any, type(section))).items():
         value = getattr(section, name)
         require(number.allows(value), f"{where}.{name}", value, number.allowed)
 
@@ -110,3 +112,46 @@ def require_number(name: str, value: object, *, bounds: Bounds, is_whole: bool =
     """As `check_numbers`, for one number that is not in a configuration; None is one that was not given."""
     number = Number(bounds=bounds, is_whole=is_whole, is_optional=True, words=())
     require(number.allows(value), name, value, number.allowed)
+
+
+# -- messages and files: data that another process made ---------------------------------------------------------------
+
+MOST_WHOLE, MOST_NUMBER = (1 << 63) - 1, 1e300
+
+
+def flaw_in(data: Any, *, endless: Collection[str] = (), least: float = -MOST_NUMBER) -> str | None:
+    """The first number in a dataclass, at any depth, that is not what its field's type says; None: all are.
+
+    Unpickling makes an object without asking its class, so whoever takes one from another process asks here. Whole
+    numbers are 0 to 2^63, others finite and `least` or more; fields of the paths in `endless` may be infinite.
+    """
+    return next(_flaws(data, Any, "", frozenset(endless), least), None)
+
+
+def _flaws(value: Any, hint: Any, path: str, endless: frozenset[str], least: float) -> Iterator[str]:
+    if is_dataclass(value):
+        for name, inner in _hints_of(cast(Any, type(value))).items():
+            yield from _flaws(getattr(value, name), inner, f"{path}.{name}" if path else name, endless, least)
+    elif isinstance(value, tuple | list):
+        parts = get_args(hint)
+        for index, each in enumerate(value):
+            yield from _flaws(each, parts[0] if parts else Any, f"{path}.{index}", endless, least)
+    elif not _is_sound(value, get_args(hint) or (hint,), path in endless, least):
+        yield f"{path}={value!r}"
+
+
+def _is_sound(value: Any, types: tuple[Any, ...], may_be_endless: bool, least: float) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        is_number_wanted = bool({int, float} & set(types)) and not {bool, str} & set(types)
+        return not is_number_wanted or (value is None and type(None) in types)
+    number = cast(float, value)
+    if float not in types and isinstance(value, Integral):
+        return bool({int, Any} & set(types)) and 0 <= number <= MOST_WHOLE
+    is_wanted = float in types or Any in types
+    return is_wanted and (least <= number <= MOST_NUMBER or (may_be_endless and number == math.inf))
+
+
+@lru_cache(maxsize=256)
+def _hints_of(section: Any) -> dict[str, Any]:
+    hints = get_type_hints(section)
+    return {each.name: hints[each.name] for each in fields(section)}

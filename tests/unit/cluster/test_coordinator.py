@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import pickle
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from cluster.coordinator import Coordinator, CoordinatorConfig
@@ -182,6 +188,55 @@ def test_an_update_is_dropped_late_twice_and_by_another_version(coordinator):
 def test_a_configuration_that_cannot_work_is_refused(wrong):
     with pytest.raises(ConfigError, match=f"coordinator.{next(iter(wrong))}="):
         CoordinatorConfig(**wrong)
+
+
+def tampered(message: Any, path: str, value: object) -> Any:
+    """The message as another process may send it: unpickling asks no class whether it makes sense."""
+    message = pickle.loads(pickle.dumps(message))
+    *owners, name = path.split(".")
+    object.__setattr__(functools.reduce(getattr, owners, message), name, value)
+    return message
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, -1, None, "many", True, 10**400])
+@pytest.mark.parametrize(
+    "path",
+    ["sent_s", "sequence", "version", "allowed.link_bytes_per_s", "link.step_s", "link.unit_bytes", "link.k_max"],
+)
+def test_a_replicas_report_that_makes_no_sense_stops_nobody(coordinator, path, value):
+    a, b = holder("a"), holder("b")
+    exchange(coordinator, a, demand(0, 100), 11)
+    before = coordinator.status(11)
+    report = tampered(b.report(demand(0, 100), 11), path, value)
+    is_allowed = path == "sent_s" and value == -1  # any finite time of another's clock
+    assert (coordinator.on_replica_report(report, 11) == "old") == (not is_allowed)
+    if not is_allowed:
+        assert coordinator.status(11) == replace(before, num_refused=1)
+        assert coordinator.update_for(report, 11) is None
+    assert exchange(coordinator, b, demand(0, 100), 12) is not None
+    assert exchange(coordinator, a, demand(0, 100), 12) is not None
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1, None, "many"])
+@pytest.mark.parametrize("name", ["bytes_per_s", "num_devices"])
+def test_a_nodes_report_that_makes_no_sense_changes_nothing(coordinator, name, value, caplog):
+    report = node_report(coordinator, "a", "b", sequence=2)
+    for _ in range(9):
+        coordinator.on_node_report(replace(report, buses=(tampered(report.buses[0], name, value),)), 11)
+    assert coordinator.status(11).num_refused == 9
+    assert len(caplog.records) == 4  # the 1st, 2nd, 4th and 8th: a log has an end
+    assert f"buses.0.{name}={value!r}" in caplog.text
+    assert exchange(coordinator, holder("a"), demand(0, 100), 12) is not None
+
+
+@pytest.mark.parametrize("path", ["lease_s", "sent_s", "allowed.link_bytes_per_s", "k_max", "epoch.life"])
+def test_an_update_that_makes_no_sense_is_not_applied(coordinator, path):
+    a = holder("a")
+    report = a.report(demand(0, 100), 11)
+    coordinator.on_replica_report(report, 11)
+    update = coordinator.update_for(report, 11)
+    assert not a.apply(tampered(update, path, math.inf), 11)
+    assert a.apply(update, 11)
 
 
 def test_of_two_updates_that_cross_only_one_is_applied(coordinator):

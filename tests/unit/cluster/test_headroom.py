@@ -256,7 +256,9 @@ class TestMissingAndStaleReports:
         sent = report("a", promises=others(3), prefixes=(1, 2), slack=0.5, drain_tokens_per_s=7.0)
         assert ReplicaReport.from_json(sent.to_json()) == sent
         assert ReplicaReport.from_json({}) is None
-        assert ReplicaReport.from_json({**sent.to_json(), "drain_tokens_per_s": float("nan")}) is None
+        for name in ("drain_tokens_per_s", "reported_s", "slack"):
+            for value in (float("nan"), float("inf")):
+                assert ReplicaReport.from_json({**sent.to_json(), name: value}) is None
 
     def test_a_report_that_names_its_model_arrives_whole(self):
         sent = report("a", model="m", max_model_len=8, model_created_unix_s=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -38,6 +39,16 @@ class Node:
     def reserved(self, now_s: float = 0) -> int:
         self.claims.check_integrity()
         return self.claims.report(now_s).reserved_bytes
+
+
+@pytest.mark.parametrize("num_bytes", [-1, float("inf"), float("nan"), 0.5, None, True])
+def test_a_claim_that_makes_no_sense_is_refused_and_changes_nothing(num_bytes):
+    node = Node()
+    node.claims.claim(claim("a", 10), 0)
+    answer = node.claims.claim(claim("a", num_bytes), 0)
+    assert (answer.held_bytes, answer.ask_again) == (10, False)
+    assert f"own_bytes={num_bytes!r}" in answer.refusal
+    assert node.reserved() == 10
 
 
 def test_a_store_counts_once_and_is_the_first_ones():

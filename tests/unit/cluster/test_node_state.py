@@ -97,3 +97,9 @@ def test_the_bus_of_a_gpu():
     known = report(bus("one", "G1", "G2"), bus("two", "G3"))
     assert bus_of_gpu(known, "G3") == "two"
     assert bus_of_gpu(known, "G9") is None
+
+
+@pytest.mark.parametrize("rate", [float("inf"), float("nan"), 0.0, -1.0])
+def test_a_bus_with_a_rate_that_is_none_does_not_keep_the_others_from_being_heard_of(rate):
+    state = node_state(report(bus("odd", "g", rate=rate), bus("good", "h")), heard_life=1, num_sharing=1)
+    assert [each.bus_id for each in state.buses] == ["good"]
