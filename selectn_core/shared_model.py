@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from selectn_core.config import HostConfig, ModelConfig
 from selectn_core.device import align_up
 from selectn_core.errors import ConfigError, HostMemoryExceeded, UnsupportedModel
-from selectn_core.host_memory import SHARED_MEMORY, available_host_memory, free_bytes
+from selectn_core.host_memory import SHARED_MEMORY, available_host_memory, free_bytes, is_in_memory
 from selectn_core.loading import LoadedModel, load_model, load_tokenizer, load_weights, resolve_source
 from selectn_core.resident import resident_tensors
 from selectn_core.shared_store import (
@@ -34,11 +34,11 @@ from selectn_core.shared_store import (
     stored_bytes,
     write_store,
 )
+from selectn_core.store_files import FILES, distinct_directories
 from selectn_core.units import TENSOR_ALIGNMENT_BYTES, find_units
 
 logger = logging.getLogger(__name__)
 
-FILES = Path("/var/tmp")
 _REST = "rest"  # the section of what belongs to no unit: embeddings, norms, head, and all buffers
 _CHECKPOINT_SUFFIXES = {".json", ".safetensors", ".bin"}
 _CHUNK_BYTES = 8 << 20
@@ -170,6 +170,9 @@ def _usable_places(host: HostConfig) -> list[_Place]:
     if not usable:
         tried = " and ".join(str(place.directory) for place in places)
         raise ConfigError(f"{tried} is no directory this user can write to: set host.directory to one")
+    distinct = distinct_directories([place.directory for place in usable])
+    if len(distinct) < len(usable):  # two that are one are what they are
+        return [_Place(directory=each, in_memory=is_in_memory(each)) for each in distinct]
     return usable
 
 

@@ -15,8 +15,6 @@ import json
 import logging
 import mmap
 import os
-import re
-import stat
 import struct
 import warnings
 import zlib
@@ -29,6 +27,17 @@ import torch
 
 from selectn_core.device import align_up
 from selectn_core.errors import HostMemoryExceeded, StoreRefused
+from selectn_core.file_lock import try_lock
+from selectn_core.store_files import (
+    distinct_directories,
+    identity,
+    is_at,
+    locked,
+    open_own,
+    open_unnamed,
+    remove_abandoned,
+    store_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +92,7 @@ class SharedStore:
         self.fingerprint: str = manifest["fingerprint"]
         self.model: dict[str, Any] = manifest["model"]
         self.sections = {each["name"]: _section(each) for each in manifest["sections"]}
-        if path.name != _name(self.fingerprint):
+        if path.name != store_name(self.fingerprint):
             raise DamagedStore(f"it is the store of {self.fingerprint}")
 
     @property
@@ -123,8 +132,8 @@ class SharedStore:
         self._closed = True
         atexit.unregister(self.close)
         if os.getpid() == self._pid:  # a forked child has its parent's lock and must not give it up
-            with _locked(self.path.parent, self.fingerprint):
-                if _try_lock(self._fd, fcntl.LOCK_EX) and _is_at(self._fd, self.path):
+            with locked(self.path.parent, self.fingerprint):
+                if try_lock(self._fd, fcntl.LOCK_EX) and is_at(self._fd, self.path):
                     self.path.unlink()
                 # Python's mmap has a duplicate of the descriptor: closing ours would leave the lock where it is.
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
@@ -135,15 +144,18 @@ def find_or_build(directories: Sequence[Path], fingerprint: str, build: Callable
     """The store of `fingerprint` in one of `directories`, or what `build` makes there with `write_store`.
 
     Of several processes that ask at once, one builds and the others wait for it. What killed processes have left in
-    the directories goes. Raises StoreRefused for a file that is not this user's, or is damaged while others use it.
+    the directories goes. Raises StoreRefused for a file that is not this user's, or is damaged while others use it, and
+    LockHeld where another process builds and does not get on.
     """
+    directories = distinct_directories(directories)
     for directory in directories:
         remove_abandoned(directory, keep=fingerprint)
     with contextlib.ExitStack() as locks:
-        for directory in directories:  # all of them, in one order: `build` is free to choose
-            locks.enter_context(_locked(directory, fingerprint))
+        # All of them, as `build` is free to choose; in one order for all processes, or two could wait for each other.
+        for directory in sorted(directories, key=identity):
+            locks.enter_context(locked(directory, fingerprint))
         for directory in directories:
-            store = _attach(directory / _name(fingerprint))
+            store = _attach(directory / store_name(fingerprint))
             if store is not None:
                 return store
         return build()
@@ -158,20 +170,27 @@ def write_store(
 ) -> SharedStore:
     """Writes a store and opens it; only from within `find_or_build`. `model` is anything JSON can hold.
 
-    The file appears by a rename, whole or not at all. It is written, not mapped: where there is too little room that
+    The file appears whole or not at all, and has no name until then where the file system knows such files: it goes
+    with the process that writes it, however that ends. It is written, not mapped: where there is too little room that
     is an error here (HostMemoryExceeded) and not a bus error later.
     """
-    path, building = directory / _name(fingerprint), directory / _name(fingerprint, ".building")
+    path, building = directory / store_name(fingerprint), directory / store_name(fingerprint, ".building")
+    lock = directory / store_name(fingerprint, ".lock")
     building.unlink(missing_ok=True)  # half-written by a process that was killed
-    fd = _open(building, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    unnamed = open_unnamed(directory)
+    fd = open_own(building, os.O_RDWR | os.O_CREAT | os.O_EXCL) if unnamed is None else unnamed
     try:
         end, written = PAGE_BYTES, []
         for section in sections:
             placed = replace(section, offset=end)
             written.append(replace(placed, crc32=_write_section(fd, placed, read(placed))))
             end = align_up(end + section.num_bytes, PAGE_BYTES)
+            os.utime(lock)  # for those who wait
         _write_manifest(fd, end, {"fingerprint": fingerprint, "model": model, "sections": list(map(asdict, written))})
-        building.rename(path)
+        if unnamed is None:
+            building.rename(path)
+        else:
+            os.link(f"/proc/self/fd/{fd}", path, follow_symlinks=True)
     except BaseException as error:
         building.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -189,25 +208,14 @@ def stored_bytes(sections: Sequence[Section]) -> int:
     return PAGE_BYTES + sum(align_up(section.num_bytes, PAGE_BYTES) for section in sections)
 
 
-def remove_abandoned(directory: Path, *, keep: str = "") -> None:
-    """Removes this user's stores in `directory` that no process uses or builds, the one of `keep` excepted."""
-    pattern = re.compile(re.escape(_name("")) + r"([0-9a-f]+)(\.lock|\.building)?")
-    found = {match[1] for path in directory.iterdir() if (match := pattern.fullmatch(path.name))}
-    for fingerprint in sorted(found - {keep}):
-        # In use, being built, or not ours: none of these is abandoned.
-        with contextlib.suppress(BlockingIOError, StoreRefused), _locked(directory, fingerprint, wait=False):
-            (directory / _name(fingerprint, ".building")).unlink(missing_ok=True)
-            _remove_unused(directory / _name(fingerprint))
-
-
 def _attach(path: Path, *, verify: bool = True) -> SharedStore | None:
     """The store at `path`, if there is one. One that users left by being killed is verified, and removed if damaged."""
     try:
-        fd = _open(path, os.O_RDONLY)
+        fd = open_own(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        abandoned = _try_lock(fd, fcntl.LOCK_EX)
+        abandoned = try_lock(fd, fcntl.LOCK_EX)
         try:
             store = SharedStore(path, fd)
             if abandoned and verify:
@@ -228,81 +236,6 @@ def _attach(path: Path, *, verify: bool = True) -> SharedStore | None:
     except BaseException:
         os.close(fd)
         raise
-
-
-def _remove_unused(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        fd = _open(path, os.O_RDONLY)
-        try:
-            if _try_lock(fd, fcntl.LOCK_EX):
-                logger.info("removing %s, which nobody uses", path)
-                path.unlink()
-        finally:
-            os.close(fd)
-
-
-# -- files and locks ----------------------------------------------------------------------------------------------
-
-
-def _name(fingerprint: str, suffix: str = "") -> str:
-    return f"selectn-store-{os.geteuid()}-{fingerprint}{suffix}"
-
-
-def _open(path: Path, flags: int) -> int:
-    """Opens a file of this user that nobody else can write. Raises StoreRefused for any other."""
-    try:
-        # Not blocking: somebody else's FIFO of this name would otherwise keep us waiting.
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO):
-            raise
-        raise StoreRefused(f"{path} cannot be trusted ({error.strerror}): remove it") from error
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        os.close(fd)
-        raise StoreRefused(
-            f"{path} cannot be trusted: expected a file of user {os.geteuid()} that only this user can open, found "
-            f"{stat.filemode(status.st_mode)} of user {status.st_uid}; remove it"
-        )
-    return fd
-
-
-@contextlib.contextmanager
-def _locked(directory: Path, fingerprint: str, *, wait: bool = True) -> Iterator[None]:
-    """Holds the fingerprint's lock file, which exists only while somebody does. BlockingIOError if not to `wait`."""
-    path = directory / _name(fingerprint, ".lock")
-    while True:
-        fd = _open(path, os.O_RDWR | os.O_CREAT)
-        try:
-            if not _try_lock(fd, fcntl.LOCK_EX):
-                if not wait:
-                    raise BlockingIOError(errno.EAGAIN, "in use", str(path))
-                logger.info("waiting for the process that has %s", path)
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            if _is_at(fd, path):  # else whoever had it has removed it
-                try:
-                    yield
-                    return
-                finally:
-                    path.unlink()
-        finally:
-            os.close(fd)
-
-
-def _try_lock(fd: int, kind: int) -> bool:
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    """Whether the open file is the one that has this name now."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
-    except FileNotFoundError:
-        return False
 
 
 # -- format -------------------------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from selectn_core import shared_store
 from selectn_core.errors import HostMemoryExceeded, StoreRefused
-from selectn_core.shared_store import PAGE_BYTES, remove_abandoned, stored_bytes
+from selectn_core.shared_store import PAGE_BYTES, find_or_build, stored_bytes
+from selectn_core.store_files import distinct_directories, remove_abandoned
 from tests.unit.store_users import NUM_CHUNKS, StoreUser, build, has_the_right_bytes, names, open_here, sections
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,6 +184,43 @@ def test_a_store_of_killed_users_goes_when_another_model_starts(directory) -> No
     assert list(names(directory)) == ["cc", "dd"]
     in_use.close()
     other.close()
+
+
+def test_what_a_builder_has_written_goes_with_it_however_it_ends(directory) -> None:
+    """Half a store in shared memory is half the memory of a machine, and nobody would look for it."""
+    builder = StoreUser(directory, pause_at_chunk=NUM_CHUNKS - 1)
+    assert builder.says() == "paused"
+    assert [path.name for path in directory.iterdir()] == [f"{store_path(directory).name}.lock"]
+    builder.kill()
+    assert list(names(directory)) == []
+
+
+@pytest.mark.parametrize("way", ["itself", "a link", "around", "a mount"])
+def test_a_directory_that_is_named_twice_is_one(directory, way, tmp_path_factory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "again"
+    again = {"itself": directory, "around": directory / ".." / directory.name}.get(way, elsewhere)
+    if way == "a link":
+        again.symlink_to(directory)
+    elif way == "a mount":
+        again.mkdir()
+        mounted = subprocess.run(["mount", "--bind", directory, again], capture_output=True, check=False)
+        if mounted.returncode != 0:
+            pytest.skip(f"cannot mount here: {mounted.stderr.decode()}")
+    try:
+        assert distinct_directories([directory, again]) == [directory]
+        find_or_build([again, directory], "aa", lambda: build(again, "aa")).close()
+    finally:
+        if way == "a mount":
+            subprocess.run(["umount", again], check=True)
+    assert list(names(directory)) == []
+
+
+def test_where_files_need_names_a_half_written_one_is_found_and_removed(directory, monkeypatch) -> None:
+    monkeypatch.setattr(shared_store, "open_unnamed", lambda directory: None)
+    store = open_here(directory)
+    assert has_the_right_bytes(store)
+    store.close()
+    assert list(names(directory)) == []
 
 
 @REAL
