@@ -9,15 +9,14 @@ import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from deployments.config import REPLICA_NAME, AppArgs
+from deployments.config import INGRESS_NAME, REPLICA_NAME, AppArgs
 from deployments.ingress import Ingress
+from deployments.neighbours import NUM_CPUS
 from deployments.replica import SelectNReplica
 from selectn_core.config import DeviceConfig
 
 # The ingress only waits and forwards: what bounds requests is its own admission.
 INGRESS_MAX_ONGOING_REQUESTS = 10_000
-# A share for Ray's placement, not a limit: a replica's arithmetic is bounded by device.compute_threads.
-NUM_CPUS = 0.1
 ROUTER = "deployments.router:HeadroomRouter"
 
 
@@ -43,7 +42,7 @@ def resolve_device(device: DeviceConfig, num_gpus: float) -> DeviceConfig:
 def _ingress(args: AppArgs) -> serve.Deployment:
     return serve.deployment(
         Ingress,
-        name="SelectNIngress",
+        name=INGRESS_NAME,
         num_replicas=args.num_ingress_replicas,
         max_ongoing_requests=INGRESS_MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": NUM_CPUS},

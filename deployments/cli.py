@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,6 +17,7 @@ from deployments import demo_command, node_report_command, plan_command, profile
 from selectn_core.errors import SelectNError
 
 EXIT_OK, EXIT_ERROR = 0, 2
+EXIT_BROKEN_PIPE, EXIT_TERMINATED = 128 + signal.SIGPIPE, 128 + signal.SIGTERM  # as a shell says it
 
 DESCRIPTION = "Latency-SLO-aware memory offloading for LLM inference, on Ray Serve."
 EXAMPLES = """\
@@ -43,12 +48,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     try:
-        return int(args.run(args))
-    except SelectNError as error:
+        with _ending_in_order_when_terminated():
+            code = int(args.run(args))
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # whoever read our output has seen enough
+        with contextlib.suppress(OSError, ValueError):  # a test's stdout has no descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (SelectNError, OSError) as error:
+        logging.getLogger(__name__).debug("the command has failed", exc_info=True)
         print(f"selectn: error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_OK
+
+
+@contextlib.contextmanager
+def _ending_in_order_when_terminated() -> Iterator[None]:
+    """SIGTERM raises SystemExit, so that what a command has in host memory goes with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(EXIT_TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, before)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,9 @@ from deployments.chat_client import Answer, stream_chat
 from deployments.config import IMPORT_PATH, REPLICA_NAME, AppArgs, parse
 from deployments.demo_report import build_report, render
 from deployments.local_cluster import ClusterConfig, keep_ray_on_loopback, local_cluster
-from deployments.serving import base_urls, deployed, free_port, served_model, wait_until_serving
+from deployments.profile_command import require_writable
+from deployments.serve_command import interrupt_on_first_signal, resolve_local_models
+from deployments.serving import base_urls, cleaned_up, deployed, free_port, served_model, wait_until_serving
 from selectn_core.config import DEVICE_KINDS, SloConfig
 
 APP_NAME = "selectn-demo"
@@ -63,6 +65,7 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the demo. Raises SelectNError for whatever the user can put right."""
+    require_writable(args.json)
     keep_ray_on_loopback()
     app_args = _app_args(args)
     answers, before, after, elapsed_s = _serve_and_ask(app_args)
@@ -81,7 +84,8 @@ def _app_args(args: argparse.Namespace) -> AppArgs:
     from selectn_core.device import resolve_kind
 
     kind = resolve_kind(DeviceConfig(kind=args.device))
-    memory_gib = args.device_memory_gib or (EMULATED_MEMORY_GIB if kind == "emulated" else None)
+    emulated_gib = EMULATED_MEMORY_GIB if kind == "emulated" else None
+    memory_gib = emulated_gib if args.device_memory_gib is None else args.device_memory_gib
     return parse(
         AppArgs,
         {
@@ -96,8 +100,10 @@ def _app_args(args: argparse.Namespace) -> AppArgs:
 def _serve_and_ask(app_args: AppArgs) -> tuple[list[Answer], dict[str, Any], dict[str, Any], float]:
     """Answers over HTTP, the replica's state before and after, and the seconds in between."""
     document = _document(app_args)
+    resolve_local_models(document)
     _say("starting a local Ray")
-    with local_cluster(ClusterConfig()), deployed(document):
+    with cleaned_up(document), local_cluster(ClusterConfig(address="local")), deployed(document):
+        interrupt_on_first_signal()  # Ray has put its own handler of SIGTERM in place
         _say(f"loading {app_args.model.source}; the first start on a machine measures it for about a minute")
         wait_until_serving(document, lambda elapsed_s: None)
         replica = _Replica()

@@ -6,14 +6,16 @@ import contextlib
 import ipaddress
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import psutil
 
-from deployments.ray_private import forbid_multi_node_addresses
+from deployments.ray_private import forbid_multi_node_addresses, use_auth_token
 from selectn_core.bounds import Bounds, check_numbers
 from selectn_core.errors import SelectNError
 
@@ -52,10 +54,14 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """A connected Ray. `is_own`: started here, and gone when the `with` block ends."""
+    """A connected Ray. `is_own`: started here, and gone when the `with` block ends.
+
+    `token` is what its dashboard asks for; None: what Ray keeps for its user, if anything (`ray get-auth-token`).
+    """
 
     is_own: bool
     dashboard_url: str | None
+    token: str | None = None
 
 
 @contextlib.contextmanager
@@ -74,10 +80,13 @@ def _joined(address: str) -> Iterator[Cluster]:
     import ray
 
     _require_reachable(address)
+    if _is_loopback(address):  # Ray itself does so for "auto"; a token is not for any machine that somebody names
+        use_auth_token()
     try:
         context = ray.init(address=address, namespace="serve", logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"cannot join the Ray cluster at {address}: {_first_line(error)}") from error
+        hint = "if it asks for a token, set RAY_AUTH_MODE=token"
+        raise ClusterError(f"cannot join the Ray cluster at {address}: {_first_line(error)} ({hint})") from error
     try:
         yield Cluster(is_own=False, dashboard_url=_dashboard_url(context.dashboard_url))
     finally:
@@ -89,6 +98,7 @@ def _started(config: ClusterConfig) -> Iterator[Cluster]:
     import ray
 
     keep_ray_on_loopback()
+    token = _token_of_its_own()
     try:
         context = ray.init(
             address="local",
@@ -101,7 +111,7 @@ def _started(config: ClusterConfig) -> Iterator[Cluster]:
             _node_ip_address=LOOPBACK,
         )
         _require_loopback(context.address_info["node_ip_address"])
-        yield Cluster(is_own=True, dashboard_url=_dashboard_url(context.dashboard_url))
+        yield Cluster(is_own=True, dashboard_url=_dashboard_url(context.dashboard_url), token=token)
     finally:
         _shut_down()
 
@@ -130,6 +140,25 @@ def keep_ray_on_loopback() -> None:
     forbid_multi_node_addresses()
 
 
+def _token_of_its_own() -> str | None:
+    """Has the cluster that is started ask for a token that ends with this process, where the user has none.
+
+    Ray would write one to ~/.ray/auth_token; every `ray start` after that turns authentication on, and `serve deploy`
+    then fails unless RAY_AUTH_MODE=token is set for it.
+    """
+    has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    is_disabled = os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
+    if is_disabled or has_token or (Path.home() / ".ray" / "auth_token").exists():
+        return None
+    token = os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return token
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.removeprefix("ray://").rpartition(":")[0]
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+
+
 def _require_reachable(address: str) -> None:
     """Raises ClusterError if nothing listens at host:port: Ray itself would go on trying for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -139,7 +168,7 @@ def _require_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ClusterError(f"cannot join the Ray cluster at {address}: {error.strerror or error}") from error
-    if host == "localhost" or host.startswith("127."):
+    if _is_loopback(address):
         keep_ray_on_loopback()  # or it takes the address for the machine's own
 
 

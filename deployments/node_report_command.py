@@ -13,9 +13,9 @@ from typing import Any
 
 from cluster.node_messages import BusReport, GpuReport, HostReport, NodeTelemetry, Unavailable
 from cluster.telemetry import Telemetry, TelemetryConfig
-from deployments.config import AppArgs, load_yaml, parse, select_n_applications
+from deployments.config import AppArgs, app_args, load_yaml, parse, select_n_applications
 from deployments.serve_command import DEFAULT_CONFIG
-from selectn_core.errors import ConfigError
+from selectn_core.bounds import Bounds, require_number
 from selectn_core.host_memory import SHARED_MEMORY
 
 # Longer than an agent waits: without a persistent driver NVML takes seconds to start.
@@ -57,8 +57,7 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Samples and prints. Raises ConfigError for a wrong configuration; a broken GPU is no error."""
-    if not args.timeout_s > 0:
-        raise ConfigError(f"--timeout-s={args.timeout_s} is not allowed: expected more than 0")
+    require_number("--timeout-s", args.timeout_s, bounds=Bounds(at_least=0.001, at_most=3600))
     config = replace(_configured(args.config), deadline_s=args.timeout_s)
     with Telemetry(config, node_names={socket.gethostname()}) as telemetry:
         report = telemetry.sample()
@@ -71,7 +70,7 @@ def _configured(path: Path | None) -> TelemetryConfig:
     if path is None:
         return TelemetryConfig()
     application = select_n_applications(load_yaml(path))[0]
-    return parse(AppArgs, application.get("args") or {}, where="args").telemetry
+    return parse(AppArgs, app_args(application), where="args").telemetry
 
 
 def render(report: NodeTelemetry) -> str:

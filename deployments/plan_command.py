@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selectn_core.config import MAX_SLOTS, require
+from selectn_core.bounds import Bounds, require_number
+from selectn_core.config import MAX_SLOTS, MOST_GB_PER_S, MOST_GIB, MOST_MS, MOST_TOKENS
 from selectn_core.errors import ConfigError, Infeasible
 
 if TYPE_CHECKING:
@@ -97,12 +98,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("tpot_ms", "ttft_ms", "batch", "seq", "prompt", "chunk", "device_gib", "host_gib", "link_gbps"):
-        value = getattr(args, name)
-        is_allowed = value is None or 0 < value < math.inf
-        require(is_allowed, f"--{name.replace('_', '-')}", value, "more than 0, and finite")
-    require(args.admitted >= 0, "--admitted", args.admitted, "0 or more")
-    require(1 <= args.max_slots <= MAX_SLOTS, "--max-slots", args.max_slots, f"1 to {MAX_SLOTS}")
+    most = {"tpot_ms": MOST_MS, "ttft_ms": MOST_MS, "device_gib": MOST_GIB, "host_gib": MOST_GIB}
+    for name, at_most in {**most, "link_gbps": MOST_GB_PER_S}.items():
+        require_number(_option(name), getattr(args, name), bounds=Bounds(above=0, at_most=at_most))
+    least = {"batch": 1, "seq": 1, "prompt": 1, "chunk": 1, "admitted": 0}
+    for name, at_least in least.items():
+        bounds = Bounds(at_least=at_least, at_most=MOST_TOKENS)
+        require_number(_option(name), getattr(args, name), bounds=bounds, is_whole=True)
+    slots = Bounds(at_least=1, at_most=MAX_SLOTS)
+    require_number("--max-slots", args.max_slots, bounds=slots, is_whole=True)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _records(args: argparse.Namespace) -> list[PerformanceRecord]:

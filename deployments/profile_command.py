@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selectn_core.config import DEVICE_KINDS, require
+from selectn_core.bounds import Bounds, require_number
+from selectn_core.config import DEVICE_KINDS, MOST_MS, MOST_TOKENS
 from selectn_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,10 +56,11 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, or goes on measuring. Raises SelectNError for whatever the user can put right."""
-    require(args.budget_s > 0, "--budget-s", args.budget_s, "more than 0")
-    require(args.max_length >= 16, "--max-length", args.max_length, "at least 16")
+    require_number("--budget-s", args.budget_s, bounds=Bounds(above=0, at_most=86_400))
+    require_number("--max-length", args.max_length, bounds=Bounds(at_least=16, at_most=MOST_TOKENS), is_whole=True)
+    require_number("--tpot-ms", args.tpot_ms, bounds=Bounds(above=0, at_most=MOST_MS))
     for path in (args.out, args.plot):
-        _require_writable(path)
+        require_writable(path)
     config = _config(args)
     record, path = _measured(args, config)
     print(f"{path}: {len(record.steps)} shapes, {'complete' if record.is_complete else 'incomplete: run it again'}")
@@ -67,25 +71,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _require_writable(path: Path | None) -> None:
-    """Minutes of measuring should not end in an error."""
+def require_writable(path: Path | None) -> None:
+    """Minutes of work should not end in an error: raises ConfigError unless a file can be written there."""
     if path is None:
         return
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: of a name with a NUL in it
+        raise ConfigError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _config(args: argparse.Namespace) -> EngineConfig:
-    from deployments.config import AppArgs, load_yaml, parse, select_n_applications
+    from deployments.config import AppArgs, app_args, load_yaml, parse, select_n_applications
     from deployments.serve_command import DEFAULT_CONFIG
 
     path = args.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None)
-    app_args = (select_n_applications(load_yaml(path))[0].get("args") or {}) if path else {}
-    config = parse(AppArgs, app_args, where=str(path)).engine
+    values = app_args(select_n_applications(load_yaml(path))[0]) if path else {}
+    config = parse(AppArgs, values, where=str(path)).engine
     model = replace(config.model, source=args.model) if args.model else config.model
     device = replace(config.device, kind=args.device) if args.device else config.device
     device = replace(device, link_gb_per_s=args.link_gb_per_s) if args.link_gb_per_s is not None else device

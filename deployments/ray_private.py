@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from deployments.neighbours import RunningApp, RunningServe
+
 logger = logging.getLogger(__name__)
 
 ADD_PORT = "add_port_to_grpc_server"
@@ -28,6 +30,32 @@ def start_serve(schema: Any) -> Any:
     from ray.serve._private import api
 
     return api.serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
+
+
+def running_serve() -> RunningServe | None:
+    """The Serve that runs in this cluster, with what it runs; None where there is none."""
+    from ray.serve import context
+
+    client = context._get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    details = client.get_serve_details()
+    apps = details["applications"]
+    return RunningServe(
+        http_options={key: getattr(client.http_config, key) for key in ("host", "port", "root_path")},
+        target_capacity=details["target_capacity"],
+        apps=tuple(
+            RunningApp(name=name, route_prefix=app["route_prefix"], config=app["deployed_app_config"])
+            for name, app in apps.items()
+        ),
+    )
+
+
+def use_auth_token() -> None:
+    """Has this process show the token that Ray keeps for its user, if there is one and RAY_AUTH_MODE is not set."""
+    from ray._private.authentication import authentication_token_setup
+
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def bind_replica_to_node_address() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import shlex
@@ -11,18 +12,24 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from deployments.config import IMPORT_PATH, AppArgs, load_yaml, parse, select_n_applications
+from deployments.config import IMPORT_PATH, PORT, AppArgs, app_args, load_yaml, parse, select_n_applications
 from deployments.local_cluster import ClusterConfig, local_cluster
 from deployments.serving import (
+    DEFAULT_HOST,
     base_urls,
+    cleaned_up,
     deployed,
     free_port,
     http_address,
     require_free_port,
     served_model,
     wait_until_serving,
+    why_not_placed,
+    why_waiting,
 )
+from selectn_core.bounds import require_number
 from selectn_core.config import DEVICE_KINDS, OFFLOAD_UNITS
+from selectn_core.embedded import cache_directory, embedded_weights, made_directory
 from selectn_core.errors import ConfigError
 
 DEFAULT_CONFIG = Path("serve_config.yaml")
@@ -77,14 +84,14 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM. Raises SelectNError for whatever the user can put right."""
-    _interrupt_on_first_signal()
+    interrupt_on_first_signal()
     try:
         cluster = ClusterConfig(address=args.address, dashboard=args.dashboard)
         document = configured_document(args)
         if cluster.resolved_address() is None:
             require_free_port(*http_address(document))
             resolve_local_models(document)
-        _serve(document, cluster)
+        _serve(document, cluster, _asked_options(args))
     except (KeyboardInterrupt, SystemExit):  # SystemExit: of Ray's own handler of SIGTERM, while Ray starts
         print("stopped", flush=True)
     return 0
@@ -92,37 +99,62 @@ def run(args: argparse.Namespace) -> int:
 
 def configured_document(args: argparse.Namespace) -> dict[str, Any]:
     """The Serve config to deploy: the file's, or the defaults, with the options of this call put in."""
-    path = args.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None)
+    require_number("--port", args.port, bounds=PORT, is_whole=True)
+    path = _config_path(args)
     document = load_yaml(path) if path else default_document()
     if path:
         print(f"using {path}", flush=True)
     document = copy.deepcopy(document)
-    options = document.setdefault("http_options", {})
+    options = document["http_options"] = {"host": DEFAULT_HOST, **(document.get("http_options") or {})}
     if args.port is not None:
         options["port"] = args.port
     if options.get("port") == 0:
         options["port"] = free_port(http_address(document)[0])
     for app in select_n_applications(document):
-        app["args"] = _with_overrides(app.get("args") or {}, args)
+        app["args"] = _with_overrides(app_args(app), args)
         parse(AppArgs, app["args"], where="options")
     return document
 
 
+def _config_path(args: argparse.Namespace) -> Path | None:
+    return args.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None)
+
+
+def _asked_options(args: argparse.Namespace) -> set[str]:
+    """Which of the HTTP options somebody has asked for, in the file or here: port 0 is any."""
+    path = _config_path(args)
+    asked = set(load_yaml(path).get("http_options") or {}) if path else set()
+    return (asked | ({"port"} if args.port else set())) - ({"port"} if args.port == 0 else set())
+
+
 def resolve_local_models(document: dict[str, Any]) -> None:
-    """Makes model paths absolute: a replica has another working directory. Raises ConfigError for a missing one."""
+    """Makes model paths absolute: a replica has another working directory.
+
+    Raises ConfigError for one that is not there, and where this user has no place for what a first start makes.
+    """
     for app in select_n_applications(document):
-        source = parse(AppArgs, app["args"], where="args").model.source
-        path = Path(source).expanduser()
-        if source != "embedded" and path.exists():
+        args = parse(AppArgs, app_args(app), where="args")
+        source, path = args.model.source, Path(args.model.source).expanduser()
+        if source == "embedded" or args.offload.num_offloaded == "auto":
+            made_directory(cache_directory())
+        if source == "embedded":
+            embedded_weights()
+        elif _exists(path):
             app["args"]["model"]["source"] = str(path.resolve())
         elif source.startswith(("/", ".", "~")):
             raise ConfigError(f"model.source={source!r}: there is no such file or directory")
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or has a NUL in it, is no path
+        return False
+
+
 def default_document() -> dict[str, Any]:
     """What is served without a config file."""
-    application = {"name": "selectn", "route_prefix": "/", "import_path": IMPORT_PATH}
-    return {"http_options": {"host": "127.0.0.1"}, "applications": [application]}
+    return {"applications": [{"name": "selectn", "route_prefix": "/", "import_path": IMPORT_PATH}]}
 
 
 def _with_overrides(app_args: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -138,17 +170,21 @@ def _with_overrides(app_args: dict[str, Any], args: argparse.Namespace) -> dict[
     return result
 
 
-def _serve(document: dict[str, Any], config: ClusterConfig) -> None:
-    print("starting Ray ..." if config.resolved_address() is None else "joining Ray ...", flush=True)
-    with local_cluster(config) as cluster:
-        _interrupt_on_first_signal()  # again: Ray has put its own handler of SIGTERM in place
-        with deployed(document):
+def _serve(document: dict[str, Any], config: ClusterConfig, asked: set[str]) -> None:
+    is_own = config.resolved_address() is None
+    print("starting Ray ..." if is_own else "joining Ray ...", flush=True)
+    with cleaned_up(document) if is_own else contextlib.nullcontext(), local_cluster(config) as cluster:
+        interrupt_on_first_signal()  # again: Ray has put its own handler of SIGTERM in place
+        if cluster.is_own and (missing := why_not_placed(document)):
+            raise ConfigError(missing)  # it will not grow
+        with deployed(document, asked) as served:
             print(f"loading {', '.join(model_sources(document))} ...", flush=True)
-            wait_until_serving(document, _Progress())
-            for url in base_urls(document):
+            wait_until_serving(served, _Progress(served))
+            for url in base_urls(served):
                 print(ready_message(url), flush=True)
             if cluster.dashboard_url:
-                print(f"dashboard: {cluster.dashboard_url}", flush=True)
+                token = f" (token: {cluster.token})" if cluster.token else ""
+                print(f"dashboard: {cluster.dashboard_url}{token}", flush=True)
             print("Ctrl-C stops the server.", flush=True)
             threading.Event().wait()  # until a signal interrupts it
 
@@ -156,7 +192,7 @@ def _serve(document: dict[str, Any], config: ClusterConfig) -> None:
 def model_sources(document: dict[str, Any]) -> list[str]:
     """What each Select-N application of a Serve config serves."""
     applications = select_n_applications(document)
-    return [parse(AppArgs, app.get("args") or {}, where="args").model.source for app in applications]
+    return [parse(AppArgs, app_args(app), where="args").model.source for app in applications]
 
 
 def ready_message(base_url: str) -> str:
@@ -167,18 +203,19 @@ def ready_message(base_url: str) -> str:
 
 
 class _Progress:
-    """Says now and then that the model is still loading."""
+    """Says now and then that the model is still loading, and what Serve says of it."""
 
-    def __init__(self) -> None:
-        self._next_s = PROGRESS_PERIOD_S
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._document, self._next_s = document, PROGRESS_PERIOD_S
 
     def __call__(self, elapsed_s: float) -> None:
         if elapsed_s >= self._next_s:
-            print(f"  still loading ({elapsed_s:.0f} s)", flush=True)
+            why = why_waiting(self._document)
+            print(f"  still loading ({elapsed_s:.0f} s){f': {why}' if why else ''}", flush=True)
             self._next_s = elapsed_s + PROGRESS_PERIOD_S
 
 
-def _interrupt_on_first_signal() -> None:
+def interrupt_on_first_signal() -> None:
     """SIGINT and SIGTERM raise KeyboardInterrupt once; more of them cannot cut the clean-up short."""
 
     def interrupt(*_: object) -> None:

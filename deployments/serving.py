@@ -10,12 +10,17 @@ import re
 import socket
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 
-from deployments.config import select_n_applications
-from deployments.ray_private import start_serve
+from deployments.config import AppArgs, app_args, parse, select_n_applications
+from deployments.neighbours import missing_resources, with_neighbours
+from deployments.ray_private import running_serve, start_serve
 from selectn_core.errors import ConfigError, SelectNError
+from selectn_core.host_memory import SHARED_MEMORY
+from selectn_core.store_files import FILES, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +28,10 @@ logger = logging.getLogger(__name__)
 _EXCEPTION = re.compile(r"^(?:\w+\.)*(?:\w+\.\w+|\w+(?:Error|Exception)): ")
 POLL_PERIOD_S = 0.25
 HEALTH_TIMEOUT_S = 6.0
+# An application that runs answers as soon as the proxies know its route.
+ANSWER_TIMEOUT_S = 60.0
+# A cluster that is joined may grow; one that lacks resources for this long is taken not to.
+PLACEMENT_TIMEOUT_S = 300.0
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
 
@@ -42,8 +51,9 @@ def require_free_port(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+        except (OSError, UnicodeError) as error:  # UnicodeError: of a name that is no host's
+            in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            reason = "is in use" if in_use else f"cannot be used: {getattr(error, 'strerror', None) or error}"
             raise ConfigError(f"port {port} on {host} {reason}; choose another with --port") from None
 
 
@@ -55,44 +65,111 @@ def free_port(host: str) -> int:
 
 
 @contextlib.contextmanager
-def deployed(document: dict[str, Any]) -> Iterator[None]:
-    """Starts Serve and submits the config; deletes its applications at the end."""
+def deployed(document: dict[str, Any], asked: Collection[str] = ("host", "port")) -> Iterator[dict[str, Any]]:
+    """Starts Serve and submits the config; deletes its applications at the end. Yields it as it is served.
+
+    Where Serve runs already, what runs there stays, and its HTTP options count: `asked` are those that must be as in
+    `document`. An application that was there before is updated, and stays at the end.
+
+    Raises ConfigError for what is in the way.
+    """
     from ray import serve
     from ray.serve.schema import ServeDeploySchema
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this process only
-    schema = ServeDeploySchema.model_validate(document)
+    running = running_serve()
+    whole = document if running is None else with_neighbours(document, running, asked)
+    before = {app.name for app in running.apps} if running is not None else set()
+    schema = ServeDeploySchema.model_validate(whole)
     client = start_serve(schema)
     try:
         client.deploy_apps(schema)
+        yield {**document, "http_options": whole.get("http_options") or {}}
+    finally:
+        for app in document["applications"]:
+            name = app.get("name", "default")
+            if name not in before:
+                _delete(name, serve.delete)
+
+
+@contextlib.contextmanager
+def cleaned_up(document: dict[str, Any]) -> Iterator[None]:
+    """Removes what the replicas of a cluster that ends within the block have left in host memory.
+
+    They are not asked whether they were done: one that was loading may have built its host store, and used it.
+    """
+    try:
         yield
     finally:
-        for app in schema.applications:
-            serve.delete(app.name)
+        args = [parse(AppArgs, app_args(app), where="args") for app in select_n_applications(document)]
+        configured = {Path(each.host.directory) for each in args if each.host.directory is not None}
+        for directory in {SHARED_MEMORY, FILES, *configured}:
+            with contextlib.suppress(OSError):
+                remove_abandoned(directory)
 
 
-def wait_until_serving(document: dict[str, Any], on_wait: Callable[[float], None]) -> None:
+def _delete(name: str, delete: Callable[[str], None]) -> None:
+    try:
+        delete(name)
+    except TimeoutError as error:  # Serve goes on with it
+        logger.warning("application '%s' is not deleted yet: %s", name, error)
+
+
+def wait_until_serving(
+    document: dict[str, Any],
+    on_wait: Callable[[float], None],
+    *,
+    placement_timeout_s: float = PLACEMENT_TIMEOUT_S,
+    answer_timeout_s: float = ANSWER_TIMEOUT_S,
+) -> None:
     """Returns when every Select-N application of the config answers; calls `on_wait(elapsed_s)` meanwhile.
 
-    Raises DeployFailed with Serve's reason.
+    Raises DeployFailed with Serve's reason, with the resources that the cluster lacks, or with why nothing answers.
     """
+    began_s = time.monotonic()
+    while not _all_run(document):
+        on_wait(time.monotonic() - began_s)
+        missing = why_not_placed(document)
+        if missing and time.monotonic() >= began_s + placement_timeout_s:
+            raise DeployFailed(missing)
+        time.sleep(POLL_PERIOD_S)
+    running_s = time.monotonic()
+    while reasons := [reason for url in base_urls(document) if (reason := _why_no_answer(url)) is not None]:
+        if time.monotonic() >= running_s + answer_timeout_s:
+            raise DeployFailed(f"the application runs and does not answer: {'; '.join(reasons)}")
+        on_wait(time.monotonic() - began_s)
+        time.sleep(POLL_PERIOD_S)
+
+
+def why_not_placed(document: dict[str, Any]) -> str | None:
+    """The resources that this cluster, as large as it is now, lacks for the config; None: it has them all."""
+    import ray
+
+    return missing_resources(document, ray.cluster_resources())
+
+
+def why_waiting(document: dict[str, Any]) -> str:
+    """What Serve says of the replicas that are not ready yet, in a line; empty where it says nothing."""
+    if missing := why_not_placed(document):
+        return missing
+    messages = [each.message for state in _states(document) for each in state.deployments.values() if each.message]
+    return " ".join("; ".join(messages).split())
+
+
+def _states(document: dict[str, Any]) -> list[Any]:
     from ray import serve
 
+    applications = serve.status().applications
     names = [app.get("name", "default") for app in select_n_applications(document)]
-    began_s = time.monotonic()
-    while True:
-        applications = serve.status().applications
-        states = [applications[name] for name in names if name in applications]
-        for state in states:
-            if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise DeployFailed(_reason(state))
-        if len(states) == len(names) and all(state.status == "RUNNING" for state in states):
-            break
-        on_wait(time.monotonic() - began_s)
-        time.sleep(POLL_PERIOD_S)
-    while not all(_answers(url) for url in base_urls(document)):
-        on_wait(time.monotonic() - began_s)
-        time.sleep(POLL_PERIOD_S)
+    return [applications[name] for name in names if name in applications]
+
+
+def _all_run(document: dict[str, Any]) -> bool:
+    states = _states(document)
+    for state in states:
+        if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise DeployFailed(_reason(state))
+    return len(states) == len(select_n_applications(document)) and all(state.status == "RUNNING" for state in states)
 
 
 def base_urls(document: dict[str, Any]) -> list[str]:
@@ -108,11 +185,13 @@ def served_model(base_url: str) -> str:
     return str(_get_json(f"{base_url}/v1/models")["data"][0]["id"])
 
 
-def _answers(base_url: str) -> bool:
+def _why_no_answer(base_url: str) -> str | None:
+    url = f"{base_url}/health"
     try:
-        return bool(_get_json(f"{base_url}/health"))
-    except OSError:  # urllib's own errors, for 503 too, among them
-        return False
+        _get_json(url)
+        return None
+    except (OSError, ValueError, HTTPException) as error:  # urllib's own errors, for 503 too, among the first
+        return f"{url}: {error}"
 
 
 def _get_json(url: str) -> Any:

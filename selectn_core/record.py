@@ -12,12 +12,14 @@ from typing import Any
 
 import yaml
 
+from selectn_core.bounds import flaw_in
 from selectn_core.errors import RecordRefused
 from selectn_core.kv_geometry import BlockGeometry, KvGeometry
 from selectn_core.latency import Link
 from selectn_core.step_times import MeasuredStep, SamplingTimes, StepTimes
 from selectn_core.steps import StepShape
 from selectn_core.workspace import Workspace
+from selectn_core.yaml_file import read_yaml
 
 VERSION = 2
 
@@ -154,23 +156,32 @@ class PerformanceRecord:
     @classmethod
     def load(cls, path: Path) -> PerformanceRecord:
         """Reads what `save` wrote. Raises RecordRefused for a file that is not there, or not a record."""
-        try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecordRefused(f"{path}: {error.strerror}: run `selectn profile` to make one") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecordRefused(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        document = read_yaml(path, RecordRefused, advice=": run `selectn profile` to make one")
         if not isinstance(document, dict) or document.get("version") != VERSION:
             found = document.get("version") if isinstance(document, dict) else None
             raise RecordRefused(f"{path}: version={found!r} is not allowed: expected {VERSION}; run `selectn profile`")
         try:
-            return _from_plain(document)
-        except (KeyError, TypeError, ValueError) as error:
+            return _checked(_from_plain(document))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RecordRefused(f"{path} is damaged ({type(error).__name__}: {error}): run `selectn profile`") from None
 
     def with_table(self, table: tuple[Mapping[str, Any], ...]) -> PerformanceRecord:
         """The same record with what was derived from it."""
         return replace(self, table=table)
+
+
+def _checked(record: PerformanceRecord) -> PerformanceRecord:
+    """The record itself. Raises ValueError for one that no measurement can have made."""
+    # Where nothing was copied while the model computed, nothing is known of that bandwidth.
+    if flaw := flaw_in(record, endless=("link.busy_bytes_per_s",), least=0.0):
+        raise ValueError(f"{flaw}: expected a number, finite and not negative")
+    if not (record.link.bytes_per_s > 0 and record.link.busy_bytes_per_s > 0 and record.steps and record.unit_kinds):
+        raise ValueError("it has no units, no steps, or a link without bandwidth")
+    if max(record.unit_kinds) >= len(record.kinds) or any(
+        len(step.kind_s) != len(record.kinds) for step in record.steps
+    ):
+        raise ValueError("unit_kinds and steps.kind_s: expected as many kinds as there are in kinds")
+    return record
 
 
 # Of the steps that were measured none has sampled rows: what those take was measured apart.

@@ -27,7 +27,7 @@ def server(checkpoint, tmp_path) -> Iterator[subprocess.Popen[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen(
         [*command, *options],
-        env={**environment, "PYTHONPATH": str(REPOSITORY)},
+        env={**environment, "PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path)},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -49,7 +49,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
     raise AssertionError(f"{text!r} was not printed:\n" + "\n".join(lines))
 
 
-def test_it_answers_and_ctrl_c_leaves_nothing_behind(server):
+def test_it_answers_and_ctrl_c_leaves_nothing_behind(server, tmp_path):
     lines = read_until(server, "Ctrl-C stops the server.")
     (curl,) = [line for line in lines if line.startswith("curl ")]
     answer = json.loads(subprocess.check_output(["bash", "-c", f"{curl} --silent --noproxy '*'"]))
@@ -63,6 +63,8 @@ def test_it_answers_and_ctrl_c_leaves_nothing_behind(server):
     assert server.stdout.read() == "stopped\n"
     assert server.wait(STOP_TIMEOUT_S) == 0
     assert not alive(processes)
+    # Had Ray kept a token there, `ray start` would ask for it from now on, and `serve deploy` fail.
+    assert not (tmp_path / ".ray" / "auth_token").exists()
 
 
 def test_a_signal_while_the_model_loads_stops_it_too(server):
