@@ -34,6 +34,9 @@ SPREADS = 1.0
 # How many that cannot be placed, each smaller than the one before, are passed by at most in search of one that can.
 MAX_PASSED_BY = 4
 
+# By where they must not go, and their model: one that found no place, and is not known to be larger than another.
+InVain = dict[tuple[frozenset[str], str], Ask]
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdmissionConfig:
@@ -299,7 +302,8 @@ class Admission:
 
     def _pump(self) -> None:
         """Places whoever can be placed: those that are retried, each where it may go, then those of the queue."""
-        self._retried = [waiter for waiter in self._retried if not self._settle(waiter)]
+        in_vain: InVain = {}
+        self._retried = [waiter for waiter in self._retried if not self._settle(waiter, in_vain)]
         self._pump_queue()
 
     def _pump_queue(self) -> None:
@@ -314,13 +318,20 @@ class Admission:
             else:
                 self._queue.discard(entry)
 
-    def _settle(self, waiter: _Waiter) -> bool:
-        """Places the waiter if it can be placed now. Whether it waits no more: placed, refused, or cancelled."""
+    def _settle(self, waiter: _Waiter, in_vain: InVain | None = None) -> bool:
+        """Places the waiter if it can be placed now. Whether it waits no more: placed, refused, or cancelled.
+
+        `in_vain`: those of this pass that found no place. When a replica dies many ask at once, most of the same size.
+        """
         if not waiter.placed.done():
-            claim = waiter.claim
+            claim, kind = waiter.claim, (waiter.claim.excluded, waiter.claim.ask.model)
+            smaller = in_vain.get(kind) if in_vain is not None else None
             with self.shared.locked() as board:
-                replica_id = board.place(claim.ask, claim.excluded)
+                is_in_vain = smaller is not None and _needs_less(smaller, claim.ask)
+                replica_id = None if is_in_vain else board.place(claim.ask, claim.excluded)
                 error = None if replica_id is not None else _never(board, claim.ask)
+            if in_vain is not None and replica_id is None and (smaller is None or _needs_less(claim.ask, smaller)):
+                in_vain[kind] = claim.ask
             if replica_id is not None:
                 waiter.placed.set_result(replica_id)
             elif error is not None:
@@ -335,6 +346,11 @@ class Admission:
             return 1.0
         wait_s = (queued + tokens - free) / rate - beyond_s
         return float(min(MAX_RETRY_AFTER_S, max(1.0, math.ceil(wait_s))))
+
+
+def _needs_less(one: Ask, other: Ask) -> bool:
+    """Or as much: where the one finds no place, the other finds none either."""
+    return one.tokens <= other.tokens and one.least_tokens <= other.least_tokens
 
 
 def _never(board: Board, ask: Ask) -> ApiError | None:

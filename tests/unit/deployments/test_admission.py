@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cluster.board import Board
 from cluster.headroom import Ask, Promise, ReplicaReport
 from deployments.admission import Admission, AdmissionConfig, Claim, Turn
 from deployments.board import SharedBoard
@@ -554,5 +555,33 @@ def test_one_that_is_retried_is_not_charged_again():
         for _, task in tasks:
             task.cancel()
         await asyncio.gather(*(task for _, task in tasks), return_exceptions=True)
+
+    run(check())
+
+
+def test_many_that_are_retried_at_once_do_not_each_look_at_every_replica(monkeypatch: pytest.MonkeyPatch):
+    async def check():
+        case = Case(timeout_s=60.0)
+        case.report("a", "b", promises=FULL)
+        at_doors = [await case.enter(400), await case.enter(400)]
+        tokens = [420 - 10 * (number % 3) for number in range(30)]
+        retried = [case.retry(each) for each in tokens]
+        await settle()
+        assert not any(each.done() for each in retried)
+        num_looks, place = 0, Board.place
+
+        def counted(board: Board, *args: Any) -> Any:
+            nonlocal num_looks
+            num_looks += 1
+            return place(board, *args)
+
+        monkeypatch.setattr(Board, "place", counted)
+        case.report("a", "b", promises=FULL, kv_capacity_tokens=1001)
+        await settle()
+        assert num_looks <= 3, "the smallest of them has looked"
+        case.report("a", "b", kv_capacity_tokens=20_000, max_requests=100)
+        await settle()
+        assert all(each.done() and each.result().replica_id == "b" for each in retried)
+        assert all(turn.replica_id in "ab" for turn in at_doors)
 
     run(check())
