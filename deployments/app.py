@@ -46,8 +46,8 @@ def _ingress(args: AppArgs) -> serve.Deployment:
         num_replicas=args.num_ingress_replicas,
         max_ongoing_requests=INGRESS_MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": NUM_CPUS},
-        graceful_shutdown_timeout_s=args.shutdown_grace_s,
-        graceful_shutdown_wait_loop_s=min(1.0, args.shutdown_grace_s),
+        max_surge_percent=100,  # when it is replaced the next one answers before this one is told to stop
+        **_grace(args),
     )
 
 
@@ -64,9 +64,13 @@ def _replica(args: AppArgs) -> serve.Deployment:
         # Replicas that have run and died are restarted whatever this says.
         max_constructor_retry_count=1,
         ray_actor_options=_replica_actor_options(args.device),
-        graceful_shutdown_timeout_s=args.shutdown_grace_s,
-        graceful_shutdown_wait_loop_s=min(1.0, args.shutdown_grace_s),
+        **_grace(args),
     )
+
+
+def _grace(args: AppArgs) -> dict[str, Any]:
+    grace_s = args.resolved_shutdown_grace_s
+    return {"graceful_shutdown_timeout_s": grace_s, "graceful_shutdown_wait_loop_s": min(1.0, grace_s)}
 
 
 def _replica_actor_options(device: DeviceConfig) -> dict[str, Any]:

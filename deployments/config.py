@@ -38,6 +38,9 @@ NUM_CONTROL_CALLS = 16
 MOST_HEADROOM_PERIOD_S = 2.5
 _COUNT = Bounds(at_least=1, at_most=1 << 20)
 _SECONDS = Bounds(at_least=0, at_most=86_400)
+# What objectives that a server finds for itself are taken for where its grace is derived: more than on a small machine.
+GRACE_TTFT_S, GRACE_TPOT_S = 10.0, 0.25
+LEAST_GRACE_S, MOST_GRACE_S = 10.0, 600.0
 
 
 class Strict(BaseModel):
@@ -77,7 +80,8 @@ class AppArgs(Strict):
     """`args:` of the application. Every key may be left out.
 
     `max_ongoing_requests` (per replica) None: as many as the engine runs and queues, so that all waiting is
-    done where the scheduler sees it. `shutdown_grace_s`: how long requests in flight may go on at shutdown.
+    done where the scheduler sees it. `shutdown_grace_s`: how long requests in flight may go on at shutdown; None: as
+    long as an answer of `limits.default_max_tokens` may take within the objectives.
     `headroom_period_s`: how often replicas report what they can take.
     """
 
@@ -94,7 +98,7 @@ class AppArgs(Strict):
     num_ingress_replicas: Annotated[int, _COUNT] = 1
     headroom_period_s: Annotated[float, Bounds(at_least=0.01, at_most=MOST_HEADROOM_PERIOD_S)] = 0.5
     max_ongoing_requests: Annotated[int | None, _COUNT] = None
-    shutdown_grace_s: Annotated[float, _SECONDS] = 10.0
+    shutdown_grace_s: Annotated[float | None, _SECONDS] = None
 
     @model_validator(mode="after")
     def _require_calls_for_every_request(self) -> AppArgs:
@@ -113,6 +117,15 @@ class AppArgs(Strict):
             host=self.host,
             slo=self.slo,
         )
+
+    @property
+    def resolved_shutdown_grace_s(self) -> float:
+        """`shutdown_grace_s`, or what the answers that were admitted may take."""
+        if self.shutdown_grace_s is not None:
+            return self.shutdown_grace_s
+        ttft_s = GRACE_TTFT_S if self.slo.ttft_ms == "auto" else self.slo.ttft_ms / 1e3
+        tpot_s = GRACE_TPOT_S if self.slo.tpot_ms == "auto" else self.slo.tpot_ms / 1e3
+        return min(max(ttft_s + self.limits.default_max_tokens * tpot_s, LEAST_GRACE_S), MOST_GRACE_S)
 
     def resolved_max_ongoing_requests(self) -> int:
         """`max_ongoing_requests`, or what the engine holds plus room for control calls."""

@@ -16,6 +16,7 @@ from deployments.api_keys import ApiKeys, load_api_keys
 from deployments.board import board_of
 from deployments.body_limit import BodyLimit
 from deployments.config import RequestLimits
+from deployments.draining import OrderlyEnd, Stopping
 from deployments.errors import ErrorResponse, install_error_handlers, unauthorized
 from deployments.generation import Generation, ReplicaClient
 from deployments.messages import ChatMessage, GenerateRequest, ModelCard
@@ -29,7 +30,7 @@ from deployments.protocol import (
     ModelList,
     Request,
 )
-from deployments.ray_private import bind_replica_to_node_address
+from deployments.ray_private import bind_replica_to_node_address, when_told_to_stop
 from deployments.responses import ChatWriter, CompletionWriter, Writer, sse_events, whole_response
 from deployments.served_models import possible_names
 from deployments.sizing import PromptSizes
@@ -48,6 +49,8 @@ class Ingress:
 
     def __init__(self, replica: DeploymentHandle, limits: RequestLimits, slo: SloConfig, model: ModelConfig) -> None:
         bind_replica_to_node_address()
+        self._stopping = Stopping()
+        when_told_to_stop(self._stopping.begin)
         self._keys = load_api_keys(limits.api_keys_file, limits.api_keys_env)
         admission = Admission(
             board_of(serve.get_replica_context().app_name),
@@ -71,7 +74,9 @@ class Ingress:
         self._limits = limits
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._service, self._limits, self._keys)
+        api = build_api(self._service, self._limits, self._keys)
+        api.add_middleware(OrderlyEnd, stopping=self._stopping)
+        return api
 
 
 class Service:

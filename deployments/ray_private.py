@@ -6,6 +6,7 @@ tests/unit/deployments/test_ray_private.py fails, naming the culprit, when an up
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from deployments.neighbours import RunningApp, RunningServe
@@ -13,6 +14,7 @@ from deployments.neighbours import RunningApp, RunningServe
 logger = logging.getLogger(__name__)
 
 ADD_PORT = "add_port_to_grpc_server"
+GRACEFUL_SHUTDOWN = "_perform_graceful_shutdown"
 
 
 def forbid_multi_node_addresses() -> None:
@@ -81,3 +83,26 @@ def bind_replica_to_node_address() -> None:
 
     add_port.binds_to_node_address = True  # type: ignore[attr-defined]
     setattr(replica, ADD_PORT, add_port)
+
+
+def when_told_to_stop(listener: Callable[[float], None]) -> None:
+    """Has `listener` called when Serve tells this replica to stop, with the seconds after which it is killed.
+
+    On a thread that is not the user code's. Serve itself says nothing to user code before all requests are over. Call
+    it in the replica's constructor: a process has one replica.
+    """
+    from ray.serve._private.replica import Replica
+
+    original = getattr(Replica, GRACEFUL_SHUTDOWN, None)
+    if original is None:
+        logger.warning("this release of Ray Serve does not say when a replica must stop")
+        return
+
+    async def perform_graceful_shutdown(replica: Any) -> None:
+        try:
+            listener(replica._deployment_config.graceful_shutdown_timeout_s)
+        except Exception:  # the replica must stop all the same
+            logger.exception("a replica could not be told to stop")
+        await original(replica)
+
+    setattr(Replica, GRACEFUL_SHUTDOWN, perform_graceful_shutdown)

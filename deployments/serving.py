@@ -32,6 +32,8 @@ HEALTH_TIMEOUT_S = 6.0
 ANSWER_TIMEOUT_S = 60.0
 # A cluster that is joined may grow; one that lacks resources for this long is taken not to.
 PLACEMENT_TIMEOUT_S = 300.0
+# What it takes Serve to delete an application once its replicas have stopped, or are killed.
+DELETE_S = 30.0
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
 
@@ -73,7 +75,6 @@ def deployed(document: dict[str, Any], asked: Collection[str] = ("host", "port")
 
     Raises ConfigError for what is in the way.
     """
-    from ray import serve
     from ray.serve.schema import ServeDeploySchema
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this process only
@@ -86,10 +87,8 @@ def deployed(document: dict[str, Any], asked: Collection[str] = ("host", "port")
         client.deploy_apps(schema)
         yield {**document, "http_options": whole.get("http_options") or {}}
     finally:
-        for app in document["applications"]:
-            name = app.get("name", "default")
-            if name not in before:
-                _delete(name, serve.delete)
+        names = [app.get("name", "default") for app in document["applications"]]
+        _delete([name for name in names if name not in before], _longest_grace_s(document) + DELETE_S)
 
 
 @contextlib.contextmanager
@@ -108,11 +107,23 @@ def cleaned_up(document: dict[str, Any]) -> Iterator[None]:
                 remove_abandoned(directory)
 
 
-def _delete(name: str, delete: Callable[[str], None]) -> None:
-    try:
-        delete(name)
-    except TimeoutError as error:  # Serve goes on with it
-        logger.warning("application '%s' is not deleted yet: %s", name, error)
+def _delete(names: list[str], at_most_s: float) -> None:
+    """Deletes applications, and returns when what runs in them has stopped, or should have."""
+    from ray import serve
+
+    for name in names:
+        serve.delete(name, _blocking=False)  # or the second would be told when the first has stopped
+    ends_s = time.monotonic() + at_most_s
+    while left := serve.status().applications.keys() & set(names):
+        if time.monotonic() >= ends_s:  # Serve goes on with it
+            logger.warning("not deleted yet: %s", ", ".join(sorted(left)))
+            return
+        time.sleep(POLL_PERIOD_S)
+
+
+def _longest_grace_s(document: dict[str, Any]) -> float:
+    args = [parse(AppArgs, app_args(app), where="args") for app in select_n_applications(document)]
+    return max(each.resolved_shutdown_grace_s for each in args)
 
 
 def wait_until_serving(

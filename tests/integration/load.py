@@ -49,7 +49,9 @@ class Answer:
 
     prompt: str
     is_stream: bool
+    model: str = "tiny"
     status: int | None = None
+    retry_after: str | None = None
     text: str = ""
     error: dict[str, Any] | None = None
     is_complete: bool = False
@@ -57,7 +59,7 @@ class Answer:
     def read(self, client: httpx.Client, num_tokens: int) -> None:
         """Asks, and reads to the end."""
         body = {
-            "model": "tiny",
+            "model": self.model,
             "prompt": self.prompt,
             "max_tokens": num_tokens,
             "temperature": 0,
@@ -66,7 +68,7 @@ class Answer:
         }
         try:
             with client.stream("POST", "/v1/completions", json=body) as response:
-                self.status = response.status_code
+                self.status, self.retry_after = response.status_code, response.headers.get("Retry-After")
                 if response.status_code != 200:
                     self.error = json.loads(response.read())["error"]
                 elif self.is_stream:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from deployments.app import resolve_device
+from deployments.app import build_app, resolve_device
 from deployments.config import IMPORT_PATH, NUM_CONTROL_CALLS, AppArgs, load_yaml, parse
 from selectn_core.config import DeviceConfig, EngineConfig
 from selectn_core.errors import ConfigError
@@ -59,6 +59,29 @@ def test_a_wrong_value_is_named_with_what_is_allowed(values, message):
 def test_serve_itself_reports_the_same():
     with pytest.raises(ValidationError, match="did you mean 'model'"):
         AppArgs.model_validate({"modle": {}})
+
+
+@pytest.mark.parametrize(
+    ("args", "grace_s"),
+    [
+        ({}, 10 + 256 * 0.25),
+        ({"slo": {"ttft_ms": 2000, "tpot_ms": 100}}, 2 + 256 * 0.1),
+        ({"slo": {"tpot_ms": 100}, "limits": {"default_max_tokens": 1000}}, 10 + 1000 * 0.1),
+        ({"slo": {"ttft_ms": 100, "tpot_ms": 1}}, 10),
+        ({"slo": {"ttft_ms": 1e9, "tpot_ms": 1e9}}, 600),
+        ({"shutdown_grace_s": 3, "slo": {"tpot_ms": 100}}, 3),
+    ],
+)
+def test_the_grace_covers_an_answer_within_the_objectives(args, grace_s):
+    parsed = parse(AppArgs, args, where="args")
+    assert parsed.resolved_shutdown_grace_s == pytest.approx(grace_s)
+    app = build_app(parsed)
+    deployments = {app._bound_deployment.name: app._bound_deployment}
+    replica = app._bound_deployment.init_args[0]._bound_deployment
+    deployments[replica.name] = replica
+    assert {
+        name: each._deployment_config.graceful_shutdown_timeout_s for name, each in deployments.items()
+    } == pytest.approx({"SelectNIngress": grace_s, "SelectNReplica": grace_s})
 
 
 def test_numbers_may_be_strings_as_on_a_command_line():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 
+import pytest
 from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
 from ray.serve import context
 from ray.serve._private import api, replica
 from ray.serve._private.client import ServeControllerClient
+from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ApplicationDetails, ServeInstanceDetails
 
-from deployments.ray_private import ADD_PORT
+from deployments.ray_private import ADD_PORT, GRACEFUL_SHUTDOWN, when_told_to_stop
 
 PLACE = "see deployments/ray_private.py"
 
@@ -42,3 +45,28 @@ def test_a_replica_adds_its_port_through_a_function_of_its_module() -> None:
     added = getattr(replica, ADD_PORT)
     assert len(inspect.signature(added).parameters) == 2, PLACE
     assert f"{ADD_PORT}(" in inspect.getsource(replica), PLACE
+
+
+def test_a_replica_stops_in_a_method_that_is_looked_up_when_serve_says_so() -> None:
+    assert inspect.iscoroutinefunction(getattr(replica.Replica, GRACEFUL_SHUTDOWN)), PLACE
+    assert f"self.{GRACEFUL_SHUTDOWN}()" in inspect.getsource(replica.Replica.perform_graceful_shutdown), PLACE
+    assert "graceful_shutdown_timeout_s" in inspect.getsource(getattr(replica.Replica, GRACEFUL_SHUTDOWN)), PLACE
+    assert "self._deployment_config = deployment_config" in inspect.getsource(replica.Replica.__init__), PLACE
+
+
+def test_a_listener_hears_of_the_stop_and_of_its_grace_and_cannot_prevent_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+
+    async def stop(_: object) -> None:
+        told.append("stopped")
+
+    def listener(grace_s: float) -> None:
+        told.append(grace_s)
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(replica.Replica, GRACEFUL_SHUTDOWN, stop)
+    when_told_to_stop(listener)
+    one = replica.Replica.__new__(replica.Replica)
+    one._deployment_config = DeploymentConfig(graceful_shutdown_timeout_s=7.0)
+    asyncio.run(getattr(one, GRACEFUL_SHUTDOWN)())
+    assert told == [7.0, "stopped"]
