@@ -37,7 +37,8 @@ class ReplicaReport:
     which no other replica could change. `drain_tokens_per_s`: at which a full replica gives promised
     tokens back. `slack`: 1 - (measured TPOT / objective); negative where it is missed. None: not measured yet.
     `ttft_s` is its objective now, and a request may name its own from `tightest_ttft_s` to `loosest_ttft_s`; None: it
-    has none. `model` is the name of what it serves; "": it has not said.
+    has none. `model` is the name of what it serves; "": it has not said. A text with more than `most_prompt_chars`,
+    `uncounted_chars` left out, never fits there; None: its length says nothing.
     """
 
     replica_id: str
@@ -60,6 +61,8 @@ class ReplicaReport:
     model: str = ""
     max_model_len: int = 0
     model_created_unix_s: int = 0
+    most_prompt_chars: int | None = None
+    uncounted_chars: str = ""
 
     @property
     def promised_tokens(self) -> int:
@@ -90,12 +93,13 @@ class ReplicaReport:
         counts = (
             *(self.kv_capacity_tokens, self.longest_request_tokens, self.max_requests, self.waiting_prefill_tokens),
             *(self.max_model_len, self.model_created_unix_s, self.num_waiting),
+            self.most_prompt_chars or 0,
             *(count for each in self.promises for count in (each.tokens, each.requests, each.sequence)),
         )
         rates = (self.drain_tokens_per_s, self.prefill_s_per_token)
         objectives = (self.ttft_s, self.tightest_ttft_s, self.loosest_ttft_s)  # endless is one, if of no use
         return (
-            type(self.model) is str
+            type(self.model) is type(self.uncounted_chars) is str
             and all(type(count) is int and count >= 0 for count in counts)
             and all(rate is None or 0 <= rate < inf for rate in rates)
             and all(objective is None or objective > 0 for objective in objectives)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from deployments.messages import Refused
 from deployments.protocol import ErrorDetail, ErrorResponse
@@ -17,6 +19,7 @@ from deployments.protocol import ErrorDetail, ErrorResponse
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
+MAX_SHOWN_CHARS = 256
 
 
 class ApiError(Exception):
@@ -69,12 +72,17 @@ def late(ttft_s: float, retry_after_s: float) -> ApiError:
 
 
 def too_large(tokens: int, longest_tokens: int) -> ApiError:
-    """503: no replica can ever hold it; retrying does not help, so nothing says when."""
-    message = (
+    """400: no replica can ever hold it, so that retrying does not help."""
+    return context_length_exceeded(
         f"the request may come to {tokens} tokens, prompt and output; the longest that a replica of this server can "
-        f"hold has {longest_tokens}: ask for fewer, or shorten the prompt"
+        f"hold has {longest_tokens}: ask for fewer, or shorten the prompt",
+        param="max_tokens",
     )
-    return ApiError(503, message, param="max_tokens", code="request_too_large")
+
+
+def context_length_exceeded(message: str, *, param: str | None) -> ApiError:
+    """400: longer than a request may be here, whenever it comes."""
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def unauthorized() -> ApiError:
@@ -99,7 +107,7 @@ def refused(refusal: Refused) -> ApiError:
     if refusal.kind == "unavailable":
         return unavailable(refusal.message)
     if refusal.kind == "too_large":
-        return ApiError(503, refusal.message, param=refusal.field, code="request_too_large")
+        return context_length_exceeded(refusal.message, param=refusal.field)
     return ApiError(400, refusal.message, param=refusal.field, code="invalid_value")
 
 
@@ -111,7 +119,8 @@ def out_of_range(name: str, value: float, low: float, high: float) -> ApiError:
 
 def model_not_found(name: str, served: str) -> ApiError:
     """404 for a model this server does not serve."""
-    message = f"the model '{name}' does not exist; this server serves '{served}'"
+    shown = name if len(name) <= MAX_SHOWN_CHARS else f"{name[:MAX_SHOWN_CHARS]}..."
+    message = f"the model '{shown}' does not exist; this server serves '{served}'"
     return ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -123,8 +132,9 @@ def install_error_handlers(api: FastAPI) -> None:
         return error.response()
 
     @api.exception_handler(RequestValidationError)
-    async def on_invalid_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        return invalid_body(error).response()
+    async def on_invalid_parameter(_: Request, error: RequestValidationError) -> JSONResponse:
+        problem = error.errors()[0]
+        return invalid_field(problem, problem["loc"][1:]).response()
 
     @api.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -135,38 +145,47 @@ def install_error_handlers(api: FastAPI) -> None:
         return internal().response()
 
 
-def invalid_body(error: RequestValidationError) -> ApiError:
-    """400 for the first problem of a body, naming the field."""
-    problem: Mapping[str, object] = error.errors()[0]
-    context = problem.get("ctx")
-    if problem["type"] == "json_invalid":
-        return ApiError(400, "the body is not valid JSON", code="invalid_json")
-    if isinstance(context, Mapping) and "param" in context:
-        return ApiError(400, str(problem["msg"]), param=str(context["param"]), code="unsupported_field")
-    location = problem["loc"]
-    param = _param(location) if isinstance(location, tuple) else None
-    message = str(problem["msg"]).replace("Input should be", "expected")
+def invalid_field(problem: Mapping[str, Any], location: Sequence[str | int]) -> ApiError:
+    """400 for one of pydantic's errors, whose field is at `location`."""
+    param, context = param_of(location), problem.get("ctx") or {}
+    if "param" in context:  # an object's error about one of its fields
+        where = f"{param}: " if param is not None else ""
+        param = param_of((*location, str(context["param"])))
+        return ApiError(400, f"{where}{problem['msg']}", param=param, code="unsupported_field")
+    message = str(problem["msg"]).replace("Input should be", "expected").replace("Field required", "is missing")
     return ApiError(400, f"{param or 'body'}: {message}", param=param, code="invalid_value")
 
 
-def _param(location: tuple[object, ...]) -> str | None:
-    """('body', 'messages', 0, 'content', 'str') as "messages[0].content": union branches are left out."""
+def param_of(location: Sequence[str | int]) -> str | None:
+    """('messages', 0, 'content', '<parts>') as "messages[0].content": names of a union's branches are left out."""
     path = ""
-    for part in location[1:]:
+    for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif str(part).isidentifier() and part not in ("str", "int"):
-            path += f".{part}" if path else str(part)
+        elif not (part.startswith("<") and part.endswith(">")):
+            name = part.encode(errors="backslashreplace").decode()[:MAX_SHOWN_CHARS]
+            path += f".{name}" if path else name
     return path or None
 
 
 def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    allowed = ", ".join(_allowed_methods(request))
     messages = {
         404: f"unknown URL: {request.method} {request.url.path}",
-        405: f"{request.method} is not allowed for {request.url.path}",
+        405: f"{request.method} is not allowed for {request.url.path}; allowed: {allowed}",
     }
+    if request.method == "OPTIONS" and error.status_code == 405:
+        messages[405] += ". This server does not take part in CORS: pages of other origins cannot call it"
     message = messages.get(error.status_code, str(error.detail))
     code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     response = ApiError(error.status_code, message, code=code).response()
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["Allow"] = allowed
     return response
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Of every route with this path; the framework names the first one's only."""
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})

@@ -96,6 +96,11 @@ class ReplicaClient:
         call: Awaitable[ModelCard] = self._handle.model_card.remote()
         return await self._bounded(call, self._timeout_s)
 
+    @property
+    def longest_tokens(self) -> int | None:
+        """What a request may have at most, whatever its model; None until a replica has said."""
+        return self.models.most_tokens
+
     async def check_health(self) -> None:
         """Raises ApiError 503 unless the replica that is asked is healthy."""
         await self._bounded(self._handle.check_health.remote(), HEALTH_TIMEOUT_S)

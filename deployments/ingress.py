@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
 import uuid
 from typing import Any
 
 from fastapi import Depends, FastAPI, Header
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -14,14 +17,17 @@ from ray.serve.handle import DeploymentHandle
 from deployments.admission import Admission, AdmissionConfig
 from deployments.api_keys import ApiKeys, load_api_keys
 from deployments.board import board_of
-from deployments.body_limit import BodyLimit
 from deployments.config import RequestLimits
 from deployments.draining import OrderlyEnd, Stopping
-from deployments.errors import ErrorResponse, install_error_handlers, unauthorized
+from deployments.errors import (
+    ErrorResponse,
+    context_length_exceeded,
+    install_error_handlers,
+    unauthorized,
+)
 from deployments.generation import Generation, ReplicaClient
 from deployments.messages import ChatMessage, GenerateRequest, ModelCard
 from deployments.protocol import (
-    DEFAULT_COMPLETION_TOKENS,
     ChatCompletion,
     ChatCompletionRequest,
     Completion,
@@ -31,6 +37,7 @@ from deployments.protocol import (
     Request,
 )
 from deployments.ray_private import bind_replica_to_node_address, when_told_to_stop
+from deployments.request_body import BodyReader
 from deployments.responses import ChatWriter, CompletionWriter, Writer, sse_events, whole_response
 from deployments.served_models import possible_names
 from deployments.sizing import PromptSizes
@@ -39,7 +46,7 @@ from selectn_core.config import ModelConfig, SloConfig
 logger = logging.getLogger(__name__)
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 429, 500, 503)
 }
 
 
@@ -76,6 +83,10 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         api = build_api(self._service, self._limits, self._keys)
         api.add_middleware(OrderlyEnd, stopping=self._stopping)
+        # What is imported by now stays. Left to the collector, a few large bodies would have it go through all of that,
+        # which stops every request here for a fifth of a second.
+        gc.collect()
+        gc.freeze()
         return api
 
 
@@ -92,8 +103,7 @@ class Service:
 
     async def complete(self, body: CompletionRequest, key: str) -> Response | Completion:
         """POST /v1/completions, for whom the API key belongs to."""
-        max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        return await self._generate(CompletionWriter, "cmpl", body, body.prompt, max_tokens, key)
+        return await self._generate(CompletionWriter, "cmpl", body, body.prompt, body.max_tokens, key)
 
     async def models(self) -> ModelList:
         """GET /v1/models."""
@@ -102,6 +112,11 @@ class Service:
     async def model(self, name: str) -> Model:
         """GET /v1/models/{name}. Raises ApiError 404 for another model."""
         return _model(await self._replicas.models.card(name))
+
+    @property
+    def longest_tokens(self) -> int | None:
+        """What a request may have at most, as far as is known."""
+        return self._replicas.longest_tokens
 
     async def check_health(self) -> None:
         """Raises ApiError 503 unless a replica answers that it is healthy."""
@@ -116,7 +131,7 @@ class Service:
         max_tokens: int | None,
         key: str,
     ) -> Any:
-        await self.model(body.model)
+        await check_length(prompt, await self._replicas.models.card(body.model))
         request_id = f"{id_prefix}-{uuid.uuid4().hex}"
         request = GenerateRequest(
             request_id=request_id,
@@ -138,10 +153,14 @@ class Service:
 
 
 def build_api(service: Service, limits: RequestLimits, keys: ApiKeys) -> FastAPI:
-    """The HTTP application: routes, error shapes, body limit, API keys."""
-    api = FastAPI(title="Select-N", description="OpenAI-compatible LLM serving with memory offloading")
+    """The HTTP application: routes, error shapes, body limit, API keys.
+
+    With keys there is no /docs and no /openapi.json: who has none sees /health and nothing else.
+    """
+    urls: dict[str, Any] = dict.fromkeys(("openapi_url", "docs_url", "redoc_url")) if keys.are_required else {}
+    api = FastAPI(title="Select-N", description="OpenAI-compatible LLM serving with memory offloading", **urls)
     install_error_handlers(api)
-    api.add_middleware(BodyLimit, max_body_bytes=limits.max_body_bytes)
+    bodies = BodyReader(limits.max_body_bytes)
 
     async def owner(authorization: str | None = Header(default=None)) -> str:
         name = keys.owner(authorization)
@@ -150,27 +169,74 @@ def build_api(service: Service, limits: RequestLimits, keys: ApiKeys) -> FastAPI
         return name
 
     @api.get("/health")
+    @api.head("/health", include_in_schema=False)
     async def health() -> JSONResponse:
         await service.check_health()
         return JSONResponse({"status": "ok"})
 
     @api.get("/v1/models", responses=ERRORS, dependencies=[Depends(owner)])
+    @api.get("/v1/models/", include_in_schema=False, dependencies=[Depends(owner)])
+    @api.head("/v1/models", include_in_schema=False, dependencies=[Depends(owner)])
     async def models() -> ModelList:
         return await service.models()
 
     @api.get("/v1/models/{name:path}", responses=ERRORS, dependencies=[Depends(owner)])
+    @api.head("/v1/models/{name:path}", include_in_schema=False, dependencies=[Depends(owner)])
     async def model(name: str) -> Model:
         return await service.model(name)
 
-    @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
-    async def chat_completions(body: ChatCompletionRequest, key: str = Depends(owner)) -> Any:
+    # The body is read here, not by FastAPI, which would read it before it asks whose it is.
+    @api.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses=ERRORS,
+        openapi_extra=body_schema(ChatCompletionRequest),
+    )
+    async def chat_completions(request: HttpRequest, key: str = Depends(owner)) -> Any:
+        body = await bodies.read(request, ChatCompletionRequest, longest_tokens=service.longest_tokens)
         return await service.chat(body, key)
 
-    @api.post("/v1/completions", response_model=Completion, responses=ERRORS)
-    async def completions(body: CompletionRequest, key: str = Depends(owner)) -> Any:
+    @api.post(
+        "/v1/completions", response_model=Completion, responses=ERRORS, openapi_extra=body_schema(CompletionRequest)
+    )
+    async def completions(request: HttpRequest, key: str = Depends(owner)) -> Any:
+        body = await bodies.read(request, CompletionRequest, longest_tokens=service.longest_tokens)
         return await service.complete(body, key)
 
     return api
+
+
+async def check_length(prompt: str | tuple[int, ...] | tuple[ChatMessage, ...], card: ModelCard) -> None:
+    """Raises ApiError 400 for a prompt that cannot fit, before it waits for room.
+
+    A chat is for its replica to judge: templates may leave out some of what is said.
+    """
+    if isinstance(prompt, str):
+        bound = card.text_bound
+        if bound is not None and len(prompt) > bound.max_chars:
+            refusal = await asyncio.to_thread(bound.refusal, prompt)
+            if refusal is not None:
+                raise context_length_exceeded(refusal, param="prompt")
+    elif len(prompt) >= card.max_model_len and not isinstance(prompt[0], ChatMessage):
+        message = f"the prompt has {len(prompt)} tokens; a request may have {card.max_model_len}, prompt and output"
+        raise context_length_exceeded(message, param="prompt")
+
+
+def body_schema(kind: type[Request]) -> dict[str, Any]:
+    """The part of an operation in /openapi.json that says what its body is."""
+    schema = kind.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, list):
+            return [whole(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            return whole(parts[value["$ref"].removeprefix("#/$defs/")])
+        return {name: whole(each) for name, each in value.items()}
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": whole(schema)}}}}
 
 
 def _event_stream(generation: Generation, writer: Writer, *, include_usage: bool) -> StreamingResponse:

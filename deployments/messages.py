@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deployments.prompt_length import TextBound
+
 Refusal = Literal["invalid", "overloaded", "unavailable", "too_large"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -25,7 +27,8 @@ class ChatMessage:
 class Sampling:
     """selectn_core.sampling.SamplingParams as the client wrote it; the replica checks the ranges.
 
-    Repeated here because the ingress must not import torch. `max_tokens` None: as many as the replica allows.
+    Repeated here because the ingress must not import torch. `max_tokens` None: `default_max_tokens`, or what the
+    replica has by default, if the model's length leaves that many.
     """
 
     max_tokens: int | None = None
@@ -34,6 +37,7 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     ignore_eos: bool = False
+    default_max_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +99,12 @@ GenerateMessage = Refused | Accepted | Delta | Finished
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a replica serves. `max_model_len` counts prompt and output tokens."""
+    """What a replica serves. `max_model_len` counts prompt and output tokens.
+
+    `text_bound` tells texts that have more tokens than that; None where the tokenizer sets no such bound.
+    """
 
     name: str
     max_model_len: int
     created_unix_s: int
+    text_bound: TextBound | None = None

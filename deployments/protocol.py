@@ -1,81 +1,134 @@
 """The OpenAI API's requests and responses, as far as they are served.
 
-A field that would change what is generated and is not served is refused by name; fields that change nothing
-(IGNORED_FIELDS), and unserved fields set to the value that means "off" (NEUTRAL_VALUES), are dropped.
+A field that would change what is generated and is not served is refused by name; what changes nothing is dropped
+(`neutral_fields.py`). Lists are bounded before their items are looked at, and the first wrong item ends validation.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    Strict,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from deployments.config import nearest
 from deployments.fair_queue import Priority
 from deployments.messages import ChatMessage, Sampling
+from deployments.neutral_fields import (
+    CHAT_NEUTRAL_VALUES,
+    COMPLETION_NEUTRAL_VALUES,
+    IGNORED_FIELDS,
+    MESSAGE_IGNORED,
+    MESSAGE_NEUTRAL,
+    NEUTRAL_VALUES,
+    PART_IGNORED,
+    PART_NEUTRAL,
+    Neutral,
+    changes_nothing,
+)
 
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS, MAX_STOP_CHARS = 4, 1024
+MAX_MESSAGES, MAX_PARTS = 4096, 1024
 MAX_TOKENS = 2**31 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+# What is shown of a name that a client made up.
+MAX_SHOWN_CHARS = 64
 # The API's own default for /v1/completions.
 DEFAULT_COMPLETION_TOKENS = 16
 
-IGNORED_FIELDS = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-    | {"prompt_cache_retention", "parallel_tool_calls"}
-)
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False, 0),
-    "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "verbosity": (),
-    "web_search_options": (),
-}
+
+def _at_most(limit: int, *, at_least: int = 0) -> BeforeValidator:
+    """Refuses a list of more than `limit`, before any of its items is validated."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list) and len(value) < at_least:
+            raise PydanticCustomError("too_few", "expected at least {at_least}", {"at_least": at_least})
+        if isinstance(value, list) and len(value) > limit:
+            message = "at most {limit} are allowed, and there are {count}"
+            raise PydanticCustomError("too_many", message, {"limit": limit, "count": len(value)})
+        return value
+
+    return BeforeValidator(check)
 
 
-class Request(BaseModel):
-    """What the two generation requests share. `top_k`, `ignore_eos`, `slo` and `priority` are extensions."""
+def _text_or_list(expected: str) -> Discriminator:
+    """Of the union's two branches, tagged <text> and <list>, only the one that was meant says what is wrong."""
+    branches: dict[type, str] = {str: "<text>", list: "<list>", tuple: "<list>"}
+    return Discriminator(
+        lambda value: branches.get(type(value)),
+        custom_error_type="no_text_or_list",
+        custom_error_message=expected,
+    )
+
+
+class FirstErrorEnds(FailFast):
+    """pydantic's FailFast for lists within a union: what annotates those must have a hash."""
+
+    __hash__ = object.__hash__
+
+
+class ClientObject(BaseModel):
+    """An object of a request: its fields, and of all others only those that change nothing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    model: str
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    n: Literal[1] = 1
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), max_length=MAX_STOP_STRINGS)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
-    slo: RequestSlo | None = None
-    priority: Priority = "normal"
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[Neutral] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _drop_what_changes_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        kept = {name: value for name, value in values.items() if not _changes_nothing(name, value)}
-        for name in kept.keys() - cls.model_fields.keys():
-            raise _unserved(name, cls.model_fields)
+        kept = {
+            name: value for name, value in values.items() if not changes_nothing(name, value, cls.ignored, cls.neutral)
+        }
+        fields = cls.model_fields
+        unserved = {name: None for name in kept if name not in fields}  # in the client's order
+        if unserved:
+            raise _unserved(unserved, cls)
         return kept
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+TokenIds = Annotated[tuple[Annotated[int, Strict()], ...], FirstErrorEnds()]
+
+
+class Request(ClientObject):
+    """What the two generation requests share. `top_k`, `ignore_eos`, `slo` and `priority` are extensions."""
+
+    ignored: ClassVar[frozenset[str]] = IGNORED_FIELDS
+    neutral: ClassVar[Neutral] = NEUTRAL_VALUES
+    # What is generated at most where `max_tokens` says nothing, if that much is left; None: what the server says.
+    default_max_tokens: ClassVar[int | None] = None
+
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = Field(default=None, ge=MIN_SEED, le=MAX_SEED)
+    n: Literal[1] = 1
+    stop: Annotated[tuple[StopString, ...], FirstErrorEnds(), _at_most(MAX_STOP_STRINGS)] = ()
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+    slo: RequestSlo | None = None
+    priority: Priority = "normal"
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -84,7 +137,7 @@ class Request(BaseModel):
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Request:
-        if self.stream_options is not None and not self.stream:
+        if self.include_usage and not self.stream:
             raise _at_fault("stream_options", "stream_options is only allowed when stream is true")
         return self
 
@@ -102,52 +155,68 @@ class Request(BaseModel):
             top_k=self.top_k,
             seed=self.seed,
             ignore_eos=self.ignore_eos,
+            default_max_tokens=self.default_max_tokens,
         )
 
 
-class RequestSlo(BaseModel):
+class RequestSlo(ClientObject):
     """`slo`: this request's latency objectives in milliseconds, within what the server allows; null: the server's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     ttft_ms: float | None = Field(default=None, gt=0)
     tpot_ms: float | None = Field(default=None, gt=0)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(ClientObject):
     """`stream_options`; `include_obfuscation` pads chunks at OpenAI and changes nothing here."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    ignored: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
+    neutral: ClassVar[Neutral] = {"continuous_usage_stats": (False,)}
 
     include_usage: bool = False
-    include_obfuscation: bool = False
 
 
-class TextPart(BaseModel):
+class TextPart(ClientObject):
     """The one kind of content part a text model can read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    ignored: ClassVar[frozenset[str]] = PART_IGNORED
+    neutral: ClassVar[Neutral] = PART_NEUTRAL
 
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, values: Any) -> Any:
+        kind = values.get("type", "text") if isinstance(values, dict) else "text"
+        if kind != "text":
+            shown = f"of type '{_shown(kind)}'" if isinstance(kind, str) else "of this type"
+            raise PydanticCustomError("no_text", "a part {shown} is not served: the model reads text", {"shown": shown})
+        return values
 
-class Message(BaseModel):
+
+Parts = Annotated[tuple[TextPart, ...], FirstErrorEnds(), _at_most(MAX_PARTS)]
+
+
+class Message(ClientObject):
     """One turn. `name` has no place in most chat templates and is ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    ignored: ClassVar[frozenset[str]] = MESSAGE_IGNORED
+    neutral: ClassVar[Neutral] = MESSAGE_NEUTRAL
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | tuple[TextPart, ...]
+    content: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[Parts, Tag("<list>")],
+        _text_or_list("expected text, or a list of text parts"),
+    ]
     name: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, values: Any) -> Any:
-        """The SDK echoes an assistant turn back with `tool_calls`, `refusal`, ... set to null."""
-        if not isinstance(values, dict):
-            return values
-        return {key: value for key, value in values.items() if value is not None or key == "content"}
+    def _an_assistant_may_have_said_nothing(cls, values: Any) -> Any:
+        """Servers answer with `content: null` where a turn was all tool calls, or empty."""
+        if isinstance(values, dict) and values.get("role") == "assistant" and values.get("content") is None:
+            return {**values, "content": ""}
+        return values
 
     def to_chat_message(self) -> ChatMessage:
         """The turn as chat templates know it: plain text, and "developer" under its older name."""
@@ -158,7 +227,9 @@ class Message(BaseModel):
 class ChatCompletionRequest(Request):
     """POST /v1/chat/completions."""
 
-    messages: tuple[Message, ...] = Field(min_length=1)
+    neutral: ClassVar[Neutral] = CHAT_NEUTRAL_VALUES
+
+    messages: Annotated[tuple[Message, ...], FirstErrorEnds(), _at_most(MAX_MESSAGES, at_least=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
 
     @property
@@ -170,7 +241,13 @@ class ChatCompletionRequest(Request):
 class CompletionRequest(Request):
     """POST /v1/completions, for one prompt."""
 
-    prompt: str | tuple[int, ...]
+    neutral: ClassVar[Neutral] = COMPLETION_NEUTRAL_VALUES
+    default_max_tokens: ClassVar[int | None] = DEFAULT_COMPLETION_TOKENS
+
+    prompt: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[TokenIds, Tag("<list>")],
+        _text_or_list("expected text, or a list of token ids"),
+    ]
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -299,25 +376,24 @@ def now_unix_s() -> int:
     return int(time.time())
 
 
-def _changes_nothing(name: str, value: Any) -> bool:
-    if name in IGNORED_FIELDS or value is None:
-        return True
-    # By type too: 0 is neutral for top_logprobs, and in Python False == 0.
-    return any(value == neutral and _same_kind(value, neutral) for neutral in NEUTRAL_VALUES.get(name, ()))
+def _unserved(names: Collection[str], kind: type[ClientObject]) -> PydanticCustomError:
+    """An error for fields that `kind` does not have, which names all that are merely not served here."""
+    known = [name for name in kind.neutral if name in names]
+    if known:
+        verb = "are" if len(known) > 1 else "is"
+        return _at_fault(known[0], f"{' and '.join(known)} {verb} not served by this server")
+    first = next(iter(names))
+    name = _shown(first)
+    hint = nearest(name, kind.model_fields) if name == first else ""
+    return _at_fault(name, f"unknown field '{name}'{hint}")
 
 
-def _same_kind(value: Any, neutral: Any) -> bool:
-    return isinstance(value, bool) == isinstance(neutral, bool)
-
-
-def _unserved(name: str, known: Any) -> PydanticCustomError:
-    if name in NEUTRAL_VALUES:
-        return _at_fault(name, f"{name} is not served by this server")
-    return _at_fault(name, f"unknown field '{name}'{nearest(name, known)}")
+def _shown(name: str) -> str:
+    return name if len(name) <= MAX_SHOWN_CHARS else f"{name[:MAX_SHOWN_CHARS]}..."
 
 
 def _at_fault(name: str, message: str) -> PydanticCustomError:
-    """An error of the whole body that still names the field for the response's `param`."""
+    """An error of a whole object that still names the field for the response's `param`."""
     return PydanticCustomError("at_fault", "{message}", {"message": message, "param": name})
 
 

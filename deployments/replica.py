@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -39,7 +38,8 @@ from deployments.messages import (
     Refused,
     Sampling,
 )
-from deployments.prompting import encode_prompt
+from deployments.prompt_length import text_bound
+from deployments.prompting import PromptEncoder
 from deployments.ray_private import bind_replica_to_node_address
 from deployments.sizing import prompt_bytes
 from selectn_core.config import EngineConfig, SloConfig
@@ -77,8 +77,6 @@ class SelectNReplica:
         self._is_configured = False
         self._user_config_problem: str | None = None
         self._default_max_tokens = default_max_tokens
-        # One thread: a tokenizer is not thread-safe, and one keeps up with any engine.
-        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
         self._member, _ = await asyncio.gather(
             asyncio.to_thread(open_member, cluster, telemetry, num_sharing=config.offload.num_sharing),
             asyncio.to_thread(import_module, "selectn_core.engine"),  # which takes as long
@@ -86,6 +84,8 @@ class SelectNReplica:
         self._engine = await asyncio.to_thread(_started_engine, config, self._member)
         close_at_exit(self._engine)
         self._tokenizer: Any = self._engine.tokenizer
+        self._text_bound = text_bound(self._tokenizer, self._engine.max_model_len)
+        self._prompts = PromptEncoder(self._tokenizer, self._text_bound)
         self._created_unix_s = int(time.time())
         self._prefixes = RecentPrefixes()
         self._door = Door(
@@ -103,7 +103,8 @@ class SelectNReplica:
             yield Refused(kind="unavailable", message=f"this replica does not serve the model '{request.model}'")
             return
         try:
-            prompt_ids = await self._in_tokenizer_thread(encode_prompt, self._tokenizer, request)
+            prompt_ids = await self._prompts.encode(request)
+            check_length(len(prompt_ids), request.sampling.max_tokens, self._engine.max_model_len)
             params = self._sampling_params(request.sampling, len(prompt_ids))
             self._engine.check_request(prompt_ids, params)
             objectives = self._engine.objectives_for(ttft_ms=request.ttft_ms, tpot_ms=request.tpot_ms)
@@ -161,10 +162,7 @@ class SelectNReplica:
         self._door.let_in()
         replica_id = serve.get_replica_context().replica_id.unique_id
         report = replica_report(replica_id, self._engine, self._door, self._prefixes)
-        card = await self.model_card()
-        return replace(
-            report, model=card.name, max_model_len=card.max_model_len, model_created_unix_s=card.created_unix_s
-        ).to_json()
+        return replace(report, **served_fields(await self.model_card())).to_json()
 
     async def drain(self) -> None:
         """Lets no request in any more, and sends those at the door elsewhere; those inside finish."""
@@ -176,6 +174,7 @@ class SelectNReplica:
             name=self._engine.model_name,
             max_model_len=self._engine.max_model_len,
             created_unix_s=self._created_unix_s,
+            text_bound=self._text_bound,
         )
 
     async def snapshot(self) -> dict[str, Any]:
@@ -223,15 +222,15 @@ class SelectNReplica:
         if engine is not None:
             self._door.close()
             await asyncio.to_thread(_close, engine, self._member)
-            self._tokenizing.shutdown(wait=False, cancel_futures=True)
+            self._prompts.close()
 
     def _sampling_params(self, sampling: Sampling, num_prompt_tokens: int) -> SamplingParams:
         from selectn_core.sampling import SamplingParams
 
-        room = max(1, self._engine.max_model_len - num_prompt_tokens)
-        max_tokens = sampling.max_tokens
+        room = self._engine.max_model_len - num_prompt_tokens
+        default = sampling.default_max_tokens or self._default_max_tokens
         return SamplingParams(
-            max_tokens=min(self._default_max_tokens, room) if max_tokens is None else max_tokens,
+            max_tokens=min(default, room) if sampling.max_tokens is None else sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -239,8 +238,20 @@ class SelectNReplica:
             ignore_eos=sampling.ignore_eos,
         )
 
-    async def _in_tokenizer_thread(self, function: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *args)
+
+def check_length(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
+    """Raises RequestTooLarge for more than a request may have, and says which of its parts is too long."""
+    if num_prompt_tokens >= max_model_len:
+        raise RequestTooLarge(
+            f"the prompt has {num_prompt_tokens} tokens; a request may have {max_model_len} here, prompt and output",
+            field="prompt",
+        )
+    if num_prompt_tokens + (max_tokens or 1) > max_model_len:
+        raise RequestTooLarge(
+            f"{num_prompt_tokens} prompt tokens and max_tokens={max_tokens} are more than the {max_model_len} tokens "
+            "that a request may have here",
+            field="max_tokens",
+        )
 
 
 def replica_report(replica_id: str, engine: Engine, door: Door, prefixes: RecentPrefixes) -> ReplicaReport:
@@ -270,6 +281,18 @@ def replica_report(replica_id: str, engine: Engine, door: Door, prefixes: Recent
         # One whose engine has failed has all its room free, and would be sent everything until Serve replaces it.
         is_draining=door.is_closed or not engine.is_healthy(),
     )
+
+
+def served_fields(card: ModelCard) -> dict[str, Any]:
+    """What a report says of the model: `deployments/served_models.py` makes the card of it again."""
+    bound = card.text_bound
+    return {
+        "model": card.name,
+        "max_model_len": card.max_model_len,
+        "model_created_unix_s": card.created_unix_s,
+        "most_prompt_chars": bound.max_chars if bound is not None else None,
+        "uncounted_chars": bound.uncounted if bound is not None else "",
+    }
 
 
 async def text_messages(

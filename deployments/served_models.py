@@ -13,6 +13,7 @@ from cluster.headroom import ReplicaReport
 from deployments.board import SharedBoard
 from deployments.errors import model_not_found, unavailable
 from deployments.messages import ModelCard
+from deployments.prompt_length import TextBound
 from selectn_core.config import ModelConfig
 from selectn_core.embedded import SERVED_NAME
 
@@ -48,6 +49,11 @@ class ServedModels:
         card = self._reported().get(name)
         return card.max_model_len if card is not None else None
 
+    @property
+    def most_tokens(self) -> int | None:
+        """What a request for whichever model may have at most, as far as replicas have said."""
+        return max((card.max_model_len for card in self._reported().values()), default=None)
+
     def _reported(self) -> dict[str, ModelCard]:
         with self._shared.locked() as board:
             models = board.models()
@@ -76,4 +82,12 @@ def possible_names(config: ModelConfig) -> frozenset[str]:
 
 
 def _card_in(report: ReplicaReport) -> ModelCard:
-    return ModelCard(name=report.model, max_model_len=report.max_model_len, created_unix_s=report.model_created_unix_s)
+    bound = None
+    if report.most_prompt_chars is not None:
+        bound = TextBound(max_chars=report.most_prompt_chars, uncounted=report.uncounted_chars)
+    return ModelCard(
+        name=report.model,
+        max_model_len=report.max_model_len,
+        created_unix_s=report.model_created_unix_s,
+        text_bound=bound,
+    )

@@ -37,10 +37,11 @@ class PromptSizes:
         `longest_tokens` is what a request may have at all: for more than that nobody is charged, as it is refused.
         """
         data, max_tokens = prompt_bytes(request), request.sampling.max_tokens
+        default = request.sampling.default_max_tokens or self._default_max_tokens
         exact = prompt_tokens = _exact(request)
         if prompt_tokens is None:
             prompt_tokens = 1 + round(len(data) * self._tokens_per_byte) + _template_tokens(request)
-        tokens = prompt_tokens + (self._default_max_tokens if max_tokens is None else max_tokens)
+        tokens = prompt_tokens + (default if max_tokens is None else max_tokens)
         return Ask(
             request_id=request.request_id,
             tokens=tokens if longest_tokens is None else min(tokens, longest_tokens),

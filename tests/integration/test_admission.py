@@ -183,16 +183,16 @@ def prefixes_of(replica_id: str) -> tuple[int, ...]:
     return reports()[replica_id].prefixes
 
 
-def test_what_no_replica_can_hold_is_a_503_that_says_the_limit(pair):
+def test_what_no_replica_can_hold_is_a_400_that_says_the_limit(pair):
     longest = max(report.longest_request_tokens for report in reports().values())
     response = pair.post("/v1/completions", json=body(max_tokens=longest))
-    assert response.status_code == 503
-    assert response.json()["error"]["code"] == "request_too_large"
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
     assert str(longest) in response.json()["error"]["message"]
     assert "Retry-After" not in response.headers
     prompt = [5] * (longest - 5)
     response = pair.post("/v1/completions", json=body(prompt=prompt, max_tokens=6))
-    assert response.json()["error"]["code"] == "request_too_large"
+    assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_the_rest_waits_in_bounded_queues_and_what_is_more_gets_429(pair):

@@ -93,6 +93,20 @@ def test_a_chat_without_max_tokens_gets_the_default(client):
     assert completion.usage.completion_tokens == 256
 
 
+def test_a_completion_without_max_tokens_gets_what_is_left(client):
+    settings = {"model": MODEL, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    assert client.completions.create(prompt=PROMPT, **settings).usage.completion_tokens == 16
+    answer = client.completions.create(prompt=[5] * (MAX_MODEL_LEN - 1), **settings)
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (1, "length")
+
+
+def test_an_assistants_turn_may_come_back_as_another_server_wrote_it(client):
+    turns = [*MESSAGES, {"role": "assistant", "content": "x"}, {"role": "user", "content": "and then?"}]
+    plain = client.chat.completions.create(messages=turns, **GREEDY)
+    turns[1] = {**turns[1], "annotations": [], "tool_calls": [], "reasoning_content": "", "refusal": None}
+    assert client.chat.completions.create(messages=turns, **GREEDY).choices == plain.choices
+
+
 def test_the_wire_format_of_a_stream(http):
     body = {"model": MODEL, "messages": MESSAGES, "stream": True, "max_tokens": 3}
     with http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -114,6 +128,19 @@ def test_a_request_may_name_its_own_objectives(client):
 def test_health(http):
     response = http.get("/health")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
+    assert http.head("/health").status_code == 200
+
+
+def test_the_list_of_models_with_a_slash_at_its_end(http):
+    assert http.get("/v1/models/").json() == http.get("/v1/models").json()
+    assert http.head(f"/v1/models/{MODEL}").status_code == 200
+
+
+def test_the_schema_says_what_a_body_is(http):
+    paths = http.get("/openapi.json").json()["paths"]
+    schema = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"messages", "max_tokens", "slo"} <= schema["properties"].keys()
+    assert "$ref" not in json.dumps(schema)
 
 
 class TestErrors:
@@ -124,6 +151,7 @@ class TestErrors:
             ({"top_p": 0}, "top_p"),
             ({"max_tokens": MAX_MODEL_LEN}, "max_tokens"),
             ({"messages": [{"role": "user", "content": "x " * MAX_MODEL_LEN}]}, "messages"),
+            ({"seed": 2**63}, "seed"),
             ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
             ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
             ({"n": 2}, "n"),
@@ -146,6 +174,20 @@ class TestErrors:
             client.completions.create(model=MODEL, prompt=prompt)
         assert caught.value.param == "prompt"
 
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"prompt": [5] * MAX_MODEL_LEN}, "prompt"),
+            ({"prompt": "x" * 19_000}, "prompt"),
+            ({"prompt": "x " * 600}, "prompt"),
+            ({"prompt": "x", "max_tokens": MAX_MODEL_LEN}, "max_tokens"),
+        ],
+    )
+    def test_what_can_never_fit_is_said_to_be_too_long(self, client, fields, param):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model=MODEL, **fields)
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", param)
+
     def test_the_template_says_why_it_refuses(self, client):
         with pytest.raises(openai.BadRequestError, match="the first turn must not be the assistant's"):
             client.chat.completions.create(model=MODEL, messages=[{"role": "assistant", "content": "x"}])
@@ -164,6 +206,10 @@ class TestErrors:
             ("GET", "/v1/completions", None, 405, "method_not_allowed"),
             ("POST", "/v1/completions", b'{"model": ', 400, "invalid_json"),
             ("POST", "/v1/completions", b"[]", 400, "invalid_value"),
+            ("POST", "/v1/completions", rb'{"model": "tiny", "prompt": "\ud83d"}', 400, "invalid_value"),
+            ("POST", "/v1/completions", rb'{"model": "\ud83d", "prompt": "x"}', 400, "invalid_value"),
+            ("POST", "/v1/completions", rb'{"\ud83d": 1}', 400, "invalid_value"),
+            ("OPTIONS", "/v1/completions", None, 405, "method_not_allowed"),
             ("POST", "/v1/completions", b'"' + b"x" * 30_000 + b'"', 413, "body_too_large"),
         ],
     )
@@ -175,3 +221,16 @@ class TestErrors:
         assert set(error) == {"message", "type", "param", "code"}
         assert error["code"] == code
         assert error["message"]
+        assert (response.headers.get("Allow") == "POST") == (status == 405)
+
+    @pytest.mark.parametrize(
+        ("headers", "code"),
+        [
+            ({"Content-Type": "application/x-www-form-urlencoded"}, "unsupported_media_type"),
+            ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "unsupported_encoding"),
+        ],
+    )
+    def test_415_names_the_header(self, http, headers, code):
+        response = http.post("/v1/completions", content=b'{"model": "tiny", "prompt": "x"}', headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) == (415, code)
+        assert next(value for value in reversed(headers.values())) in response.json()["error"]["message"]

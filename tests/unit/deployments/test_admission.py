@@ -130,7 +130,7 @@ def test_what_no_replica_can_ever_hold_is_a_503_that_says_the_limit():
         case = Case()
         case.report()
         error = await refusal(case.enter(1501))
-        assert (error.status, error.code, error.retry_after_s) == (503, "request_too_large", None)
+        assert (error.status, error.code, error.retry_after_s) == (400, "context_length_exceeded", None)
         assert "1500" in str(error)
 
     run(check())
@@ -160,7 +160,7 @@ def test_a_request_that_has_become_too_large_while_it_waits_does_not_block_the_o
         large, small = case.enter(1400), case.enter(10)
         await settle()
         case.report(longest_request_tokens=1000)
-        assert (await refusal(large)).status == 503
+        assert (await refusal(large)).status == 400
         assert (await small).replica_id == "a"
 
     run(check())
@@ -517,7 +517,7 @@ def test_one_that_is_retried_leaves_nothing_behind_when_it_gives_up():
         await settle()
         gone.cancel()
         case.report(longest_request_tokens=1000)
-        assert (await refusal(large)).code == "request_too_large"
+        assert (await refusal(large)).code == "context_length_exceeded"
         assert (await refusal(overdue)).code == "rate_limit_exceeded"
         await asyncio.gather(gone, return_exceptions=True)
         assert case.admission.num_waiting == 0
