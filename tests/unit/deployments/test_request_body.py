@@ -95,7 +95,7 @@ def test_a_thousand_wrong_items_make_one_error():
         ChatCompletionRequest.model_validate({"model": "m", **wrong})
     assert caught.value.error_count() == 2  # role and content of the first message
     with pytest.raises(ValidationError) as caught:
-        CompletionRequest.model_validate({"model": "m", "prompt": ["x"] + [{}] * 4000, "stop": [5, 6]})
+        CompletionRequest.model_validate({"model": "m", "prompt": [1] + [{}] * 4000, "stop": [5, 6]})
     assert caught.value.error_count() == 2  # the prompt, and the first stop string
     turn = {"role": "user", "content": "x", **{f"k{number}": 1 for number in range(4000)}}
     with pytest.raises(ValidationError) as caught:
