@@ -51,7 +51,8 @@ class Visit:
 class Door:
     """Lets visits in, one after the other. Not thread-safe; `capacity_tokens` is asked at every decision.
 
-    `footprint` is what a request of so many tokens takes of it, which is whole pages; it is asked once for each number.
+    `footprint` is what a request of so many tokens takes of it, which is whole pages; it must always say the same.
+    `longest` is what a request may have: until there it is asked now, and not when a long one comes.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class Door:
         *,
         max_requests: int,
         max_waiting: int,
+        longest: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._capacity_tokens, self._footprints, self._clock = capacity_tokens, Footprints(footprint), clock
+        self._footprints.know(longest)
         self._max_requests, self._max_waiting = max_requests, max_waiting
         self._waiting: deque[Visit] = deque()
         self._inside: dict[Visit, None] = {}

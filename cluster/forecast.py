@@ -34,14 +34,18 @@ class Course(NamedTuple):
 
 
 class Footprints:
-    """What a request of so many tokens takes, as a table: asked once for each number of tokens, whatever it may cost.
+    """What a request of so many tokens takes, as a table: what is known is not asked again, whatever it may cost.
 
-    It must not fall where tokens grow.
+    It must not fall where tokens grow: where it is the same at both ends of a range it is so between them.
     """
 
     def __init__(self, footprint: Callable[[int], int]) -> None:
         self._footprint = footprint
         self._table: Tokens = np.zeros(0, np.int64)
+
+    def know(self, num_tokens: int) -> None:
+        """Asks for every number up to this one: for a long request that takes a while, which may be done before."""
+        self._up_to(num_tokens)
 
     def of(self, num_tokens: int) -> int:
         return int(self._up_to(num_tokens)[num_tokens])
@@ -63,9 +67,23 @@ class Footprints:
     def _up_to(self, num_tokens: int) -> Tokens:
         known = len(self._table)
         if num_tokens >= known:
-            more = [self._footprint(number) for number in range(known, max(2 * known, num_tokens + 1))]
-            self._table = np.concatenate((self._table, np.array(more, np.int64)))
+            self._table = np.concatenate((self._table, self._between(known, max(2 * known, num_tokens))))
         return self._table
+
+    def _between(self, first: int, last: int) -> Tokens:
+        """Of each number from first to last: a range is halved where its ends differ."""
+        values = np.empty(last - first + 1, np.int64)
+        ranges = [(first, self._footprint(first), last, self._footprint(last))]
+        while ranges:
+            low, at_low, high, at_high = ranges.pop()
+            if at_low == at_high or high - low < 2:
+                values[low - first : high - first] = at_low
+                values[high - first] = at_high
+            else:
+                middle = (low + high) // 2
+                at_middle = self._footprint(middle)
+                ranges += [(low, at_low, middle, at_middle), (middle, at_middle, high, at_high)]
+        return values
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

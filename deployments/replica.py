@@ -88,11 +88,13 @@ class SelectNReplica:
         self._prompts = PromptEncoder(self._tokenizer, self._text_bound)
         self._created_unix_s = int(time.time())
         self._prefixes = RecentPrefixes()
-        self._door = Door(
+        self._door = await asyncio.to_thread(
+            Door,
             self._engine.reachable_kv_tokens,
             self._engine.promised_tokens,
             max_requests=config.batch.max_requests,
             max_waiting=config.batch.max_waiting,
+            longest=self._engine.max_model_len,
         )
         logger.info("serving %s", self._engine.model_name)
 

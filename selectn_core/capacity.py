@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from selectn_core.kv_geometry import KvGeometry
@@ -43,7 +44,12 @@ def promised_tokens(geometry: KvGeometry, num_sectors: int, total_tokens: int) -
     Counted so that requests fit `n` sectors wherever their promises sum up to `capacity_tokens(..., n)` or less.
     """
     sectors = geometry.sectors_for_request(total_tokens)
-    return -(-sectors * geometry.tokens_in(num_sectors) // num_sectors)
+    return -(-sectors * _tokens_in(geometry, num_sectors) // num_sectors)
+
+
+@lru_cache(maxsize=16)  # asked for every number of tokens, of the same arena
+def _tokens_in(geometry: KvGeometry, num_sectors: int) -> int:
+    return geometry.tokens_in(num_sectors)
 
 
 def capacity_tokens(geometry: KvGeometry, num_sectors: int, kv_sectors: int) -> int:

@@ -141,6 +141,36 @@ def test_what_is_known_of_every_step_to_come_is_what_each_request_says_for_itsel
         assert forecast.may_begin(Course(*first), step, capacity, max_requests) == may
 
 
+@settings(deadline=None)
+@given(st.integers(1, 40), st.lists(st.integers(0, 300), min_size=1, max_size=5))
+def test_footprints_are_what_they_are_asked_for_and_whole_pages_are_asked_once(page, numbers):
+    asked = list[int]()
+
+    def pages(tokens: int) -> int:
+        asked.append(tokens)
+        return -(-tokens // page) * page
+
+    footprints = Footprints(pages)
+    for number in numbers:
+        assert footprints.of(number) == -(-number // page) * page
+    assert len(asked) <= 2 * len(numbers) + len(set(asked)), "but for the ends of a range"
+
+
+def test_a_long_requests_pages_are_few_questions_and_none_when_it_comes():
+    num_asked = 0
+
+    def pages(tokens: int) -> int:
+        nonlocal num_asked
+        num_asked += 1
+        return -(-tokens // 256) * 256
+
+    door = Door(lambda: 10**6, pages, max_requests=4, max_waiting=4, longest=131_072)
+    assert num_asked < 131_072 // 10
+    num_asked = 0
+    door.knock(Visit(origin="o", prompt_tokens=131_000, total_tokens=131_072, decide=bool))
+    assert (num_asked, door.inside_tokens) == (0, 131_072)
+
+
 # -- the board -----------------------------------------------------------------------------------------------------
 
 ME, REPLICAS = "me", "abcd"
