@@ -60,6 +60,13 @@ def use_auth_token() -> None:
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
+def begin_to_delete(app_name: str) -> None:
+    """Has Serve delete an application. Serve's own call waits for the end, but no longer than a minute."""
+    from ray import serve
+
+    serve.delete(app_name, _blocking=False)
+
+
 def bind_replica_to_node_address() -> None:
     """Keeps this replica's gRPC server off the other interfaces; call it in the replica's constructor.
 

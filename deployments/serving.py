@@ -17,7 +17,7 @@ from typing import Any
 
 from deployments.config import AppArgs, app_args, parse, select_n_applications
 from deployments.neighbours import missing_resources, with_neighbours
-from deployments.ray_private import running_serve, start_serve
+from deployments.ray_private import begin_to_delete, running_serve, start_serve
 from selectn_core.errors import ConfigError, SelectNError
 from selectn_core.host_memory import SHARED_MEMORY
 from selectn_core.store_files import FILES, remove_abandoned
@@ -112,7 +112,7 @@ def _delete(names: list[str], at_most_s: float) -> None:
     from ray import serve
 
     for name in names:
-        serve.delete(name, _blocking=False)  # or the second would be told when the first has stopped
+        begin_to_delete(name)  # all of them: or the second would be told when the first has stopped
     ends_s = time.monotonic() + at_most_s
     while left := serve.status().applications.keys() & set(names):
         if time.monotonic() >= ends_s:  # Serve goes on with it

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 
 import pytest
+from ray import serve
 from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
 from ray.serve import context
@@ -39,6 +40,10 @@ def test_what_serve_runs_can_be_asked() -> None:
 def test_a_token_that_ray_has_can_be_shown() -> None:
     show = authentication_token_setup.maybe_enable_token_auth_if_token_available
     assert "warn_if_disabled" in inspect.signature(show).parameters, PLACE
+
+
+def test_an_application_can_be_deleted_without_waiting() -> None:
+    assert "_blocking" in inspect.signature(serve.delete).parameters, PLACE
 
 
 def test_a_replica_adds_its_port_through_a_function_of_its_module() -> None:
