@@ -1,4 +1,4 @@
-"""What a board adds up, when a report or a request comes or goes: so that nobody has to do so at every decision."""
+"""What a board adds up when a report or a request comes or goes, so that decisions need not."""
 
 from __future__ import annotations
 

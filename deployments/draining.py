@@ -59,7 +59,7 @@ class Stopping:
 
 
 class OrderlyEnd:
-    """ASGI middleware around everything: 503 for whoever comes too late, an error for what cannot be finished."""
+    """ASGI middleware around everything: 503 for newcomers, an error for what cannot be finished."""
 
     def __init__(self, app: ASGIApp, stopping: Stopping) -> None:
         self._app, self._stopping = app, stopping
