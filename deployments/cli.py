@@ -43,15 +43,12 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, the command's own, or 2 for a wrong call or expected failure."""
-    args = build_parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
     try:
-        with _ending_in_order_when_terminated():
-            code = int(args.run(args))
-            sys.stdout.flush()
-            return code
+        with _ending_in_order_when_terminated(), _written_to_the_end():
+            args = build_parser().parse_args(argv)
+            level = logging.DEBUG if args.verbose else logging.WARNING
+            logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+            return int(args.run(args))
     except BrokenPipeError:  # whoever read our output has seen enough
         with contextlib.suppress(OSError, ValueError):  # a test's stdout has no descriptor
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_OK
+
+
+@contextlib.contextmanager
+def _written_to_the_end() -> Iterator[None]:
+    """What was printed is written within the block, `--help` too: an error there is one of this call."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager

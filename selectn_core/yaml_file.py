@@ -11,7 +11,7 @@ from selectn_core.errors import SelectNError
 
 MAX_FILE_BYTES = 16 << 20
 # Values with aliases expanded: a few lines of anchors can stand for more than any memory holds.
-MAX_VALUES = 1_000_000
+MAX_VALUES = 200_000
 
 
 def read_yaml(path: Path, refuse: type[SelectNError], *, advice: str = "") -> Any:
