@@ -190,7 +190,8 @@ def write_store(
         if unnamed is None:
             building.rename(path)
         else:
-            os.link(f"/proc/self/fd/{fd}", path, follow_symlinks=True)
+            # With a descriptor, which an absolute path does not need, Python follows the link that /proc has there.
+            os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
     except BaseException as error:
         building.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
