@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from selectn_core.host_memory import available_host_memory, free_bytes, memory_pressure
+from selectn_core.host_memory import available_host_memory, free_bytes, is_in_memory, memory_pressure
 
 GIB = 1 << 30
 MACHINE_TOTAL_BYTES = 128 * GIB
@@ -154,3 +154,8 @@ class TestPressure:
 def test_this_machine_can_be_asked(tmp_path) -> None:
     assert available_host_memory().available_bytes > 0
     assert free_bytes(tmp_path) > 0
+
+
+def test_what_is_in_memory_and_what_is_not_is_told_apart() -> None:
+    assert is_in_memory(Path("/dev/shm"))
+    assert not is_in_memory(Path("/proc/self"))

@@ -25,7 +25,7 @@ from selectn_core.errors import (
     StoreRefused,
     UnsupportedModel,
 )
-from selectn_core.host_memory import HostMemory
+from selectn_core.host_memory import HostMemory, is_in_memory
 from selectn_core.loading import LoadedModel, load_model, resolve_source
 from selectn_core.shared_model import fingerprint_of, load_on_host
 from tests.tiny_models import FAMILIES, tiny_model
@@ -305,6 +305,21 @@ def small_tmpfs(tmp_path):
     yield directory
     assert not list(directory.iterdir())
     subprocess.run(["umount", directory], check=True)
+
+
+@pytest.mark.parametrize("as_link", [False, True])
+def test_a_directory_for_files_that_is_also_for_memory_is_one_place(checkpoint_of, files, tmp_path, as_link) -> None:
+    """As two, the process would wait for a lock that it has."""
+    directory = files
+    if as_link:
+        directory = tmp_path / "link"
+        directory.symlink_to(files)
+    host = HostConfig(directory=str(directory))
+    (place,) = shared_model._usable_places(host)
+    assert place.in_memory == is_in_memory(files)
+    loaded = load_on_host(ModelConfig(source=checkpoint_of()), host)
+    assert loaded.store.path.parent.samefile(files)
+    loaded.store.close()
 
 
 def test_small_shared_memory_falls_back_to_a_file_and_says_what_to_set(
