@@ -9,9 +9,10 @@ import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from deployments.config import INGRESS_NAME, REPLICA_NAME, AppArgs
+from deployments.config import IMPORT_PATH, INGRESS_NAME, REPLICA_NAME, AppArgs, check_application
 from deployments.ingress import Ingress
 from deployments.neighbours import NUM_CPUS
+from deployments.ray_private import running_serve
 from deployments.replica import SelectNReplica
 from selectn_core.config import DeviceConfig
 
@@ -22,9 +23,21 @@ ROUTER = "deployments.router:HeadroomRouter"
 
 def build_app(args: AppArgs) -> serve.Application:
     """The application that `args` describe, with `device.kind: auto` resolved for this cluster."""
+    _check_deployments()
     args = args.model_copy(update={"device": resolve_device(args.device, cluster_num_gpus())})
     replica = _replica(args).bind(args.engine, args.limits.default_max_tokens, args.cluster, args.telemetry)
     return _ingress(args).bind(replica, args.limits, args.slo, args.model)
+
+
+def _check_deployments() -> None:
+    """Refuses what `deployments:` of a Serve config says and cannot work; a builder is only told `args:`.
+
+    `selectn serve` has looked at it before; `serve deploy` has not, and shows this error as the reason.
+    """
+    running = running_serve() if ray.is_initialized() else None
+    for app in running.apps if running is not None else ():
+        if app.config is not None and app.config.get("import_path") == IMPORT_PATH:
+            check_application(app.config, where=f"application '{app.name}'")
 
 
 def cluster_num_gpus() -> float:

@@ -204,9 +204,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a mapping with the key 'applications'")
     for app in select_n_applications(document):
-        args = parse(AppArgs, app_args(app), where=f"{path}: args")
-        for deployment in _deployments(app):
-            _check_deployment(deployment, args, where=str(path))
+        check_application(app, where=str(path))
     _check_serve_schema(document, path)
     return document
 
@@ -220,6 +218,13 @@ def select_n_applications(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not ours:
         raise ConfigError(f"applications: none has import_path {IMPORT_PATH}")
     return ours
+
+
+def check_application(app: Mapping[str, Any], *, where: str) -> None:
+    """Raises ConfigError for what is wrong with a Select-N application's `args:` and `deployments:`."""
+    args = parse(AppArgs, app_args(app), where=f"{where}: args")
+    for deployment in _deployments(app):
+        _check_deployment(deployment, args, where=where)
 
 
 def app_args(app: Mapping[str, Any]) -> Any:

@@ -148,7 +148,7 @@ def _token_of_its_own() -> str | None:
     """
     has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     is_disabled = os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
-    if is_disabled or has_token or (Path.home() / ".ray" / "auth_token").exists():
+    if is_disabled or has_token or Path(os.path.expanduser("~/.ray/auth_token")).exists():  # noqa: PTH111
         return None
     token = os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     return token

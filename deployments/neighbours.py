@@ -47,7 +47,7 @@ def with_neighbours(document: Mapping[str, Any], running: RunningServe, asked: C
             problems += [
                 f"application '{app.name}' has route_prefix '{app.route_prefix}': choose another for '{name}'"
                 for name, each in ours.items()
-                if each.get("route_prefix", "/") == app.route_prefix
+                if app.route_prefix is not None and each.get("route_prefix", "/") == app.route_prefix
             ]
         elif app.config is None or app.config.get("import_path") != mine.get("import_path"):
             problems.append(f"there is another application named '{app.name}': choose another name")

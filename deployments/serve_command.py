@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import shlex
 import signal
 import threading
@@ -134,7 +135,7 @@ def resolve_local_models(document: dict[str, Any]) -> None:
     """
     for app in select_n_applications(document):
         args = parse(AppArgs, app_args(app), where="args")
-        source, path = args.model.source, Path(args.model.source).expanduser()
+        source, path = args.model.source, Path(os.path.expanduser(args.model.source))  # noqa: PTH111 -- raises nothing
         if source == "embedded" or args.offload.num_offloaded == "auto":
             made_directory(cache_directory())
         if source == "embedded":

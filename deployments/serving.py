@@ -187,7 +187,8 @@ def base_urls(document: dict[str, Any]) -> list[str]:
     """Where each Select-N application of the config is served, without a slash at the end."""
     host, port = http_address(document)
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    prefixes = [app.get("route_prefix", "/").rstrip("/") for app in select_n_applications(document)]
+    routes = [app.get("route_prefix", "/") for app in select_n_applications(document)]
+    prefixes = [route.rstrip("/") for route in routes if route is not None]  # None: it has no HTTP
     return [f"http://{f'[{shown}]' if ':' in shown else shown}:{port}{prefix}" for prefix in prefixes]
 
 

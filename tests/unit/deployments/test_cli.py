@@ -135,6 +135,7 @@ def test_base_urls_are_ones_a_client_can_use():
     application = {"name": "a", "import_path": "deployments.app:build_app", "route_prefix": "/llm"}
     document = {"http_options": {"host": "0.0.0.0", "port": 81}, "applications": [application]}
     assert base_urls(document) == ["http://127.0.0.1:81/llm"]
+    assert base_urls({**document, "applications": [{**application, "route_prefix": None}]}) == []
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,17 @@ def test_a_cache_that_cannot_be_made_is_said_before_anything_starts(command, mon
     assert "the cache directory /proc/none cannot be used: No such file or directory; set SELECTN_CACHE_DIR" in error
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, capsys):
+    """As in a container that runs with a user id of its own."""
+    for name in ("HOME", "XDG_CACHE_HOME", "SELECTN_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 987_654)
+    assert "there is no cache directory" in short_error(capsys, ["serve", "--device", "emulated"])
+    assert "there is no such file or directory" in short_error(
+        capsys, ["serve", "--model", "~none/m", "--num-offloaded", "1"]
+    )
+
+
 def test_a_host_that_is_none_is_named(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     document = {"http_options": {"host": "a" * 300}, "applications": [{"import_path": "deployments.app:build_app"}]}
