@@ -79,6 +79,16 @@ def test_a_replica_that_cannot_be_placed_says_what_it_lacks(beside):
     assert set(serve.status().applications) == OTHERS
 
 
+def test_what_serve_deploy_would_take_and_cannot_work_is_the_reason_it_shows(beside):
+    """Nothing but Serve has looked at this config, as with `serve deploy`."""
+    beside["applications"][0]["deployments"] = [
+        {"name": "SelectNReplica", "autoscaling_config": {"min_replicas": 0, "max_replicas": 2}}
+    ]
+    with deployed(beside) as served, pytest.raises(DeployFailed, match="min_replicas=0 is not allowed"):
+        wait_until_serving(served, lambda elapsed_s: None)
+    assert set(serve.status().applications) == OTHERS
+
+
 def test_one_that_runs_and_does_not_answer_says_why(document):
     elsewhere = {**document, "http_options": {"host": "127.0.0.1", "port": free_port("127.0.0.1")}}
     with pytest.raises(DeployFailed, match="runs and does not answer: http://127.0.0.1:.*Connection refused"):

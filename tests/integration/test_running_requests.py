@@ -114,10 +114,14 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(small_url, small_repl
 
 def test_user_config_moves_layers_and_objectives_without_a_restart(document, small_url, small_replica):
     before = small_replica.snapshot.remote().result()
-    changed = copy.deepcopy(document)
     user_config = {"offload": {"num_offloaded": 3, "num_slots": 1}, "slo": {"ttft_ms": 1500, "tpot_ms": 150}}
-    changed["applications"][1]["deployments"] = [{"name": REPLICA_NAME, "user_config": user_config}]
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(changed))
+
+    def deploy(**entry: object) -> None:
+        changed = copy.deepcopy(document)
+        changed["applications"][1]["deployments"] = [{"name": REPLICA_NAME, **entry}]
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(changed))
+
+    deploy(user_config=user_config)
 
     def plan_of_the_next_step() -> tuple[int, int]:
         httpx.post(f"{small_url}/v1/completions", json=body(max_tokens=2), timeout=60, trust_env=False)
@@ -129,6 +133,20 @@ def test_user_config_moves_layers_and_objectives_without_a_restart(document, sma
     assert after["num_steps"] > before["num_steps"]
     assert before["objectives"] == {"ttft_s": 6.0, "tpot_s": 10.0}
     assert after["objectives"] == {"ttft_s": 1.5, "tpot_s": 0.15}
+
+    deploy(user_config={"offload": {"num_offloaded": 1}, "slo": {"tpot_ms": -1}})
+    wait_until(lambda: small_replica.snapshot.remote().result()["user_config_problem"], 30, "a wrong one is noticed")
+    assert plan_of_the_next_step() == (3, 1)
+    assert small_replica.snapshot.remote().result()["objectives"] == after["objectives"]
+
+    deploy(user_config={"slo": {"tpot_ms": 150}})
+    wait_until(lambda: plan_of_the_next_step()[0] == 0, 30, "what is named no longer is as in args")
+    assert small_replica.snapshot.remote().result()["objectives"] == {"ttft_s": 6.0, "tpot_s": 0.15}
+
+    deploy()  # without a user_config
+    restored = before["objectives"]
+    wait_until(lambda: small_replica.snapshot.remote().result()["objectives"] == restored, 30, "all is as in args")
+    assert small_replica.snapshot.remote().result()["num_steps"] > after["num_steps"]
 
 
 def test_a_replica_that_dies_is_an_error_event_and_is_replaced(small_url, small_replica, urls):
