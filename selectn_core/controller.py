@@ -246,6 +246,9 @@ class Controller:
         """Between the plan that holds and the one that is wanted: no moving to and fro for a hair's breadth."""
         if not self.policy.adapts:
             return wanted
+        if self._exceeds_range(current) and not self._exceeds_range(wanted):
+            self._may_raise = 0
+            return self._with_few_moves(shape, current, wanted, limit_s)
         current_s = self._predict(shape, current)
         if current_s > limit_s * (1 + _TOLERANCE):
             self._may_raise = 0
@@ -257,6 +260,12 @@ class Controller:
         if self._may_raise < _RAISE_AFTER_STEPS:
             return current
         return self._with_few_moves(shape, current, wanted, limit_s)
+
+    def _exceeds_range(self, plan: OffloadPlan) -> bool:
+        """Whether it offloads more bytes than may be: the link that its copies would take belongs to others."""
+        return self._offloaded_bytes(plan) > (
+            math.inf if self.max_offloaded_bytes is None else self.max_offloaded_bytes
+        )
 
     def _pays_off(self, shape: StepShape, current: OffloadPlan, plan: OffloadPlan) -> bool:
         """Whether shorter steps soon make up for the time in which the link brings weights home."""
@@ -276,6 +285,8 @@ class Controller:
         wanted_bytes = self._freed_bytes(wanted)
         least_bytes = max((1 - _GAIN) * wanted_bytes, min(wanted_bytes, self.held_freed_bytes))
         frees_as_much = self._freed_bytes(near) >= least_bytes
+        if self._exceeds_range(near) and not self._exceeds_range(wanted):
+            return wanted
         is_as_fast = self._predict(shape, near) <= min(limit_s, 1.05 * self._predict(shape, wanted))
         return near if frees_as_much and is_as_fast else wanted
 
@@ -314,8 +325,9 @@ class Controller:
         )
 
     def _copied_bytes(self, plan: OffloadPlan) -> int:
-        if plan.num_offloaded <= plan.num_slots:
-            return 0
+        return self._offloaded_bytes(plan) if plan.num_offloaded > plan.num_slots else 0
+
+    def _offloaded_bytes(self, plan: OffloadPlan) -> int:
         return self._remembered.get(plan, lambda: sum(self.times.unit_bytes[unit] for unit in plan.offloaded))
 
     def _predict_first(self, shape: StepShape, current: OffloadPlan, plan: OffloadPlan) -> float:

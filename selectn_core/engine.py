@@ -329,7 +329,7 @@ class Engine:
         """Promised tokens that the KV cache holds if up to `k_max` units are offloaded; None: `promises.plan`."""
         target = self.promises.plan
         if k_max is not None and k_max > target.num_offloaded:
-            target = unmeasured_plan(self.units, min(k_max, len(self.units)), target.num_slots)
+            target = self.target.plans.plan(min(k_max, len(self.units)), target.num_slots)
         return capacity_tokens(self.batching.geometry, self.arena.num_sectors, self.target.kv_sectors(target))
 
     def headroom(self, k_max: int | None = None) -> Headroom:

@@ -120,6 +120,8 @@ def predict_step_s(costs: StepCosts, offloaded: Sequence[int], num_slots: int, l
     if not offloaded:
         return costs.unloaded_s
     walk = _Walk(costs, offloaded, num_slots, link)
+    if walk.num_slots == 1:
+        return walk.one_slot_s()
     walk.start()
     durations: list[float] = []
     states: list[tuple[float, ...]] = []
@@ -168,6 +170,20 @@ class _Walk:
             (self.home_copied_s if unit in promoted else ready)[unit] = done_s
         self.copied_s.extend(ready[unit] for unit in first)
         self.next_copy = len(first)
+
+    def one_slot_s(self) -> float:
+        """Seconds per step through one slot: each copy waits for the unit before it, and is hidden until the next one.
+
+        The link is never behind then: what the recurrence comes to is a sum.
+        """
+        if not self.copies_every_step:
+            return self.costs.unloaded_s
+        total_s, before_s = 0.0, self.tail_s
+        for (resident_s, compute_s), copy_s in zip(self.stretches, self.copy_s, strict=True):
+            between_s = before_s + resident_s
+            total_s += compute_s + (between_s if between_s > copy_s else copy_s)
+            before_s = 0.0
+        return total_s
 
     def step(self) -> float:
         """Advances by one step and returns its duration in seconds."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from selectn_core.latency import Link, StepCosts, predict_step_s
@@ -59,9 +59,7 @@ def place_evenly(num_offloaded: int, costs: StepCosts, *, among: Sequence[int] |
     where units differ. O(L). Raises ValueError where there are fewer than k units to choose from.
     """
     allowed = _choice(num_offloaded, len(costs.compute_s), among)
-    starts_s, period_s = costs.starts_s, costs.unloaded_s
-    wanted_s = [(i + 1) * period_s / num_offloaded for i in range(num_offloaded)]
-    return tuple(allowed[i] for i in _nearest_distinct(wanted_s, [starts_s[unit] for unit in allowed]))
+    return _evenly(num_offloaded, allowed, [costs.starts_s[unit] for unit in allowed], costs.unloaded_s)
 
 
 def place_by_index(num_offloaded: int, num_units: int, *, among: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -70,7 +68,16 @@ def place_by_index(num_offloaded: int, num_units: int, *, among: Sequence[int] |
     Raises ValueError where there are fewer than k to choose from.
     """
     allowed = _choice(num_offloaded, num_units, among)
-    return tuple(allowed[(i + 1) * len(allowed) // num_offloaded - 1] for i in range(num_offloaded))
+    return _by_index(num_offloaded, allowed)
+
+
+def even_placements(costs: StepCosts, among: Sequence[int] | None = None) -> Iterator[tuple[int, ...]]:
+    """Every k from 1 up of the units `among`, evenly in time and by index, as the two functions above place them."""
+    allowed = _choice(0, len(costs.compute_s), among)
+    starts_s = [costs.starts_s[unit] for unit in allowed]
+    for num_offloaded in range(1, len(allowed) + 1):
+        yield _evenly(num_offloaded, allowed, starts_s, costs.unloaded_s)
+        yield _by_index(num_offloaded, allowed)
 
 
 def place_integer_interval(interval: int, num_units: int) -> tuple[int, ...]:
@@ -150,7 +157,16 @@ def _choice(num_offloaded: int, num_units: int, among: Sequence[int] | None) -> 
     return allowed
 
 
-def _nearest_distinct(wanted_s: list[float], starts_s: list[float]) -> tuple[int, ...]:
+def _evenly(num_offloaded: int, allowed: Sequence[int], starts_s: Sequence[float], period_s: float) -> tuple[int, ...]:
+    wanted_s = [(i + 1) * period_s / num_offloaded for i in range(num_offloaded)]
+    return tuple([allowed[i] for i in _nearest_distinct(wanted_s, starts_s)])
+
+
+def _by_index(num_offloaded: int, allowed: Sequence[int]) -> tuple[int, ...]:
+    return tuple([allowed[(i + 1) * len(allowed) // num_offloaded - 1] for i in range(num_offloaded)])
+
+
+def _nearest_distinct(wanted_s: Sequence[float], starts_s: Sequence[float]) -> tuple[int, ...]:
     """For each ascending wanted time the nearest unit, moved no further than distinctness requires."""
     num_units, count = len(starts_s), len(wanted_s)
     chosen, unit = [], 0

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from selectn_core.latency import Link, StepCosts, predict_step_s
 from selectn_core.memory_model import MemoryModel
 from selectn_core.placement import OffloadPlan, place_by_index, place_evenly
 from selectn_core.step_times import scaled, while_copying
+from selectn_core.unit_sets import size_sets, unequal_few
 
 _ROUNDING = 1 + 1e-9
 
@@ -54,6 +55,11 @@ class UnitSet:
     @property
     def unit_bytes(self) -> tuple[int, ...]:
         return self.objectives[0].steps[0].unit_bytes
+
+    @cached_property
+    def longest_steps(self) -> tuple[StepCosts, ...]:
+        """Of each objective's steps the longest."""
+        return tuple(max(each.steps, key=lambda costs: costs.unloaded_s) for each in self.objectives)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,25 +107,52 @@ class Candidate:
         return self.fits_device and self.fits_host
 
 
+def with_size_sets(unit_sets: Sequence[UnitSet]) -> list[UnitSet]:
+    """The sets, and for each of all units those by size (`size_sets`) that are not among them."""
+    known, sets = {(units.unit_bytes, units.among) for units in unit_sets}, list(unit_sets)
+    for units in unit_sets:
+        everything = tuple(range(len(units.unit_bytes)))
+        for among in size_sets(units.unit_bytes) if units.among is None else ():
+            if among != everything and (units.unit_bytes, among) not in known:
+                known.add((units.unit_bytes, among))
+                sizes = [units.unit_bytes[unit] for unit in among]
+                extent = dict.fromkeys(f"{size:,}" for size in (min(sizes), max(sizes)))
+                name = f"{units.name} of {' to '.join(extent)} bytes"
+                sets.append(replace(units, name=name, among=among))
+    return sets
+
+
 def candidates_of(units: UnitSet) -> Iterator[Candidate]:
     """Nothing offloaded, and every k, placement and number of slots below k: with k slots nothing would be freed.
 
-    Which there are depends on neither link, limits nor memory, so none is lost where one of these grows.
+    Where units are unequal and any of them may be offloaded, few at a time too (`unequal_few`). Which there are depends
+    on neither link, limits nor memory, so none is lost where one of these grows.
     """
     yield _candidate(units, (), 1)
+    for offloaded in _few(units):
+        yield from _through_slots(units, offloaded)
     allowed = len(units.unit_bytes) if units.among is None else len(units.among)
     for num_offloaded in range(2, allowed + 1):
         for offloaded in _placements(units, num_offloaded):
-            for num_slots in range(1, min(units.memory.max_slots, num_offloaded - 1) + 1):
-                yield _candidate(units, offloaded, num_slots)
+            yield from _through_slots(units, offloaded)
+
+
+def _through_slots(units: UnitSet, offloaded: tuple[int, ...]) -> Iterator[Candidate]:
+    for num_slots in range(1, min(units.memory.max_slots, len(offloaded) - 1) + 1):
+        yield _candidate(units, offloaded, num_slots)
 
 
 def _placements(units: UnitSet, num_offloaded: int) -> list[tuple[int, ...]]:
     """Even in the time of each objective's longest step, and even by index."""
-    longest = [max(objective.steps, key=lambda costs: costs.unloaded_s) for objective in units.objectives]
-    evenly = [place_evenly(num_offloaded, costs, among=units.among) for costs in longest]
+    evenly = [place_evenly(num_offloaded, costs, among=units.among) for costs in units.longest_steps]
     by_index = place_by_index(num_offloaded, len(units.unit_bytes), among=units.among)
     return list(dict.fromkeys([*evenly, by_index]))
+
+
+def _few(units: UnitSet) -> list[tuple[int, ...]]:
+    if units.among is not None:
+        return []
+    return list(dict.fromkeys(few for costs in units.longest_steps for few in unequal_few(costs)))
 
 
 def _candidate(units: UnitSet, offloaded: tuple[int, ...], num_slots: int) -> Candidate:

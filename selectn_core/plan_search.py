@@ -10,7 +10,17 @@ from selectn_core.errors import Change, Infeasible
 from selectn_core.latency import Link
 from selectn_core.memory_model import DeviceNeed
 from selectn_core.placement import OffloadPlan
-from selectn_core.plan_candidates import Candidate, Objective, Pace, UnitSet, bound_s, candidates_of, meets, predicted_s
+from selectn_core.plan_candidates import (
+    Candidate,
+    Objective,
+    Pace,
+    UnitSet,
+    bound_s,
+    candidates_of,
+    meets,
+    predicted_s,
+    with_size_sets,
+)
 
 DEVICE_MEMORY, HOST_MEMORY, LINK, COMPUTE = "device memory", "host memory", "link bandwidth", "compute"
 _MOST_FACTOR = 2.0**20
@@ -60,10 +70,11 @@ class PlanRange:
 def search(unit_sets: Sequence[UnitSet], link: Link, *, slowdown: float = 0.0) -> PlanRange:
     """The plan that needs the least device memory within every objective; of equal ones the one with most on the host.
 
-    All k, every number of slots below k, both placements (`placement.py`) and all `unit_sets` compete, as in an
-    exhaustive search. Most need no simulation: plans are tried from the least memory up, and what T_bound already
-    rules out is never simulated. Among plans alike in memory the shortest predicted steps win. `slowdown` as in
-    `while_copying`. All `unit_sets` name the same objectives and differ in memory only by what is resident.
+    All k, every number of slots below k, both placements (`placement.py`), all `unit_sets` and, where units are
+    unequal, those of some sizes only and any few (`unit_sets.py`) compete, as in an exhaustive search. Most need no
+    simulation: plans are tried from the least memory up, and what T_bound already rules out is never simulated. Among
+    plans alike in memory the shortest predicted steps win. `slowdown` as in `while_copying`. All `unit_sets` name the
+    same objectives and differ in memory only by what is resident.
 
     Raises Infeasible where no plan meets every objective and fits.
     """
@@ -87,8 +98,8 @@ class _Plans:
     """Every plan there is for some units, from the least device memory up, of equal ones the most on the host first."""
 
     def __init__(self, unit_sets: Sequence[UnitSet], pace: Pace) -> None:
-        self.unit_sets, self.pace = tuple(unit_sets), pace
-        self.candidates = sorted((c for units in unit_sets for c in candidates_of(units)), key=_order)
+        self.unit_sets, self.pace = with_size_sets(unit_sets), pace
+        self.candidates = sorted((c for units in self.unit_sets for c in candidates_of(units)), key=_order)
         self._known: dict[Candidate, bool] = {}
 
     def meets(self, candidate: Candidate) -> bool:

@@ -28,6 +28,11 @@ def slot_bytes(units: Sequence[Unit], plan: OffloadPlan) -> int:
     return max((units[index].num_bytes for index in plan.offloaded), default=0)
 
 
+def offloaded_bytes_of(units: Sequence[Unit], plan: OffloadPlan) -> int:
+    """Bytes of the units that `plan` offloads: what every step copies where they are more than the slots."""
+    return sum(units[index].num_bytes for index in plan.offloaded)
+
+
 def most_bytes(units: Sequence[Unit], round_up: RoundUp = align_up) -> int:
     """Device bytes of the most expensive plan: slots for the largest unit, in place of it and the smallest others."""
     *others, largest = sorted(round_up(unit.num_bytes) for unit in units)
@@ -49,16 +54,51 @@ def fewest_offloaded(
     budget_bytes: int,
     *,
     at_least: int = 0,
-    among: Sequence[int] | None = None,
     round_up: RoundUp = align_up,
 ) -> OffloadPlan | None:
-    """k_min: the plan with the fewest units offloaded, `at_least` or more, that fits `budget_bytes`; None if none.
+    """k_min: the plan with the fewest units offloaded, `at_least` or more, that fits `budget_bytes`; None if none."""
+    return UnmeasuredPlans(units, round_up).fewest(num_slots, budget_bytes, at_least=at_least)
 
-    Only units `among` are offloaded; a budget that needs others has no plan.
+
+class UnmeasuredPlans:
+    """Every `unmeasured_plan` of one model, and what plans take of its device: each is worked out once.
+
+    Requests ask at every step and from every thread. Nothing that these plans depend on ever changes.
     """
-    most = len(units) if among is None else len(set(among))
-    for num_offloaded in range(at_least, most + 1):
-        plan = unmeasured_plan(units, num_offloaded, num_slots, among=among)
-        if plan_bytes(units, plan, round_up) <= budget_bytes:
-            return plan
-    return None
+
+    def __init__(self, units: Sequence[Unit], round_up: RoundUp = align_up) -> None:
+        self._units = units
+        self._homes = [round_up(unit.num_bytes) for unit in units]
+        self._plans: dict[tuple[int, int], tuple[OffloadPlan, int]] = {}  # by k and slots, with its device bytes
+
+    def plan(self, num_offloaded: int, num_slots: int) -> OffloadPlan:
+        """`unmeasured_plan` of so many of the units."""
+        return self._known(num_offloaded, num_slots)[0]
+
+    def bytes_for(self, plan: OffloadPlan) -> int:
+        """As `plan_bytes`."""
+        away = [self._homes[unit] for unit in plan.offloaded]
+        return sum(self._homes) - sum(away) + plan.slots_used * max(away, default=0)
+
+    def fewest(self, num_slots: int, budget_bytes: int, *, at_least: int = 0) -> OffloadPlan | None:
+        """The one with the fewest units offloaded, `at_least` or more, that fits `budget_bytes`; None if none does."""
+        for num_offloaded in range(at_least, len(self._units) + 1):
+            plan, num_bytes = self._known(num_offloaded, num_slots)
+            if num_bytes <= budget_bytes:
+                return plan
+        return None
+
+    def most_within(self, num_slots: int, offloaded_bytes: float) -> OffloadPlan:
+        """The one with the most units offloaded that together have no more than `offloaded_bytes`."""
+        for num_offloaded in range(len(self._units), 0, -1):
+            plan = self.plan(num_offloaded, num_slots)
+            if offloaded_bytes_of(self._units, plan) <= offloaded_bytes:
+                return plan
+        return self.plan(0, num_slots)
+
+    def _known(self, num_offloaded: int, num_slots: int) -> tuple[OffloadPlan, int]:
+        key = (num_offloaded, num_slots)
+        if key not in self._plans:
+            plan = unmeasured_plan(self._units, num_offloaded, num_slots)
+            self._plans[key] = plan, self.bytes_for(plan)
+        return self._plans[key]

@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 from selectn_core.placement import OffloadPlan
-from selectn_core.planner import fewest_offloaded, unmeasured_plan
+from selectn_core.planner import offloaded_bytes_of
 from selectn_core.steering import LinkShare
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Promises:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._cut: tuple[tuple[int, int], OffloadPlan] | None = None  # (units at most, slots), and the plan for it
+        self._cut: tuple[tuple[float, int], OffloadPlan] | None = None  # (bytes at most, slots), and the plan for it
 
     @property
     def plan(self) -> OffloadPlan:
@@ -42,14 +42,13 @@ class Promises:
         if share is None or not steering.controller.policy.adapts:
             return plan
         most_bytes = most_streamed_bytes(share, steering.objectives.tpot_s)
-        if sum(engine.units[index].num_bytes for index in plan.offloaded) <= most_bytes:
+        if offloaded_bytes_of(engine.units, plan) <= most_bytes:
             return plan
-        most = int(most_bytes // max(unit.num_bytes for unit in engine.units))
-        asked = (most, plan.num_slots)
+        asked = (most_bytes, plan.num_slots)
         if self._cut is None or self._cut[0] != asked:
             least = engine.target.fewest(plan.num_slots)
-            cut = unmeasured_plan(engine.units, most, plan.num_slots)
-            self._cut = asked, cut if most > least.num_offloaded else least
+            cut = engine.target.plans.most_within(plan.num_slots, most_bytes)
+            self._cut = asked, cut if cut.num_offloaded > least.num_offloaded else least
         return self._cut[1]
 
     @property
@@ -87,7 +86,7 @@ class Promises:
         """The fewest units offloaded with which the KV cache has so many sectors; all where no number is enough."""
         engine = self._engine
         budget = (engine.arena.num_sectors - num_sectors) * engine.arena.sector_bytes
-        plan = fewest_offloaded(engine.units, num_slots, budget, round_up=engine.arena.round_up)
+        plan = engine.target.plans.fewest(num_slots, budget)
         return plan.num_offloaded if plan is not None else len(engine.units)
 
 

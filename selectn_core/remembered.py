@@ -12,8 +12,8 @@ from selectn_core.placement import OffloadPlan
 
 Answer = TypeVar("Answer")
 
-_BUCKET = math.log(1.1)
-_CAPACITY = 20_000
+_BUCKET, _COARSE_BUCKET = math.log(1.1), math.log(1.25)
+_CAPACITY = 4096
 
 
 def alike(costs: StepCosts, link: Link) -> Hashable:
@@ -28,19 +28,32 @@ def alike(costs: StepCosts, link: Link) -> Hashable:
     return tuple(round(math.log(max(t / unit_s, 1e-9)) / _BUCKET) for t in times_s)
 
 
-class Remembered:
-    """A bounded memory of answers, the oldest of which go first."""
+def alike_in_time(costs: StepCosts) -> Hashable:
+    """A key that costs share if the ratios of their times to the first unit's are alike to within 25 %."""
+    unit_s = costs.compute_s[0]
+    times_s = [costs.rest_s, *(t for t, _ in costs.distinct)]
+    return tuple(round(math.log(max(t / unit_s, 1e-9)) / _COARSE_BUCKET) for t in times_s)
 
-    def __init__(self) -> None:
+
+class Remembered:
+    """A bounded memory of answers: what was asked for the longest ago goes first."""
+
+    def __init__(self, capacity: int = _CAPACITY) -> None:
+        self._capacity = capacity
         self._answers: OrderedDict[Hashable, object] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._answers)
 
     def get(self, key: Hashable, compute: Callable[[], Answer]) -> Answer:
         """The answer to `key`, computed if it is not known."""
-        if key not in self._answers:
-            self._answers[key] = compute()
-            if len(self._answers) > _CAPACITY:
-                self._answers.popitem(last=False)
-        return self._answers[key]  # type: ignore[return-value]
+        if key in self._answers:
+            self._answers.move_to_end(key)
+            return self._answers[key]  # type: ignore[return-value]
+        answer = self._answers[key] = compute()
+        if len(self._answers) > self._capacity:
+            self._answers.popitem(last=False)
+        return answer
 
     def predict_step_s(self, costs: StepCosts, plan: OffloadPlan, link: Link) -> float:
         """As `latency.predict_step_s`, to within a few percent."""

@@ -8,14 +8,14 @@ from selectn_core.arena import Arena
 from selectn_core.config import OffloadConfig, require
 from selectn_core.errors import ConfigError, DeviceMemoryExceeded
 from selectn_core.placement import OffloadPlan
-from selectn_core.planner import fewest_offloaded, plan_bytes, unmeasured_plan
+from selectn_core.planner import UnmeasuredPlans
 from selectn_core.units import Unit
 
 
 class Target:
     """The plan that an engine follows. Any thread may aim elsewhere; the generation thread asks what that means now.
 
-    `plan` is what was asked for last, by hand or by the policy.
+    `plan` is what was asked for last, by hand or by the policy. `plans` are those that nothing had to be measured for.
     """
 
     def __init__(self, units: Sequence[Unit], arena: Arena, offload: OffloadConfig) -> None:
@@ -24,6 +24,7 @@ class Target:
         Raises ConfigError where that number is not possible, DeviceMemoryExceeded where none is.
         """
         self._units, self._arena, self._unit = units, arena, offload.unit
+        self.plans = UnmeasuredPlans(units, arena.round_up)
         self.plan = self._first(offload)
         self._urgent: OffloadPlan | None = None
 
@@ -32,7 +33,7 @@ class Target:
             return self.of("offload.num_offloaded", offload.num_offloaded, offload.num_slots)
         plan = self._fewest_in(self._budget, offload.num_slots)
         if plan is None:
-            least = self._bytes(unmeasured_plan(self._units, len(self._units), offload.num_slots))
+            least = self._bytes(self._everything(offload.num_slots))
             raise DeviceMemoryExceeded(
                 f"the model does not fit the device even with every {self._unit} offloaded: the slots take {least:,} "
                 f"bytes and the KV cache leaves {self._budget:,}: raise device.memory_gib, or lower batch.kv_tokens or "
@@ -54,7 +55,7 @@ class Target:
         """So many of the units. Raises ConfigError, naming `name`, where the model has fewer or memory is short."""
         allowed = f"0 to {len(self._units)}, the {self._unit}s"
         require(0 <= num_offloaded <= len(self._units), name, num_offloaded, allowed)
-        return self.checked(f"{name}={num_offloaded}", unmeasured_plan(self._units, num_offloaded, num_slots))
+        return self.checked(f"{name}={num_offloaded}", self.plans.plan(num_offloaded, num_slots))
 
     def checked(self, what: str, plan: OffloadPlan) -> OffloadPlan:
         """The plan itself. Raises ConfigError, naming `what`, where it is another model's or memory is short."""
@@ -113,10 +114,10 @@ class Target:
         return self._arena.reachable_bytes(0)
 
     def _bytes(self, plan: OffloadPlan) -> int:
-        return plan_bytes(self._units, plan, self._arena.round_up)
+        return self.plans.bytes_for(plan)
 
     def _everything(self, num_slots: int) -> OffloadPlan:
-        return unmeasured_plan(self._units, len(self._units), num_slots)
+        return self.plans.plan(len(self._units), num_slots)
 
     def _fewest_in(self, budget_bytes: int, num_slots: int, *, at_least: int = 0) -> OffloadPlan | None:
-        return fewest_offloaded(self._units, num_slots, budget_bytes, at_least=at_least, round_up=self._arena.round_up)
+        return self.plans.fewest(num_slots, budget_bytes, at_least=at_least)

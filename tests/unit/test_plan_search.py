@@ -14,9 +14,18 @@ from selectn_core.errors import Infeasible
 from selectn_core.latency import Link, StepCosts, predict_step_s
 from selectn_core.memory_model import MemoryModel, kv_of_tokens
 from selectn_core.placement import place_by_index, place_evenly
-from selectn_core.plan_candidates import Objective, Pace, UnitSet, bound_s, candidates_of, predicted_s
+from selectn_core.plan_candidates import (
+    Objective,
+    Pace,
+    UnitSet,
+    bound_s,
+    candidates_of,
+    predicted_s,
+    with_size_sets,
+)
 from selectn_core.plan_search import COMPUTE, DEVICE_MEMORY, HOST_MEMORY, LINK, PlanRange, least_limit_s, search
 from selectn_core.step_times import scaled, while_copying
+from selectn_core.unit_sets import unequal_few
 from selectn_core.workspace import Workspace
 
 SECTOR = 256
@@ -137,9 +146,9 @@ class Tried:
 
 
 def every_plan(case: Case) -> list[Tried]:
-    """Every k, both placements of every step, every S below k, timed by the recurrence; nothing shared or pruned."""
+    """Every k of every set, both placements of every step, few at a time, every S below k; nothing shared or pruned."""
     tried = []
-    for units in case.unit_sets:
+    for units in with_size_sets(case.unit_sets):
         sizes, memory = units.unit_bytes, units.memory
         allowed = range(len(sizes)) if units.among is None else units.among
         for k in range(len(allowed) + 1):
@@ -148,6 +157,8 @@ def every_plan(case: Case) -> list[Tried]:
                 longest = [max(o.steps, key=lambda costs: costs.unloaded_s) for o in units.objectives]
                 placements = {place_evenly(k, costs, among=units.among) for costs in longest}
                 placements |= {place_by_index(k, len(sizes), among=units.among)}
+                if units.among is None:
+                    placements |= {few for costs in longest for few in unequal_few(costs) if len(few) == k}
             for offloaded in placements:
                 for slots in range(1, memory.max_slots + 1):
                     if k == 0 or slots < k:
@@ -239,7 +250,7 @@ def test_more_of_anything_never_frees_less(case, data) -> None:
 @given(cases())
 def test_what_the_bound_rules_out_is_too_slow(case) -> None:
     pace = Pace(link=replace(case.link, copy_s=0.5), slowdown=case.slowdown)
-    for units in case.unit_sets:
+    for units in with_size_sets(case.unit_sets):
         for candidate in candidates_of(units):
             for objective in units.objectives:
                 assert bound_s(objective, candidate, pace) <= predicted_s(objective, candidate, pace) * (1 + 1e-9)

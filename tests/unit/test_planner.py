@@ -15,7 +15,14 @@ from selectn_core.config import MAX_SLOTS
 from selectn_core.device import align_up
 from selectn_core.latency import Link, StepCosts, predict_step_s
 from selectn_core.placement import OffloadPlan, best_placement
-from selectn_core.planner import fewest_offloaded, most_bytes, plan_bytes, slot_bytes, unmeasured_plan
+from selectn_core.planner import (
+    UnmeasuredPlans,
+    fewest_offloaded,
+    most_bytes,
+    plan_bytes,
+    slot_bytes,
+    unmeasured_plan,
+)
 from selectn_core.units import Unit, find_units
 
 
@@ -123,3 +130,40 @@ def test_the_fewest_that_fit(sizes, num_slots, budget) -> None:
     assert (plan.num_offloaded if plan else None) == (min(fitting) if fitting else None)
     if plan is not None:
         assert plan_bytes(units, plan) <= budget
+
+
+@given(SIZES, st.integers(1, 4), st.integers(0, 60_000))
+def test_the_most_that_a_number_of_bytes_allows(sizes, num_slots, most_bytes) -> None:
+    plans = [unmeasured_plan(units_of(sizes), k, num_slots) for k in range(len(sizes) + 1)]
+    allowed = [plan for plan in plans if sum(sizes[unit] for unit in plan.offloaded) <= most_bytes]
+    assert UnmeasuredPlans(units_of(sizes)).most_within(num_slots, most_bytes) == allowed[-1]
+
+
+@given(SIZES, st.integers(0, 10), st.integers(1, 4))
+def test_bytes_that_are_remembered_are_those_of_the_plan(sizes, num_offloaded, num_slots) -> None:
+    units, plans = units_of(sizes), UnmeasuredPlans(units_of(sizes))
+    plan = plans.plan(min(num_offloaded, len(sizes)), num_slots)
+    assert plan == unmeasured_plan(units, min(num_offloaded, len(sizes)), num_slots)
+    assert plans.bytes_for(plan) == plan_bytes(units, plan)
+
+
+def test_what_fits_is_asked_at_every_step_and_simulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the budget, for 160 blocks: each number of them and of slots at most once, in two placements."""
+    simulated = []
+
+    def counted(costs, offloaded, num_slots, link) -> float:
+        simulated.append((len(offloaded), num_slots))
+        return predict_step_s(costs, offloaded, num_slots, link)
+
+    monkeypatch.setattr("selectn_core.placement.predict_step_s", counted)
+    units = units_of([1000, 3000] * 80)
+    plans = UnmeasuredPlans(units)
+    for budget in range(0, 330_000, 10_000):
+        plans.fewest(4, budget)
+    num_simulated = len(simulated)
+    assert max(simulated.count(each) for each in simulated) <= 2
+    for budget in range(500, 330_000, 1000):
+        plans.fewest(4, budget, at_least=3)
+        plans.most_within(4, budget)
+        plans.plan(160, 4)
+    assert len(simulated) == num_simulated
