@@ -34,6 +34,11 @@ class KvGeometry:
     sector_bytes: int
     types: tuple[BlockGeometry, ...]
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The attention types' sliding windows, each once; None is that of one which keeps every key."""
+        return tuple(dict.fromkeys(blocks.sliding_window for blocks in self.types))
+
     def sectors_for(self, num_tokens: int) -> int:
         """Sectors for `num_tokens` that may belong to many requests, each shorter than a sliding window."""
         return sum(blocks.sectors_for(num_tokens) for blocks in self.types)

@@ -48,12 +48,16 @@ _COPIES_PER_SAMPLE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How large the shapes of a profile get: tokens and requests in a step, keys of one request, keys in all."""
+    """How large the shapes of a profile get: tokens and requests in a step, keys of one request, keys in all.
+
+    `windows` are the sliding windows of the model's attention: steps get no slower beyond them, if all of it has one.
+    """
 
     max_tokens: int
     max_requests: int
     max_length: int
     kv_tokens: int
+    windows: tuple[int, ...] = ()
 
     def fits(self, requests: Requests, geometry: KvGeometry, num_sectors: int) -> bool:
         """Whether the KV cache can hold the keys of such a step, and it is within the limits."""
@@ -332,17 +336,20 @@ class _Sample:
 
 
 def _extent(engine: Engine, max_length: int) -> Extent:
-    kv_tokens = engine.batching.geometry.tokens_in(engine.target.most_kv_sectors)
-    return extent_of(engine.config.batch, min(max_length, engine.max_model_len), kv_tokens)
+    geometry = engine.batching.geometry
+    kv_tokens = geometry.tokens_in(engine.target.most_kv_sectors)
+    windows = tuple(window for window in geometry.windows if window is not None)
+    return extent_of(engine.config.batch, min(max_length, engine.max_model_len), kv_tokens, windows)
 
 
-def extent_of(batch: BatchConfig, max_length: int, kv_tokens: int) -> Extent:
+def extent_of(batch: BatchConfig, max_length: int, kv_tokens: int, windows: tuple[int, ...] = ()) -> Extent:
     """The largest shapes that this batching can meet."""
     return Extent(
         max_tokens=batch.max_batch_tokens,
         max_requests=batch.max_requests,
         max_length=max_length,
         kv_tokens=kv_tokens,
+        windows=windows,
     )
 
 
@@ -351,9 +358,12 @@ def coarse_grid(extent: Extent) -> list[Requests]:
     batches = _geometric(extent.max_requests, 4)
     chunks = _geometric(extent.max_tokens, 4)
     longest = extent.max_length
-    shapes: list[Requests] = [_decode(batch, length) for batch in batches for length in (32, _longest(extent, batch))]
+    windows = [window for window in extent.windows if window < longest]
+    shapes: list[Requests] = [
+        _decode(batch, length) for batch in batches for length in (32, *windows, _longest(extent, batch))
+    ]
     shapes += [_prefill(tokens, past) for tokens in chunks for past in (0, min(512, longest - tokens))]
-    shapes.append(_prefill(extent.max_tokens, longest - extent.max_tokens))
+    shapes += [_prefill(extent.max_tokens, past) for past in (*windows, longest - extent.max_tokens)]
     for batch in (extent.max_requests, max(1, extent.max_requests // 4)):
         for tokens in (extent.max_tokens - batch, max(1, extent.max_tokens // 4)):
             for past in (0, min(512, longest - tokens)):
@@ -366,7 +376,7 @@ def fine_grid(extent: Extent) -> list[Requests]:
     batches = _geometric(extent.max_requests, 2)
     middle = [batch + batch // 2 for batch in batches if batch >= 2 and batch + batch // 2 <= extent.max_requests]
     chunks = _geometric(extent.max_tokens, 2)
-    lengths = (128, 512, 1024, 2048)
+    lengths = sorted({128, 512, 1024, 2048, *extent.windows})
     decodes = [
         _decode(b, length) for length in lengths for b in sorted({*batches, *middle}) if length < extent.max_length
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
@@ -131,7 +132,8 @@ class PerformanceRecord:
 
     def step_times(self) -> StepTimes:
         """The model of time that these steps give."""
-        return StepTimes(self.steps, self.unit_kinds, self.unit_bytes, self.sampling)
+        windows = [_windows_of(kind, self.memory.geometry) for kind in self.kinds]
+        return StepTimes(self.steps, self.unit_kinds, self.unit_bytes, windows, sampling=self.sampling)
 
     def require(self, running: Fingerprint, where: str = "the performance record") -> None:
         """Raises RecordRefused, naming every difference, unless the record is of what is running."""
@@ -184,30 +186,26 @@ def _checked(record: PerformanceRecord) -> PerformanceRecord:
     return record
 
 
-# Of the steps that were measured none has sampled rows: what those take was measured apart.
-_SHAPE_FIELDS = tuple(each.name for each in fields(StepShape) if each.name not in ("num_sampled", "num_truncated"))
-
-
 def _to_plain(record: PerformanceRecord) -> dict[str, Any]:
     plain = asdict(record)
     plain["sampling"] = _rounded(plain["sampling"])
-    plain["steps"] = {
-        "shape_fields": list(_SHAPE_FIELDS),
-        "points": [
-            {
-                **{k: v for k, v in _rounded(asdict(step)).items() if k != "shape"},
-                "shape": [getattr(step.shape, name) for name in _SHAPE_FIELDS],
-            }
-            for step in record.steps
-        ],
-    }
+    plain["steps"] = [
+        {**{k: v for k, v in _rounded(asdict(step)).items() if k != "shape"}, "shape": _plain_shape(step.shape)}
+        for step in record.steps
+    ]
     return {"version": VERSION, **_listed(plain)}
+
+
+def _plain_shape(shape: StepShape) -> dict[str, Any]:
+    """Chunks of prefill as [tokens, keys before them], and of the decoding requests [keys, how many have so many].
+
+    None of the steps that were measured has sampled rows: what those take was measured apart.
+    """
+    return {"prefills": shape.prefills, "decodes": tuple(Counter(shape.decodes).items())}
 
 
 def _from_plain(document: Mapping[str, Any]) -> PerformanceRecord:
     memory, link, steps = document["memory"], document["link"], document["steps"]
-    if steps["shape_fields"] != list(_SHAPE_FIELDS):
-        raise ValueError(f"steps.shape_fields={steps['shape_fields']}: expected {list(_SHAPE_FIELDS)}")
     geometry = memory["geometry"]
     return PerformanceRecord(
         fingerprint=Fingerprint(**document["fingerprint"]),
@@ -225,7 +223,7 @@ def _from_plain(document: Mapping[str, Any]) -> PerformanceRecord:
             workspace=Workspace(**memory["workspace"]),
         ),
         link=LinkRecord(**{**link, "copies": tuple(MeasuredCopy(**copy) for copy in link["copies"])}),
-        steps=tuple(_step(point) for point in steps["points"]),
+        steps=tuple(_step(point) for point in steps),
         is_complete=document["is_complete"],
         sampling=SamplingTimes(**document["sampling"]),
         table=tuple(document["table"]),
@@ -233,8 +231,22 @@ def _from_plain(document: Mapping[str, Any]) -> PerformanceRecord:
 
 
 def _step(point: Mapping[str, Any]) -> MeasuredStep:
-    shape = StepShape(**dict(zip(_SHAPE_FIELDS, point["shape"], strict=True)))
+    plain = point["shape"]
+    shape = StepShape.of(
+        prefills=[(tokens, past) for tokens, past in plain["prefills"]],
+        decodes=[keys for keys, count in plain["decodes"] for _ in range(count)],
+    )
     return MeasuredStep(**{**point, "shape": shape, "kind_s": tuple(point["kind_s"])})
+
+
+def _windows_of(kind: UnitKind, geometry: KvGeometry) -> list[int | None]:
+    """The sliding windows of the attention that a unit of this kind may have, by its name (`units.Unit.kind`)."""
+    _, _, attention = kind.name.split("#")[0].partition("/")
+    if attention == "full_attention":
+        return [None]
+    if attention == "sliding_attention":
+        return [window for window in geometry.windows if window is not None]
+    return list(geometry.windows)
 
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:

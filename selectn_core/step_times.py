@@ -14,6 +14,10 @@ from selectn_core.latency import Link, StepCosts
 from selectn_core.remembered import Remembered
 from selectn_core.steps import StepShape
 
+# Sliding windows of the attention in units: the most keys that a token sees, None for all.
+Windows = Sequence[int | None]
+_MOST_SHAPES = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredStep:
@@ -50,9 +54,10 @@ class StepTimes:
     """Answers for every shape from a few measured ones.
 
     `expected` fits them: a unit's time is a piecewise linear function of the step's tokens (through every number of
-    tokens that was measured) plus non-negative multiples of its requests, the keys of its decoding requests, and the
-    keys and query-key pairs of its prefills. `conservative` fits nothing: it is what some step that is at least as
-    large in every respect has taken at worst. What sampling takes comes on top, as part of the rest of the step.
+    tokens that was measured) plus non-negative multiples of its requests and, for each type of attention in it, the
+    keys of its decoding requests, and the keys and query-key pairs of its prefills, as far as it reads them.
+    `conservative` fits nothing: it is what some step that is at least as large in every respect has taken at worst.
+    What sampling takes comes on top, as part of the rest of the step.
     """
 
     def __init__(
@@ -60,20 +65,31 @@ class StepTimes:
         steps: Sequence[MeasuredStep],
         unit_kinds: Sequence[int],
         unit_bytes: Sequence[int],
+        kind_windows: Sequence[Windows] | None = None,
+        *,
         sampling: SamplingTimes | None = None,
     ) -> None:
-        """`unit_kinds[l]` is the kind of unit l, an index into every step's `kind_s`. `sampling` None: it is free."""
+        """`unit_kinds[l]` is the kind of unit l, an index into every step's `kind_s`.
+
+        `kind_windows[i]` are the sliding windows of the attention that a unit of kind i may have; None: all have one
+        that reads every key. `sampling` None: it is free.
+        """
         if not steps:
             raise NotMeasured("the performance record holds no steps: run `selectn profile`")
         self.steps = tuple(steps)
         self.sampling = sampling or SamplingTimes()
         self._unit_kinds, self.unit_bytes = tuple(unit_kinds), tuple(unit_bytes)
         self._num_of_kind = [self._unit_kinds.count(kind) for kind in range(len(steps[0].kind_s))]
+        num_kinds = len(steps[0].kind_s)
+        self._kind_windows = tuple(kind_windows or [(None,)] * num_kinds)
+        self._windows = tuple(dict.fromkeys(window for windows in self._kind_windows for window in windows))
+        self._sizes = np.array([step.shape.sizes(self._windows) for step in steps])
         self._knots = sorted({step.shape.num_tokens for step in steps})
         self._coefficients = self._fit()  # [num_features, num_kinds + 1]
         self._total = self._coefficients @ np.array([*self._num_of_kind, 1.0])  # [num_features], of the whole step
-        self._known = Remembered()
-        self._promised_s = [self._worst_covered_s(step.shape) for step in self.steps]
+        self._known = Remembered(_MOST_SHAPES)
+        high_s = np.array([step.high_s for step in steps])
+        self._promised_s = [float(high_s[(self._sizes <= sizes).all(axis=1)].max()) for sizes in self._sizes]
 
     def expected(self, shape: StepShape) -> StepCosts:
         """What a step of this shape probably costs; beyond the grid, the fit goes on as a straight line."""
@@ -94,7 +110,7 @@ class StepTimes:
 
         Raises NotMeasured where no measured step is that large.
         """
-        covering = [i for i, step in enumerate(self.steps) if step.shape.covers(shape)]
+        covering = np.flatnonzero((self._sizes >= shape.sizes(self._windows)).all(axis=1)).tolist()
         if not covering:
             raise NotMeasured(
                 f"no step as large as {shape} was measured: run `selectn profile` with a larger "
@@ -121,28 +137,35 @@ class StepTimes:
     def _median_s(self, step: MeasuredStep) -> float:
         return step.rest_s + sum(n * t for n, t in zip(self._num_of_kind, step.kind_s, strict=True))
 
-    def _worst_covered_s(self, shape: StepShape) -> float:
-        return max(step.high_s for step in self.steps if shape.covers(step.shape))
-
     def _fit(self) -> np.ndarray:
         features = np.array([self._features(step.shape) for step in self.steps])
         targets = np.array([[*step.kind_s, step.rest_s] for step in self.steps])
         columns = []
-        for target in targets.T:
+        for target, windows in zip(targets.T, [*self._kind_windows, self._windows], strict=True):
             # Relative errors count, not absolute ones: the short steps are the many.
             weights = 1 / np.maximum(target, max(1e-9, target.max() * 1e-3))
-            columns.append(nnls(features * weights[:, None], target * weights)[0])
+            mine = self._columns(windows)
+            column = np.zeros(features.shape[1])
+            column[mine] = nnls(features[:, mine] * weights[:, None], target * weights)[0]
+            columns.append(column)
         return np.array(columns).T
 
+    def _columns(self, windows: Windows) -> list[int]:
+        """The features that the time of units with this attention may depend on."""
+        common = len(self._knots) + 1
+        return [*range(common)] + [
+            common + i for i in range(3 * len(self._windows)) if self._windows[i // 3] in windows
+        ]
+
     def _features(self, shape: StepShape) -> np.ndarray:  # [num_features]
-        row = np.zeros(len(self._knots) + 4)
+        row = np.zeros(len(self._knots) + 1 + 3 * len(self._windows))
         self._add_hats(row, shape.num_tokens)
-        row[-4:] = (
-            shape.num_requests,
-            shape.decode_kv_tokens / 1e3,
-            (shape.kv_tokens - shape.decode_kv_tokens) / 1e3,
-            shape.prefill_pairs / 1e6,
-        )
+        row[len(self._knots)] = shape.num_requests
+        for i, window in enumerate(self._windows):
+            read, first = shape.attended(window), len(self._knots) + 1 + 3 * i
+            row[first] = read.decode_kv_tokens / 1e3
+            row[first + 1] = (read.kv_tokens - read.decode_kv_tokens) / 1e3
+            row[first + 2] = read.prefill_pairs / 1e6
         return row
 
     def _add_hats(self, row: np.ndarray, num_tokens: int) -> None:

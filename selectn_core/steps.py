@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 from statistics import mean, median
 
 from selectn_core.placement import OffloadPlan
@@ -14,46 +15,92 @@ _RECENT = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepShape:
-    """What a step computes: its time depends on nothing else.
+class Attended:
+    """What one type of attention reads in a step: no more keys of a request than its sliding window has.
 
-    `num_tokens` are the query tokens of all requests, `num_decodes` the requests that decode (one token each),
-    `kv_tokens` the keys that all requests attend to, their new tokens included, of which `decode_kv_tokens` are of the
-    decoding ones. `prefill_pairs` counts query-key pairs of the others: for each its tokens times its keys.
-    `num_sampled` of the requests draw their token, `num_truncated` of those among the most likely ones only.
+    `kv_tokens` are the keys of all requests, their new tokens included, of which `decode_kv_tokens` are of the decoding
+    ones. `prefill_pairs` counts query-key pairs of the others: for each its tokens times its keys.
     """
 
-    num_tokens: int
-    num_requests: int
-    num_decodes: int
     kv_tokens: int
     decode_kv_tokens: int
     prefill_pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What a step computes: its time depends on nothing else.
+
+    `prefills` are chunks of prefill, each (tokens, keys before them); `decodes` has for each request that decodes, one
+    token each, its keys, the new one included. Both ascending: make one with `of`. `num_sampled` of the requests draw
+    their token, `num_truncated` of those among the most likely ones only.
+    """
+
+    prefills: tuple[tuple[int, int], ...] = ()
+    decodes: tuple[int, ...] = ()
     num_sampled: int = 0
     num_truncated: int = 0
 
     @classmethod
     def of(cls, prefills: Sequence[tuple[int, int]] = (), decodes: Sequence[int] = ()) -> StepShape:
         """Of chunks of prefill, each (tokens, keys before them), and of decoding requests, each with its keys."""
-        decode_kv_tokens = sum(decodes)
-        return cls(
-            num_tokens=sum(tokens for tokens, _ in prefills) + len(decodes),
-            num_requests=len(prefills) + len(decodes),
-            num_decodes=len(decodes),
-            kv_tokens=sum(tokens + past for tokens, past in prefills) + decode_kv_tokens,
-            decode_kv_tokens=decode_kv_tokens,
-            prefill_pairs=sum(tokens * (tokens + past) for tokens, past in prefills),
-        )
+        return cls(prefills=tuple(sorted(prefills)), decodes=tuple(sorted(decodes)))
 
     @classmethod
     def decode(cls, batch: int, length: int) -> StepShape:
         """`batch` requests that decode, each with `length` keys, the new one included."""
-        return cls.of(decodes=[length] * batch)
+        return cls(decodes=(length,) * batch)
 
     @classmethod
     def prefill(cls, tokens: int, cached: int = 0) -> StepShape:
         """One chunk of `tokens` after `cached` keys."""
-        return cls.of(prefills=[(tokens, cached)])
+        return cls(prefills=((tokens, cached),))
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Query tokens of all requests."""
+        return sum(tokens for tokens, _ in self.prefills) + len(self.decodes)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.prefills) + len(self.decodes)
+
+    @property
+    def num_decodes(self) -> int:
+        return len(self.decodes)
+
+    @property
+    def kv_tokens(self) -> int:
+        return self._all.kv_tokens
+
+    @property
+    def decode_kv_tokens(self) -> int:
+        return self._all.decode_kv_tokens
+
+    @property
+    def prefill_pairs(self) -> int:
+        return self._all.prefill_pairs
+
+    @cached_property
+    def _all(self) -> Attended:
+        return self._attended(None)
+
+    def attended(self, window: int | None) -> Attended:
+        """What attention with this sliding window reads (None: with none): the keys that the cache keeps for it.
+
+        For a chunk that is itself and the `window - 1` keys before it.
+        """
+        return self._all if window is None else self._attended(window)
+
+    def _attended(self, window: int | None) -> Attended:
+        decodes = self.decodes if window is None else [min(keys, window) for keys in self.decodes]
+        prefills = [(n, past if window is None else min(past, window - 1)) for n, past in self.prefills]
+        decode_kv_tokens = sum(decodes)
+        return Attended(
+            kv_tokens=sum(n + past for n, past in prefills) + decode_kv_tokens,
+            decode_kv_tokens=decode_kv_tokens,
+            prefill_pairs=sum(n * (n + past) for n, past in prefills),
+        )
 
     def sampling(self, num_sampled: int | None = None, num_truncated: int = 0) -> StepShape:
         """The same with so many requests that draw their token; None: all that decode, as clients do by default."""
@@ -65,12 +112,16 @@ class StepShape:
 
     @property
     def is_decode_only(self) -> bool:
-        return self.num_decodes == self.num_requests
+        return not self.prefills
 
-    def covers(self, other: StepShape) -> bool:
-        """Whether the model computes at least as much in every respect; what sampling takes is added by its rows."""
-        mine, theirs = astuple(self.sampling(0)), astuple(other.sampling(0))
-        return all(a >= b for a, b in zip(mine, theirs, strict=True))
+    def covers(self, other: StepShape, windows: Sequence[int | None] = (None,)) -> bool:
+        """Whether this step is at least as large in every respect, to attention with these windows."""
+        return all(mine >= theirs for mine, theirs in zip(self.sizes(windows), other.sizes(windows), strict=True))
+
+    def sizes(self, windows: Sequence[int | None]) -> tuple[int, ...]:
+        """Every respect in which what the model computes may be large; sampling takes its time apart."""
+        attended = [each for window in windows for each in astuple(self.attended(window))]
+        return (self.num_tokens, self.num_requests, self.num_decodes, *attended)
 
 
 @dataclass(frozen=True, kw_only=True)

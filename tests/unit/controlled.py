@@ -54,7 +54,7 @@ def grid() -> list[StepShape]:
 def step_times(*, factor: float = 1.0, sampling: SamplingTimes | None = None) -> StepTimes:
     """A record's times, `factor` times what the machine takes."""
     steps = tuple(measured(shape, factor=factor) for shape in grid())
-    return StepTimes(steps, [0] * NUM_UNITS, [UNIT_BYTES] * NUM_UNITS, sampling)
+    return StepTimes(steps, [0] * NUM_UNITS, [UNIT_BYTES] * NUM_UNITS, sampling=sampling)
 
 
 def frontier() -> Frontier:

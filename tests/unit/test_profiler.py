@@ -118,7 +118,7 @@ def test_a_record_of_something_else_is_refused_with_what_differs(engine: Engine)
     ("text", "message"),
     [
         (None, "selectn profile"),
-        ("version: 0\n", "version=0 is not allowed: expected 2"),
+        ("version: 1\n", "version=1 is not allowed: expected 2; run `selectn profile`"),
         ("- a list\n", "version=None is not allowed"),
         ("version: 2\nfingerprint: {}\n", "is damaged"),
         ("version: [1\n", "is not YAML"),
@@ -166,6 +166,23 @@ def test_the_grid_has_its_corners_and_nothing_beyond() -> None:
     assert max(len(each) for each in shapes) == 8
     assert max(sum(tokens for tokens, _ in each) for each in shapes) == 64
     assert all(sum(request) <= 256 for each in shapes for request in each)
+
+
+def test_a_model_with_sliding_windows_is_measured_at_them_and_beyond(cache: Path, tmp_path: Path) -> None:
+    """Of its layers three read every key and two the last 12 of each request."""
+    engine = Engine(tiny_model("qwen2_mixed"), engine_config("auto"))
+    try:
+        record = profile(engine, budget_s=0.5, max_length=64)
+    finally:
+        engine.close()
+    assert sorted({max(step.shape.decodes) for step in record.steps if step.shape.num_decodes == 1}) == [12, 32, 64]
+    assert record.memory.geometry.windows == (None, 12)
+    record.save(tmp_path / "record.yaml")
+    times = PerformanceRecord.load(tmp_path / "record.yaml").step_times()
+    sliding = [i for i, kind in enumerate(record.unit_kinds) if record.kinds[kind].name.endswith("sliding_attention")]
+    assert len(sliding) == 2
+    near, far = (times.expected(StepShape.decode(1, length)).compute_s for length in (12, 60_000))
+    assert [near[unit] for unit in sliding] == [far[unit] for unit in sliding]
 
 
 @pytest.mark.parametrize(("max_tokens", "max_requests"), [(1, 1), (8, 8), (16, 1)])
