@@ -57,12 +57,12 @@ class Frontier:
         num_units = len(unit_bytes)
         self._intervals = [place_integer_interval(n, num_units) for n in range(1, num_units + 1)]
         self._integer_intervals = _Candidates([*self._intervals, nothing], self._unit_bytes, max_slots=1)
-        self._layouts = Remembered(_MOST_LAYOUTS)
+        self.layouts = Remembered(_MOST_LAYOUTS)
 
     def freest(self, situation: Situation) -> OffloadPlan:
         """What frees most within the limit and the range; what copies least and frees enough where nothing does."""
         costs = situation.costs
-        return self._layouts.get(alike_in_time(costs), lambda: self._layout(costs)).choose(situation)
+        return self.layouts.get(alike_in_time(costs), lambda: self._layout(costs)).choose(situation)
 
     def largest_interval(self, situation: Situation) -> OffloadPlan:
         """As `freest`, of the paper's integer intervals through one slot."""
@@ -85,7 +85,7 @@ class _Candidates:
         self, placements: Sequence[tuple[int, ...]], unit_bytes: tuple[int, ...], max_slots: int = MOST_SLOTS
     ) -> None:
         self.num_units = len(unit_bytes)
-        self._known = Remembered(_MOST_SITUATIONS)
+        self.known = Remembered(_MOST_SITUATIONS)
         self.placements = list(dict.fromkeys(placements))
         sizes = [[unit_bytes[unit] for unit in placed] for placed in self.placements]
         count = np.array([len(each) for each in sizes])
@@ -108,7 +108,7 @@ class _Candidates:
 
     def choose(self, situation: Situation) -> OffloadPlan:
         """As `Frontier.freest`, of these."""
-        excess = self._known.get(alike(situation.costs, situation.link), lambda: _Excess(self, situation))
+        excess = self.known.get(alike(situation.costs, situation.link), lambda: _Excess(self, situation))
         chosen = excess.freest(situation)
         return self.plan(chosen if chosen is not None else self._least(situation, excess))
 

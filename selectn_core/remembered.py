@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import TypeVar
 
 from selectn_core.latency import Link, StepCosts, predict_step_s
@@ -44,6 +44,9 @@ class Remembered:
 
     def __len__(self) -> int:
         return len(self._answers)
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self._answers.values())
 
     def get(self, key: Hashable, compute: Callable[[], Answer]) -> Answer:
         """The answer to `key`, computed if it is not known."""

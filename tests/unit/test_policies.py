@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +24,10 @@ from selectn_core.policies import (
     last_of_every_group,
     worst_case_share,
 )
+from selectn_core.remembered import Remembered
+from selectn_core.step_times import scaled
+from selectn_core.steps import StepShape
+from tests.unit.controlled import BATCH, LENGTH, Machine, step_times
 
 ALIKE = StepCosts(compute_s=(1.0,) * 12, unit_bytes=(100,) * 12, rest_s=1.0)
 
@@ -148,3 +154,65 @@ def test_the_nearest_plan_moves_no_more_units_than_it_must(k: int, wanted: int) 
 def test_a_wrong_policy_is_named(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OffloadConfig(**values)  # type: ignore[arg-type]
+
+
+# -- what it costs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Every plan that is simulated, wherever that is asked for."""
+    plans: list[object] = []
+
+    def counted(costs: StepCosts, offloaded: Sequence[int], num_slots: int, link: Link) -> float:
+        plans.append((offloaded, num_slots))
+        return predict_step_s(costs, offloaded, num_slots, link)
+
+    for module in ("frontier", "placement", "remembered"):
+        monkeypatch.setattr(f"selectn_core.{module}.predict_step_s", counted)
+    return plans
+
+
+BLOCKS = StepCosts(compute_s=(1.0, 3.0) * 80, unit_bytes=(100, 300) * 80, rest_s=20.0)
+
+
+@pytest.mark.parametrize("policy", [SelectN, Paper])
+def test_what_is_asked_again_is_not_simulated_again(policy: type, simulated: list[object]) -> None:
+    """160 blocks: a step that is a little longer or shorter, its limit, its range and the memory that is lacking."""
+    frontier = Frontier(BLOCKS.unit_bytes, [range(0, 160, 2), range(1, 160, 2)])
+    asked = situation(BLOCKS, 200.0, 1.3)
+    policy(frontier).choose(asked)
+    assert 0 < len(simulated) == len(set(simulated)) < 120
+    simulated.clear()
+    for factor in (1.0, 0.7, 1.9):  # of the whole step: nothing is different but the unit of time
+        costs = scaled(BLOCKS, factor)
+        same = situation(costs, 200.0 / factor, 1.3)
+        policy(frontier).choose(same)
+        policy(frontier).choose(replace(same, link=replace(same.link, bytes_per_s=1.001 * same.link.bytes_per_s)))
+    assert simulated == []
+    for stretch in (1.25, 1.1, 1.4, 1.25, 1.1):
+        policy(frontier).choose(situation(BLOCKS, 200.0, stretch))
+        policy(frontier).choose(replace(situation(BLOCKS, 200.0, stretch), min_freed_bytes=900))
+    assert len(simulated) == len(set(simulated)) < 400
+
+
+def test_a_steady_machine_is_decided_for_without_a_simulation(simulated: list[object]) -> None:
+    machine = Machine(step_times(), tpot_s=2 * step_times().expected_s(StepShape.decode(BATCH, LENGTH))).run(40)
+    assert simulated
+    simulated.clear()
+    machine.run(40)
+    assert simulated == []
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    frontier, rng = Frontier(BLOCKS.unit_bytes[:12]), Random(0)
+    for _ in range(400):
+        compute_s = (rng.uniform(0.1, 9), rng.uniform(0.1, 9)) * 6
+        costs = StepCosts(compute_s=compute_s, unit_bytes=BLOCKS.unit_bytes[:12], rest_s=rng.uniform(0, 30))
+        SelectN(frontier).choose(situation(costs, rng.uniform(10, 900), 1.5))
+    assert len(frontier.layouts) <= 16
+    assert all(len(each.known) <= 32 for each in frontier.layouts)
+    remembered = Remembered(3)
+    assert [remembered.get(key, lambda key=key: 10 * key) for key in (1, 2, 3, 1, 4)] == [10, 20, 30, 10, 40]
+    assert remembered.get(1, lambda: 0) == 10  # asked for again before the fourth came: the second went
+    assert remembered.get(2, lambda: 0) == 0
