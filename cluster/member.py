@@ -181,7 +181,7 @@ class Member:
         self._k_min = engine.target.fewest(MOST_SLOTS).num_offloaded
         if bus_id is not None:
             share = equal_share(engine)
-            engine.set_link_share(link_share(engine, share, share, self._k_min))
+            engine.set_link_share(link_share(engine, share, share, as_largest(engine, self._k_min)))
         self._engine = engine
 
     def bus_of(self, engine: Engine) -> str | None:
@@ -282,31 +282,47 @@ class Member:
 
 
 def link_share(engine: Engine, bytes_per_s: float, guaranteed_bytes_per_s: float, k_max: int) -> LinkShare:
-    """A share in the engine's words. What k_min takes is streamed whatever it is, and a link of 0 has no latency."""
+    """A share in the engine's words; `k_max` counts units as large as the largest.
+
+    What k_min takes is streamed whatever it is, and a link of 0 has no latency.
+    """
     from selectn_core.steering import LinkShare
 
     return LinkShare(
         bytes_per_s=max(1, bytes_per_s),
         guaranteed_bytes_per_s=max(1, guaranteed_bytes_per_s),
-        max_offloaded_bytes=k_max * max(unit.num_bytes for unit in engine.units),
+        max_offloaded_bytes=k_max * largest_unit_bytes(engine),
     )
 
 
 def link_demand(engine: Engine, k_min: int, wanted: int = 0) -> LinkDemand:
-    """What the engine wants of its bus, within its TPOT objective: all units at most.
+    """What the engine wants of its bus, within its TPOT objective: all units at most, counted in the largest.
 
     At least `k_min`, which memory and its promises need, and what its requests would like (`wanted`) if its equal share
     of the bus carries that: so much is nobody else's, however much host memory they would use with it.
 
     A plan by hand wants what it is. Where no objective says how long a step may take, it takes an equal share's time.
     """
-    unit_bytes, k_max = max(unit.num_bytes for unit in engine.units), len(engine.units)
+    unit_bytes = largest_unit_bytes(engine)
+    k_min, wanted, k_max = (as_largest(engine, count) for count in (k_min, wanted, len(engine.units)))
     if engine.steering is None:
-        k_min = k_max = max(k_min, engine.target.plan.num_offloaded)
+        by_hand = -(-engine.target.plans.offloaded_bytes(engine.target.plan) // unit_bytes)
+        k_min = k_max = max(k_min, by_hand)
     objectives, share = engine.objectives, equal_share(engine)
     step_s = objectives.tpot_s if objectives is not None else max(1, k_max) * unit_bytes / share
     k_min = max(k_min, min(wanted, k_max, int(share * step_s // unit_bytes)))
     return LinkDemand(k_min=k_min, k_max=k_max, unit_bytes=unit_bytes, step_s=step_s)
+
+
+def largest_unit_bytes(engine: Engine) -> int:
+    """What a range counts in."""
+    return max(unit.num_bytes for unit in engine.units)
+
+
+def as_largest(engine: Engine, num_offloaded: int) -> int:
+    """How many of the largest unit have as many bytes as so many of an engine's units, of which some may be small."""
+    plan = engine.target.plans.plan(min(num_offloaded, len(engine.units)), engine.target.plan.num_slots)
+    return -(-engine.target.plans.offloaded_bytes(plan) // largest_unit_bytes(engine))
 
 
 def wanted_by_requests(engine: Engine, before: int) -> int:

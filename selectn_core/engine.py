@@ -326,10 +326,15 @@ class Engine:
         return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
     def reachable_kv_tokens(self, k_max: int | None = None) -> int:
-        """Promised tokens that the KV cache holds if up to `k_max` units are offloaded; None: `promises.plan`."""
+        """Promised tokens that the KV cache holds if up to `k_max` units are offloaded; None: `promises.plan`.
+
+        Where units are unequal these are so many of the largest, or more of others that have no more bytes together.
+        """
         target = self.promises.plan
-        if k_max is not None and k_max > target.num_offloaded:
-            target = self.target.plans.plan(min(k_max, len(self.units)), target.num_slots)
+        if k_max is not None:
+            most_bytes = k_max * max(unit.num_bytes for unit in self.units)
+            if most_bytes > self._offloaded_bytes(target):
+                target = self.target.plans.most_within(target.num_slots, most_bytes)
         return capacity_tokens(self.batching.geometry, self.arena.num_sectors, self.target.kv_sectors(target))
 
     def headroom(self, k_max: int | None = None) -> Headroom:
@@ -508,7 +513,7 @@ class Engine:
             steering.done(record)
 
     def _offloaded_bytes(self, plan: OffloadPlan) -> int:
-        return sum(self.units[index].num_bytes for index in plan.offloaded)
+        return self.target.plans.offloaded_bytes(plan)
 
     def _swap_is_cheaper(self, num_tokens: int, num_bytes: int) -> bool:
         """Whether a preempted request's KV should wait in host memory rather than be computed again."""

@@ -28,11 +28,6 @@ def slot_bytes(units: Sequence[Unit], plan: OffloadPlan) -> int:
     return max((units[index].num_bytes for index in plan.offloaded), default=0)
 
 
-def offloaded_bytes_of(units: Sequence[Unit], plan: OffloadPlan) -> int:
-    """Bytes of the units that `plan` offloads: what every step copies where they are more than the slots."""
-    return sum(units[index].num_bytes for index in plan.offloaded)
-
-
 def most_bytes(units: Sequence[Unit], round_up: RoundUp = align_up) -> int:
     """Device bytes of the most expensive plan: slots for the largest unit, in place of it and the smallest others."""
     *others, largest = sorted(round_up(unit.num_bytes) for unit in units)
@@ -80,6 +75,10 @@ class UnmeasuredPlans:
         away = [self._homes[unit] for unit in plan.offloaded]
         return sum(self._homes) - sum(away) + plan.slots_used * max(away, default=0)
 
+    def offloaded_bytes(self, plan: OffloadPlan) -> int:
+        """Bytes of the units that it offloads: what every step copies where they are more than the slots."""
+        return sum(self._units[unit].num_bytes for unit in plan.offloaded)
+
     def fewest(self, num_slots: int, budget_bytes: int, *, at_least: int = 0) -> OffloadPlan | None:
         """The one with the fewest units offloaded, `at_least` or more, that fits `budget_bytes`; None if none does."""
         for num_offloaded in range(at_least, len(self._units) + 1):
@@ -88,11 +87,11 @@ class UnmeasuredPlans:
                 return plan
         return None
 
-    def most_within(self, num_slots: int, offloaded_bytes: float) -> OffloadPlan:
-        """The one with the most units offloaded that together have no more than `offloaded_bytes`."""
+    def most_within(self, num_slots: int, most_bytes: float) -> OffloadPlan:
+        """The one with the most units offloaded that together have no more than `most_bytes`."""
         for num_offloaded in range(len(self._units), 0, -1):
             plan = self.plan(num_offloaded, num_slots)
-            if offloaded_bytes_of(self._units, plan) <= offloaded_bytes:
+            if self.offloaded_bytes(plan) <= most_bytes:
                 return plan
         return self.plan(0, num_slots)
 

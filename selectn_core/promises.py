@@ -12,7 +12,6 @@ import math
 from typing import TYPE_CHECKING
 
 from selectn_core.placement import OffloadPlan
-from selectn_core.planner import offloaded_bytes_of
 from selectn_core.steering import LinkShare
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class Promises:
         guaranteed share streams in time.
 
         The policy says what that is when it plans a step. What the coordinator has said since then counts at once, also
-        on an engine that plans none for want of requests, if it is less: no more units than its range has, and no more
+        on an engine that plans none for want of requests, if it is less: no more bytes than its range has, and no more
         than the guaranteed share streams within the TPOT objective (w k / B <= T, which no schedule beats).
         """
         engine, steering, share = self._engine, self._engine.steering, self._engine.link_share
@@ -42,7 +41,7 @@ class Promises:
         if share is None or not steering.controller.policy.adapts:
             return plan
         most_bytes = most_streamed_bytes(share, steering.objectives.tpot_s)
-        if offloaded_bytes_of(engine.units, plan) <= most_bytes:
+        if engine.target.plans.offloaded_bytes(plan) <= most_bytes:
             return plan
         asked = (most_bytes, plan.num_slots)
         if self._cut is None or self._cut[0] != asked:

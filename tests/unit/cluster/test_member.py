@@ -12,7 +12,7 @@ import pytest
 
 from cluster.coordinator import Coordinator, CoordinatorConfig
 from cluster.host_claims import HostClaims
-from cluster.member import Member, equal_share, link_demand, wanted_by_requests
+from cluster.member import Member, equal_share, link_demand, link_share, wanted_by_requests
 from cluster.messages import BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
 from cluster.node_messages import HostAnswer, HostClaim
 from selectn_core.config import SloConfig
@@ -230,6 +230,23 @@ def test_what_a_replica_wants_of_its_bus(engine):
     largest = max(unit.num_bytes for unit in engine.units)
     assert link_demand(engine, 0) == LinkDemand(k_min=3, k_max=3, unit_bytes=largest, step_s=0.1)
     assert link_demand(engine, 4).k_max == 4, "memory leaves no choice"
+
+
+def test_unequal_units_are_asked_for_in_bytes():
+    """Dense layers and those with experts: no more of the bus than their bytes take, in whole units of the largest."""
+    with Engine(tiny_model("qwen2_moe"), engine_config(0)) as engine:
+        sizes = [unit.num_bytes for unit in engine.units]
+        largest = max(sizes)
+        assert min(sizes) < largest
+        for k in range(len(sizes) + 1):
+            engine.set_num_offloaded(k)
+            wanted = sum(sizes[unit] for unit in engine.target.plan.offloaded)
+            demand = link_demand(engine, 0)
+            assert wanted <= demand.k_max * demand.unit_bytes < wanted + largest
+            share = link_share(engine, 1.0, 1.0, demand.k_max)
+            assert wanted <= share.max_offloaded_bytes < wanted + largest
+            if k:
+                assert engine.reachable_kv_tokens(demand.k_max) >= engine.reachable_kv_tokens()
 
 
 def test_what_its_requests_need_is_asked_for_up_to_an_equal_share(tmp_path, monkeypatch):
