@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -125,33 +125,56 @@ def flaw_in(data: Any, *, endless: Collection[str] = (), least: float = -MOST_NU
     Unpickling makes an object without asking its class, so whoever takes one from another process asks here. Whole
     numbers are 0 to 2^63, others finite and `least` or more; fields of the paths in `endless` may be infinite.
     """
-    return next(_flaws(data, Any, "", frozenset(endless), least), None)
+    return _flaw_of(data, "", endless, least)
 
 
-def _flaws(value: Any, hint: Any, path: str, endless: frozenset[str], least: float) -> Iterator[str]:
-    if is_dataclass(value):
-        for name, inner in _hints_of(cast(Any, type(value))).items():
-            yield from _flaws(getattr(value, name), inner, f"{path}.{name}" if path else name, endless, least)
-    elif isinstance(value, tuple | list):
-        parts = get_args(hint)
-        for index, each in enumerate(value):
-            yield from _flaws(each, parts[0] if parts else Any, f"{path}.{index}", endless, least)
-    elif not _is_sound(value, get_args(hint) or (hint,), path in endless, least):
-        yield f"{path}={value!r}"
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What a field's type says of numbers in it, at any depth of tuples and unions."""
+
+    name: str
+    is_whole: bool
+    is_number: bool
+    may_be_else: bool  # None, or text
 
 
-def _is_sound(value: Any, types: tuple[Any, ...], may_be_endless: bool, least: float) -> bool:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        is_number_wanted = bool({int, float} & set(types)) and not {bool, str} & set(types)
-        return not is_number_wanted or (value is None and type(None) in types)
-    number = cast(float, value)
-    if float not in types and isinstance(value, Integral):
-        return bool({int, Any} & set(types)) and 0 <= number <= MOST_WHOLE
-    is_wanted = float in types or Any in types
-    return is_wanted and (least <= number <= MOST_NUMBER or (may_be_endless and number == math.inf))
+def _flaw_of(data: Any, path: str, endless: Collection[str], least: float) -> str | None:
+    for kind in _kinds_of(cast(Any, type(data))):
+        flaw = _flaw(getattr(data, kind.name), kind, f"{path}{kind.name}", endless, least)
+        if flaw is not None:
+            return flaw
+    return None
+
+
+def _flaw(value: Any, kind: _Kind, path: str, endless: Collection[str], least: float) -> str | None:
+    of = type(value)
+    if isinstance(value, Real) and of is not bool:
+        value = value if of is int or of is float else int(value) if isinstance(value, Integral) else float(value)
+        of = type(value)  # numpy's own, too
+        is_in_range = 0 <= value <= MOST_WHOLE if kind.is_whole else least <= value <= MOST_NUMBER
+        is_sound = (of is int or not kind.is_whole) and (is_in_range or (value == math.inf and path in endless))
+        return None if is_sound or not kind.is_number else f"{path}={value!r}"
+    if of is tuple or of is list:
+        flaws = (_flaw(each, kind, f"{path}.{index}", endless, least) for index, each in enumerate(value))
+        return next((flaw for flaw in flaws if flaw is not None), None)
+    if hasattr(of, "__dataclass_fields__"):
+        return _flaw_of(value, f"{path}.", endless, least)
+    is_else = kind.may_be_else and (value is None or of is str)
+    return f"{path}={value!r}" if kind.is_number and not is_else else None
 
 
 @lru_cache(maxsize=256)
-def _hints_of(section: Any) -> dict[str, Any]:
-    hints = get_type_hints(section)
-    return {each.name: hints[each.name] for each in fields(section)}
+def _kinds_of(section: Any) -> tuple[_Kind, ...]:
+    hints, kinds = get_type_hints(section), []
+    for each in fields(section):
+        parts = set(_parts(hints[each.name]))
+        others = parts & {str, type(None), bool}
+        is_number = bool(parts & {int, float}) and bool not in parts
+        kinds.append(_Kind(name=each.name, is_whole=float not in parts, is_number=is_number, may_be_else=bool(others)))
+    return tuple(kinds)
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    yield hint
+    for part in get_args(hint):
+        yield from _parts(part)

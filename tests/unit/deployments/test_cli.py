@@ -103,6 +103,31 @@ def test_options_override_a_config_file(tmp_path, capsys):
     assert capsys.readouterr().out == "using serve_config.yaml\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "in_file", "asked"),
+    [
+        ([], None, set()),
+        (["--port", "9"], None, {"port"}),
+        (["--port", "0"], None, set()),
+        ([], "{host: 0.0.0.0, port: 8000}", {"host", "port"}),
+        (["--port", "0"], "{host: 0.0.0.0, port: 8000}", {"host"}),
+    ],
+)
+def test_http_options_must_be_those_of_a_joined_cluster_only_where_somebody_asked(options, in_file, asked, tmp_path):
+    if in_file is not None:
+        (tmp_path / "serve_config.yaml").write_text(
+            f"http_options: {in_file}\napplications: [{{import_path: 'deployments.app:build_app'}}]", encoding="utf-8"
+        )
+    assert serve_command._asked_options(parse_serve(*options)) == asked
+
+
+def test_a_server_stays_on_this_machine_unless_told_otherwise(tmp_path):
+    """Serve's own default for a config file is every interface."""
+    (tmp_path / "c.yaml").write_text("applications: [{import_path: 'deployments.app:build_app'}]", encoding="utf-8")
+    document = serve_command.configured_document(parse_serve("--config", "c.yaml"))
+    assert document["http_options"] == {"host": "127.0.0.1"}
+
+
 def test_model_paths_are_made_absolute_and_must_exist(tmp_path):
     (tmp_path / "m").mkdir()
     document = serve_command.configured_document(parse_serve("--model", "./m"))

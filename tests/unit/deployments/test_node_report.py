@@ -81,7 +81,7 @@ def test_here_it_answers_whatever_hardware_there_is(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--timeout-s", "0"], "--timeout-s=0.0 is not allowed: expected more than 0"),
+        (["--timeout-s", "0"], "--timeout-s=0.0 is not allowed: expected at least 0.001"),
         (["--config", "none.yaml"], "none.yaml: cannot be read"),
     ],
 )

@@ -124,9 +124,9 @@ def test_records_of_different_models_are_refused(layers, tmp_path, capsys) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--record", "none.yaml"], "none.yaml: No such file or directory: run `selectn profile`"),
-        (["--record", "layers.yaml", "--batch", "0"], "--batch=0 is not allowed: expected more than 0"),
-        (["--record", "layers.yaml", "--max-slots", "9"], "--max-slots=9 is not allowed: expected 1 to 8"),
+        (["--record", "none.yaml"], "none.yaml: cannot be read: No such file or directory: run `selectn profile`"),
+        (["--record", "layers.yaml", "--batch", "0"], "--batch=0 is not allowed: expected at least 1"),
+        (["--record", "layers.yaml", "--max-slots", "9"], "--max-slots=9 is not allowed: expected at least 1"),
         (["--record", "layers.yaml", "--batch", "9"], "was measured"),
         (["--record", "layers.yaml", "--seq", "99999"], "`selectn profile` with a larger --max-length"),
         (["--record", "layers.yaml", "--device-gib", "inf"], "--device-gib=inf is not allowed: expected more than 0"),
