@@ -19,11 +19,20 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from selectn_core.checkpoint_config import without_tags
 from selectn_core.config import HostConfig, ModelConfig
 from selectn_core.device import align_up
 from selectn_core.errors import ConfigError, HostMemoryExceeded, UnsupportedModel
 from selectn_core.host_memory import SHARED_MEMORY, available_host_memory, free_bytes, is_in_memory
-from selectn_core.loading import LoadedModel, load_model, load_tokenizer, load_weights, resolve_source
+from selectn_core.load_errors import blaming
+from selectn_core.loading import (
+    LoadedModel,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    refuse_not_finite,
+    resolve_source,
+)
 from selectn_core.resident import resident_tensors
 from selectn_core.shared_store import (
     Chunks,
@@ -42,6 +51,7 @@ logger = logging.getLogger(__name__)
 _REST = "rest"  # the section of what belongs to no unit: embeddings, norms, head, and all buffers
 _CHECKPOINT_SUFFIXES = {".json", ".safetensors", ".bin"}
 _CHUNK_BYTES = 8 << 20
+_LOADER = 2  # changes with what loading.py makes of the same files, or refuses
 _MADV_DONTNEED = 4
 _LIBC = ctypes.CDLL(None)
 
@@ -75,16 +85,17 @@ def load_on_host(config: ModelConfig, host: HostConfig, reserve_host: ReserveHos
     if host.weights == "private":
         return _reserved(load_model(config), reserve_host)
     resolved = resolve_source(config)
-    name = resolved.served_name or resolved.source
+    name, tokenizer = resolved.served_name or resolved.source, load_tokenizer(resolved)
     try:
         model, store = open_shared(resolved, host, reserve_host)
     except NotShareable as error:
         if host.weights != "auto":
             raise UnsupportedModel(f"{name}: {error}: set host.weights to 'private'") from None
         logger.warning("%s: %s; its weights are private to this process", name, error)
-        return _reserved(LoadedModel(model=error.model, tokenizer=load_tokenizer(resolved), name=name), reserve_host)
+        refuse_not_finite(resolved, error.model.named_parameters())
+        return _reserved(LoadedModel(model=error.model, tokenizer=tokenizer, name=name), reserve_host)
     logger.info("the weights of %s are in %s (%s bytes)", name, store.path, f"{store.num_bytes:,}")
-    return LoadedModel(model=model, tokenizer=load_tokenizer(resolved), name=name, store=store)
+    return LoadedModel(model=model, tokenizer=tokenizer, name=name, store=store)
 
 
 def _reserved(loaded: LoadedModel, reserve_host: ReserveHost) -> LoadedModel:
@@ -121,6 +132,7 @@ def fingerprint_of(resolved: ModelConfig) -> str:
         "dtype": resolved.dtype,
         "trust_remote_code": resolved.trust_remote_code,
         "alignment_bytes": TENSOR_ALIGNMENT_BYTES,
+        "loader": _LOADER,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }
@@ -133,10 +145,8 @@ def _source_identity(resolved: ModelConfig) -> list[Any]:
         files = [path for path in sorted(directory.iterdir()) if _is_of_checkpoint(path, resolved)]
         stats = [(path.name, path.stat()) for path in files]
         return [str(directory.resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
-    try:
+    with blaming(f"model.source={resolved.source!r} cannot be loaded"):
         file = cached_file(resolved.source, resolved.gguf_file or "config.json", revision=resolved.revision)
-    except OSError as error:
-        raise ConfigError(f"model.source={resolved.source!r} cannot be loaded: {error}") from error
     # The hub's cache keeps every commit in a directory of that name.
     return [resolved.source, Path(str(file)).parent.name]
 
@@ -237,7 +247,7 @@ def _build(resolved: ModelConfig, fingerprint: str, places: Sequence[_Place], re
         fingerprint,
         description,
         sections,
-        lambda section: _chunks(section, tensors[section.name], pages),
+        lambda section: _chunks(section, tensors[section.name], pages, resolved),
     )
 
 
@@ -293,12 +303,17 @@ def _layout(model: PreTrainedModel) -> tuple[list[Section], dict[str, list[torch
     return sections, tensors
 
 
-def _chunks(section: Section, tensors: Sequence[torch.Tensor], pages: _FilePages) -> Chunks:
-    """The section's bytes, freeing what has been taken: at no time is much of the model in memory twice."""
+def _chunks(section: Section, tensors: Sequence[torch.Tensor], pages: _FilePages, resolved: ModelConfig) -> Chunks:
+    """The section's bytes, freeing what has been taken: at no time is much of the model in memory twice.
+
+    Raises ConfigError for a damaged weight: it is in memory now, and will not be looked at again.
+    """
     for spec, tensor in zip(section.tensors, tensors, strict=True):
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
         for start in range(0, spec.num_bytes, _CHUNK_BYTES):
             chunk = data[start : start + _CHUNK_BYTES]
+            if isinstance(tensor, nn.Parameter):  # masks among the buffers may be infinite
+                refuse_not_finite(resolved, [(spec.names[0], chunk.view(tensor.dtype))])
             yield spec.offset + start, chunk
             pages.drop(chunk)
         tensor.data = torch.empty(0, dtype=tensor.dtype)
@@ -350,7 +365,7 @@ def _bound_model(store: SharedStore) -> PreTrainedModel:
 
 def _empty_model(description: dict[str, Any]) -> PreTrainedModel:
     """The model without memory for its tensors."""
-    values = description["config"]
+    values = without_tags(description["config"])
     config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(

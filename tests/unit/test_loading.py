@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from selectn_core import embedded
 from selectn_core.config import ModelConfig
-from selectn_core.errors import ConfigError, UnsupportedModel
+from selectn_core.errors import ConfigError, HostMemoryExceeded, UnsupportedModel
+from selectn_core.load_errors import blaming
 from selectn_core.loading import load_model, resolve_source
 from tests.tiny_models import tiny_model
 
@@ -57,6 +60,101 @@ def test_auto_keeps_the_checkpoints_dtype(tmp_path) -> None:
     assert load_model(ModelConfig(source=str(tmp_path))).model.dtype == torch.bfloat16
 
 
+def as_zip(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    torch.save(tensors, path)
+
+
+def as_before_2020(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("save", [as_zip, as_before_2020])
+def test_pickled_checkpoints_load_to_the_same(checkpoint, tmp_path, save) -> None:
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    save(load_file(checkpoint / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    assert same_weights(load_model(ModelConfig(source=str(tmp_path))).model, tiny_model().model)
+
+
+def test_pickled_shards_load_to_the_same(checkpoint, tmp_path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    weight_map = {name: f"part-{i % 2}.bin" for i, name in enumerate(tensors)}
+    for part in set(weight_map.values()):
+        torch.save({name: tensors[name] for name in tensors if weight_map[name] == part}, tmp_path / part)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert same_weights(load_model(ModelConfig(source=str(tmp_path))).model, tiny_model().model)
+
+
+@pytest.mark.parametrize(
+    "family_and_more",
+    [
+        ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+        ("gpt2", {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8)}),
+        ("gpt2", {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}),
+        ("llama", {"model.layers.1.self_attn.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}),
+    ],
+    ids=["rotary", "mask", "masked_bias", "a mask elsewhere"],
+)
+def test_what_old_checkpoints_hold_besides_does_no_harm(tmp_path, family_and_more) -> None:
+    family, more = family_and_more
+    settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 16}
+    model = tiny_model().model if family == "llama" else GPT2LMHeadModel(GPT2Config(**settings))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, **more}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert same_weights(load_model(ModelConfig(source=str(tmp_path))).model, model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers leaves 8-bit floats as they are for a GPU")
+def test_a_quantisation_that_is_declared_is_applied(tmp_path) -> None:
+    """One that transformers can undo without a GPU: 8-bit floats with a scale for each matrix."""
+    tiny_model().model.save_pretrained(tmp_path)
+    original = load_file(tmp_path / "model.safetensors")
+    stored = dict(original)
+    for name in [name for name in original if ".layers." in name and original[name].dim() == 2]:
+        scale = (original[name].abs().amax() / torch.finfo(torch.float8_e4m3fn).max).reshape(1, 1)
+        stored[name] = (original[name] / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_model(ModelConfig(source=str(tmp_path))).model.state_dict()
+    for name, tensor in original.items():
+        assert torch.allclose(loaded[name].float(), tensor, rtol=0.1, atol=0.02), name
+
+
+def test_too_little_memory_is_no_fault_of_the_file() -> None:
+    with pytest.raises(HostMemoryExceeded, match="some file: .*allocate memory"), blaming("some file"):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_a_weight_too_large_for_float16_says_which_dtype_holds_it(tmp_path) -> None:
+    tiny_model(dtype=torch.bfloat16).model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(ModelConfig(source=str(tmp_path))).model.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="model.layers.1.mlp.up_proj.weight .* model.dtype to 'bfloat16'"):
+        load_model(ModelConfig(source=str(tmp_path), dtype="float16"))
+
+
+def test_large_weights_whose_sum_overflows_are_no_damage(tmp_path) -> None:
+    tiny_model().model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"].fill_(3e38)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_model(ModelConfig(source=str(tmp_path)))
+
+
+@pytest.mark.parametrize("model_type", ["t5", "clip", "mamba"])
+def test_a_model_of_another_kind_says_so(tmp_path, checkpoint, model_type) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(checkpoint / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match=model_type):
+        load_model(ModelConfig(source=str(tmp_path)))
+
+
 def test_the_served_name_is_the_users_choice(checkpoint) -> None:
     assert resolve_source(ModelConfig(source=str(checkpoint), served_name="mine")).served_name == "mine"
     hub = resolve_source(ModelConfig(source="someone/some-model", revision="abc"))
@@ -75,7 +173,8 @@ def test_a_gguf_file_loads(tmp_path) -> None:
     assert torch.equal(model.get_input_embeddings().weight, expected)
 
 
-def write_tiny_gguf(path: Path) -> Path:
+def write_tiny_gguf(path: Path, *, block_count: int = 2, leave_out: str = "", more: Callable[..., None] = id) -> Path:
+    """A llama of two layers; `more` may add to it, the metadata may be wrong, and a tensor may be left out."""
     import numpy as np
     from gguf import GGUFWriter
 
@@ -83,7 +182,8 @@ def write_tiny_gguf(path: Path) -> Path:
     writer = GGUFWriter(str(path), "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(hidden)
-    writer.add_block_count(layers)
+    writer.add_block_count(block_count)
+    more(writer)
     writer.add_feed_forward_length(ffn)
     writer.add_head_count(heads)
     writer.add_head_count_kv(heads)
@@ -97,6 +197,8 @@ def write_tiny_gguf(path: Path) -> Path:
     rng = np.random.default_rng(0)
 
     def add(name: str, *shape: int) -> None:
+        if name == leave_out:
+            return
         writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
 
     writer.add_tensor(
@@ -125,7 +227,7 @@ def test_a_missing_directory_says_so() -> None:
 
 def test_a_directory_without_weights_says_so(tmp_path) -> None:
     AutoConfig.for_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="has no model.safetensors or .*: it has config.json"):
         load_model(ModelConfig(source=str(tmp_path)))
 
 

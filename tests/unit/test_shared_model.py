@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import time
 from functools import cache
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from selectn_core import shared_model
 from selectn_core.config import DeviceConfig, EngineConfig, HostConfig, ModelConfig, OffloadConfig
@@ -139,6 +140,32 @@ def test_sharded_checkpoints_and_other_dtypes_are_shared(tmp_path, host) -> None
     assert loaded.model.dtype == torch.bfloat16
     assert same_tensors(loaded.model, load_model(config).model)
     loaded.store.close()
+
+
+@pytest.mark.parametrize(
+    "infinity", ["Infinity", '{"__float__": "Infinity"}'], ids=["of JavaScript", "of transformers"]
+)
+def test_an_infinite_limit_of_a_time_step_is_shared_too(checkpoint_of, tmp_path, host, infinity) -> None:
+    directory = tmp_path / "infinite"
+    shutil.copytree(checkpoint_of(), directory)
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text.replace("{", f'{{"time_step_limit": [0.0, {infinity}],', 1))
+    for loaded in [load_on_host(ModelConfig(source=str(directory)), host) for _ in range(2)]:
+        assert loaded.model.config.time_step_limit == [0.0, float("inf")]
+        loaded.store.close()
+
+
+def test_a_model_with_an_infinite_limit_by_default_is_made_again_from_its_description() -> None:
+    layers = ["attention"] * 2
+    config = AutoConfig.for_model(
+        "granitemoehybrid", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50, intermediate_size=48, shared_intermediate_size=48, layer_types=layers, mamba_n_heads=8,
+        mamba_d_head=8,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert float("inf") in model.config.time_step_limit
+    again = shared_model._empty_model(shared_model._describe(model))
+    assert tuple(again.config.time_step_limit) == tuple(model.config.time_step_limit)
 
 
 def test_an_engine_gives_its_store_up(checkpoint_of, host) -> None:
@@ -271,15 +298,6 @@ def test_commits_of_a_hub_model_have_different_fingerprints(monkeypatch) -> None
     monkeypatch.setattr(shared_model, "cached_file", lambda *_, revision: f"/cache/snapshots/{revision}/config.json")
     commits = [ModelConfig(source="some/model", revision=revision) for revision in ("aaa", "bbb")]
     assert fingerprint_of(commits[0]) == fingerprint_of(commits[0]) != fingerprint_of(commits[1])
-
-
-def test_a_hub_model_that_is_not_there_says_so(monkeypatch) -> None:
-    def missing(*_, **__):
-        raise OSError("no such repository")
-
-    monkeypatch.setattr(shared_model, "cached_file", missing)
-    with pytest.raises(ConfigError, match="'some/model' cannot be loaded: no such repository"):
-        load_on_host(ModelConfig(source="some/model"), HostConfig())
 
 
 # -- where there is no room ---------------------------------------------------------------------------------------
