@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from selectn_core.config import HostConfig, ModelConfig
 from selectn_core.errors import ConfigError, SelectNError, UnsupportedModel
+from selectn_core.gguf_files import GgufFile, complete_config
 from selectn_core.loading import LoadedModel, load_model
 from selectn_core.shared_model import load_on_host
 from tests.unit.broken_checkpoints import LFS_POINTER
@@ -277,6 +278,33 @@ def test_factors_of_long_rope_are_refused(tmp_path) -> None:
 def test_a_window_that_would_be_dropped_is_refused(tmp_path) -> None:
     path = write_tiny_gguf(tmp_path / "window.gguf", more=lambda writer: writer.add_sliding_window(16))
     refusal(path, "sliding_window", "16", error=UnsupportedModel)
+
+
+def metadata_of(architecture: str, **values: Any) -> GgufFile:
+    keys = {f"{architecture}.{name.replace('__', '.')}": value for name, value in values.items()}
+    return GgufFile(path=Path("x.gguf"), metadata={"general.architecture": architecture, **keys}, tensor_names=())
+
+
+def test_phi_3s_window_is_applied() -> None:
+    config = Phi3Config()
+    complete_config(metadata_of("phi3", attention__sliding_window=16), config)
+    assert config.sliding_window == 16
+
+
+def test_gemma_3s_scaling_is_that_of_its_full_attention() -> None:
+    config = Gemma3TextConfig()
+    sliding = dict(config.rope_parameters["sliding_attention"])
+    complete_config(metadata_of("gemma3", rope__scaling__type="linear", rope__scaling__factor=8.0), config)
+    assert config.rope_parameters["full_attention"]["rope_type"] == "linear"
+    assert config.rope_parameters["full_attention"]["factor"] == 8.0
+    assert config.rope_parameters["sliding_attention"] == sliding
+
+
+def test_a_part_of_the_head_that_is_not_rotated_is_refused() -> None:
+    config = Phi3Config(hidden_size=64, num_attention_heads=4)
+    complete_config(metadata_of("phi3", rope__dimension_count=16), config)
+    with pytest.raises(UnsupportedModel, match="x.gguf: rotates 12 of 16 dimensions"):
+        complete_config(metadata_of("phi3", rope__dimension_count=12), config)
 
 
 # -- tokenizer ----------------------------------------------------------------------------------------------------
