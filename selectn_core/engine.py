@@ -53,8 +53,9 @@ from selectn_core.shared_model import ReserveHost, load_on_host, reserve_nothing
 from selectn_core.steering import LinkShare, Steering
 from selectn_core.steps import StepLog, StepShape
 from selectn_core.target import Target
-from selectn_core.transformers_cb import Callbacks, ContinuousBatching, GenerationOutput, kv_geometry
-from selectn_core.units import find_units
+from selectn_core.transformers_cb import Callbacks, ContinuousBatching, GenerationOutput, kv_geometry, kv_shapes
+from selectn_core.transformers_cb.architecture import context_limit
+from selectn_core.units import find_units, last_of_a_new_kind
 from selectn_core.workspace import Workspace, measure_workspace
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,10 @@ class Engine:
         self.config = config
         self.model, self.tokenizer, self.model_name = loaded.model, loaded.tokenizer, loaded.name
         self.units = find_units(self.model, config.offload.unit)
+        self._context_limit = context_limit(self.model.config)
+        if self._context_limit is not None and self._context_limit.is_narrowed:
+            limit = self._context_limit
+            logger.warning("requests may have %d tokens, prompt and output: %s", limit.num_tokens, limit.reason)
         self.steps = StepLog()
         self.attainment = Attainment(config.slo.percentile)
         # Called on the generation thread when a step is planned and has not begun: the iteration controller's place.
@@ -100,7 +105,8 @@ class Engine:
         self._supervisor: threading.Thread | None = None
         self._limit_compute_threads()
         with refusing(self.model, "its keys and values cannot be sized"):
-            geometry = kv_geometry(self.model, config.batch.page_size)
+            self._kv_shapes = kv_shapes(self.model, last_of_a_new_kind(self.units).module)
+            geometry = kv_geometry(self.model, config.batch.page_size, self._kv_shapes)
         everything = everything_bytes(self.model, self.units, geometry, config.batch.kv_tokens)
         self.device: Device = open_device(config.device, default_capacity_bytes=everything)
         try:
@@ -226,6 +232,7 @@ class Engine:
                 on_output=self._on_output,
                 swap_is_cheaper=self._swap_is_cheaper,
             ),
+            shapes=self._kv_shapes,
             num_sectors=num_sectors,
             num_host_sectors=host_sectors(self.config, geometry, longest),
         )
@@ -307,8 +314,16 @@ class Engine:
         return min(self._model_limit or capacity, capacity)
 
     @property
+    def max_model_len_reason(self) -> str:
+        """What `max_model_len` follows from."""
+        limit = self._context_limit
+        if limit is not None and limit.num_tokens == self.max_model_len:
+            return limit.reason
+        return "what the KV cache can hold with every unit offloaded"
+
+    @property
     def _model_limit(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return self._context_limit.num_tokens if self._context_limit is not None else None
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -400,7 +415,7 @@ class Engine:
             is_model_limit = len(prompt_ids) + params.max_tokens > (self._model_limit or 0) > 0
             raise (RequestError if is_model_limit else RequestTooLarge)(
                 f"{len(prompt_ids)} prompt tokens and max_tokens={params.max_tokens} are more than the "
-                f"{self.max_model_len} tokens that a request may have here",
+                f"{self.max_model_len} tokens that a request may have here ({self.max_model_len_reason})",
                 field="max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
             )
 
@@ -553,6 +568,8 @@ class Engine:
             "device_capacity_bytes": self.device.capacity_bytes,
             "kv_bytes": self.batching.pages.num_sectors * self.arena.sector_bytes,
             "kv_capacity_tokens": self.kv_capacity_tokens,
+            "max_model_len": self.max_model_len,
+            "max_model_len_reason": self.max_model_len_reason,
             "running": running,
             "waiting": num_requests - running,
             "num_steps": self.steps.num_steps,
@@ -594,7 +611,9 @@ class Engine:
             return Workspace()
         limit = self._model_limit or geometry.tokens_in(self.device.free_bytes // geometry.sector_bytes)
         with self._computing_on_device() if not is_emulated else nullcontext():
-            return measure_workspace(self.model, self.units, self.config.batch, self.device, geometry, limit)
+            return measure_workspace(
+                self.model, self.units, self.config.batch, self.device, geometry, self._kv_shapes, limit
+            )
 
     def _computing_on_device(self) -> Executor:
         everything = unmeasured_plan(self.units, len(self.units), 1)

@@ -49,6 +49,7 @@ from selectn_core.gguf_files import complete_config, is_gguf, open_gguf, refuse_
 from selectn_core.load_errors import blaming
 from selectn_core.shared_store import SharedStore
 from selectn_core.tokenizer_loading import tokenizer_in, tokenizer_of
+from selectn_core.transformers_cb.architecture import check_architecture
 
 # What models compute from their configuration, and once kept among their weights: masks and tables.
 _COMPUTED = re.compile(r"(^|\.)(masked_bias|inv_freq|position_ids|attn\.bias|attention\.bias)$")
@@ -164,6 +165,7 @@ def _read_checkpoint(resolved: ModelConfig) -> _Checkpoint:
     _check_type(resolved, path, values)
     with blaming(path, values=values):
         config = AutoConfig.from_pretrained(resolved.source, **_source_kwargs(resolved))
+    check_architecture(config)
     return _Checkpoint(files=files, path=path, values=values, config=config, quantiser=quantiser)
 
 
@@ -199,21 +201,12 @@ def _load_checkpoint(resolved: ModelConfig) -> PreTrainedModel:
 
 def _from_pretrained(resolved: ModelConfig, where: object, **kwargs: Any) -> PreTrainedModel:
     """As transformers loads it. Raises ConfigError unless every tensor of the model is there, and no other."""
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            resolved.source,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # it says which; otherwise it only logs them
-            **kwargs,
-        )
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-        raise UnsupportedModel(
-            f"{where}: the attention of {kwargs['config'].model_type} is not scaled dot-product attention, or not that "
-            "alone, which is all that is computed here"
-        ) from None
+    model, info = AutoModelForCausalLM.from_pretrained(
+        resolved.source,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # it says which; otherwise it only logs them
+        **kwargs,
+    )
     parts = [
         _listed("missing", info["missing_keys"]),
         _listed("left over", [name for name in info["unexpected_keys"] if not _COMPUTED.search(name)]),
@@ -266,6 +259,7 @@ def _load_gguf(resolved: ModelConfig) -> PreTrainedModel:
     kwargs = _source_kwargs(resolved)
     with blaming(file.path, raises=UnsupportedModel):
         config = AutoConfig.from_pretrained(resolved.source, **kwargs)
+    check_architecture(config)
     check_numbers(file.path, config.to_dict())
     complete_config(file, config)
     if config.get_text_config().num_hidden_layers > len(file.tensor_names):

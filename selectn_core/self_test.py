@@ -84,7 +84,7 @@ def _token_ids(engine: Engine, count: int) -> list[int]:
 def _plain_logits(engine: Engine, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits of every token, [num_sequences, length, vocab_size], by transformers' own attention."""
     input_ids = torch.tensor(sequences, device=engine.device.torch_device)
-    engine.model.set_attn_implementation("sdpa")
+    engine.model.set_attn_implementation(engine.batching.plain_attention)
     try:
         with torch.no_grad():
             logits: torch.Tensor = engine.model(input_ids=input_ids, use_cache=False).logits

@@ -368,9 +368,7 @@ def _empty_model(description: dict[str, Any]) -> PreTrainedModel:
     values = without_tags(description["config"])
     config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, description["dtype"]), attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, description["dtype"]))
     if description["generation_config"] is not None:
         model.generation_config = GenerationConfig.from_dict(description["generation_config"])
     return model

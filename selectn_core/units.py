@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from selectn_core.device import align_up
 from selectn_core.errors import UnsupportedModel
+from selectn_core.transformers_cb.architecture import check_architecture
 
 # Vectorised kernels may round differently on data aligned differently; a copy must compute what its source did.
 TENSOR_ALIGNMENT_BYTES = 256
-ATTENTION_TYPES = ("full_attention", "sliding_attention")
 _LAYERS_WORK = "granularity 'layer' works: set offload.unit to it"
 
 
@@ -69,7 +69,7 @@ def find_units(model: PreTrainedModel, granularity: str = "layer") -> list[Unit]
 
     Raises UnsupportedModel, saying why, for a model that cannot be served with offloading at this granularity.
     """
-    _refuse_unsupported(model)
+    check_architecture(model.config)
     name, layers = _decoder_layers(model)
     units = _make_units(model, [(i, f"{name}.{i}", layer) for i, layer in enumerate(layers)])
     _refuse_shared_parameters(model, units)
@@ -83,6 +83,14 @@ def find_units(model: PreTrainedModel, granularity: str = "layer") -> list[Unit]
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{error}; {_LAYERS_WORK}") from None
     return units
+
+
+def last_of_a_new_kind(units: Sequence[Unit]) -> Unit:
+    """The unit after which each kind has been seen."""
+    first: dict[str, Unit] = {}
+    for unit in units:
+        first.setdefault(unit.kind, unit)
+    return max(first.values(), key=lambda unit: unit.index)
 
 
 @contextmanager
@@ -124,23 +132,6 @@ def _refuse_order(units: Sequence[Unit], expected: int, what: str) -> None:
         f"{what} where {due} should: units must run once in a step, in the order in which they are registered"
         + (f"; {_LAYERS_WORK}" if are_blocks else "")
     )
-
-
-def _refuse_unsupported(model: PreTrainedModel) -> None:
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{config.model_type} is an encoder-decoder model; only decoders are served")
-    text = config.get_text_config()
-    layer_types = set(getattr(text, "layer_types", None) or ())
-    if other := sorted(layer_types - set(ATTENTION_TYPES)):
-        raise UnsupportedModel(
-            f"{config.model_type} has {', '.join(other)} layers; continuous batching keeps a cache for "
-            f"{' and '.join(ATTENTION_TYPES)} only"
-        )
-    if getattr(text, "attn_logit_softcapping", None):
-        raise UnsupportedModel(f"{config.model_type} caps its attention logits, which the attention here does not do")
-    if any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters()):
-        raise UnsupportedModel(f"{config.model_type} has attention sinks, which the attention here does not do")
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +15,8 @@ from selectn_core.config import BatchConfig
 from selectn_core.device import Device
 from selectn_core.kv_geometry import KvGeometry
 from selectn_core.sampling import SamplingParams
-from selectn_core.transformers_cb import Callbacks, ContinuousBatching
-from selectn_core.units import Unit
+from selectn_core.transformers_cb import Callbacks, ContinuousBatching, KvShape
+from selectn_core.units import Unit, last_of_a_new_kind
 
 # Of the free sectors, what the cache of the measurement has: the rest is room for what is to be measured.
 _SHARE = 0.7
@@ -48,7 +48,13 @@ class Workspace:
 
 
 def measure_workspace(
-    model: nn.Module, units: Sequence[Unit], config: BatchConfig, device: Device, geometry: KvGeometry, limit: int
+    model: nn.Module,
+    units: Sequence[Unit],
+    config: BatchConfig,
+    device: Device,
+    geometry: KvGeometry,
+    shapes: Mapping[str, KvShape],
+    limit: int,
 ) -> Workspace:
     """Runs a step of `max_batch_tokens`, and the first units of it again without a past, with half, and all that fits.
 
@@ -57,8 +63,8 @@ def measure_workspace(
     """
     config = replace(config, prefix_sharing=False)
     num_sectors = int(_SHARE * device.free_bytes / geometry.sector_bytes) - 2
-    batching = ContinuousBatching(model, config, device, _IGNORE, num_sectors=max(1, num_sectors))
-    last = _last_of_a_new_kind(units).module
+    batching = ContinuousBatching(model, config, device, _IGNORE, shapes=shapes, num_sectors=max(1, num_sectors))
+    last = last_of_a_new_kind(units).module
     try:
         requests = _requests(config, geometry, num_sectors, limit, 0)
         step_bytes = device.peak_bytes(partial(_run, batching, requests, _LARGEST_SAMPLING))
@@ -95,14 +101,6 @@ def _requests(config: BatchConfig, geometry: KvGeometry, num_sectors: int, limit
         sectors -= geometry.sectors_for_request(sum(requests[-1]))
         tokens -= length
     return requests
-
-
-def _last_of_a_new_kind(units: Sequence[Unit]) -> Unit:
-    """The unit after which each kind has been seen."""
-    first: dict[str, Unit] = {}
-    for unit in units:
-        first.setdefault(unit.kind, unit)
-    return max(first.values(), key=lambda unit: unit.index)
 
 
 class _Enough(Exception):

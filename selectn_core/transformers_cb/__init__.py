@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from selectn_core.transformers_cb.batching import Callbacks, ContinuousBatching, GenerationOutput
 from selectn_core.transformers_cb.pages import KvPages, kv_geometry
+from selectn_core.transformers_cb.probe import KvShape, kv_shapes
 
-__all__ = ["Callbacks", "ContinuousBatching", "GenerationOutput", "KvPages", "kv_geometry"]
+__all__ = ["Callbacks", "ContinuousBatching", "GenerationOutput", "KvPages", "KvShape", "kv_geometry", "kv_shapes"]

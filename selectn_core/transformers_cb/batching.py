@@ -7,10 +7,11 @@ device's memory and grows and shrinks there (`pages`), and preempted requests' k
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,10 +33,10 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from selectn_core.attention import ATTENTION_NAME, make_segments
 from selectn_core.config import BatchConfig
 from selectn_core.device import Device
-from selectn_core.kv_geometry import KvGeometry
 from selectn_core.sampling import SamplingParams
 from selectn_core.steps import StepShape
-from selectn_core.transformers_cb.pages import KvPages, bytes_of_a_page_in_every_layer, kv_geometry
+from selectn_core.transformers_cb.pages import KvPages, bytes_of_a_page_in_every_layer, kv_geometry, with_shapes
+from selectn_core.transformers_cb.probe import KvShape
 from selectn_core.transformers_cb.sampler import NOT_FINITE, SamplingProcessors, sampling_of
 from selectn_core.transformers_cb.swap import KvSwap, SwapIsCheaper
 
@@ -68,22 +69,30 @@ class ContinuousBatching:
         device: Device,
         callbacks: Callbacks,
         *,
+        shapes: Mapping[str, KvShape],
         num_sectors: int,
         num_host_sectors: int = 0,
     ) -> None:
         """Builds a KV cache of `num_sectors` sectors in `device`'s memory, and `num_host_sectors` for swapping.
 
+        `shapes` are what the model's attention types keep (`kv_shapes`).
+
         Raises DeviceMemoryExceeded if it does not fit.
         """
         self._model, self._callbacks = model, callbacks
         self._step: tuple[StepShape, float] | None = None
-        self.geometry = kv_geometry(model, config.page_size)
-        self._manager = _new_manager(model, config, self.geometry, num_sectors)
+        self.geometry = kv_geometry(model, config.page_size, shapes)
+        self.plain_attention = model.config._attn_implementation
+        block_bytes = bytes_of_a_page_in_every_layer(model, config.page_size, shapes)
+        # In transformers' blocks, of which sectors are no multiple: it may be one more, which is given back.
+        num_blocks = max(1, math.ceil(num_sectors * self.geometry.sector_bytes / block_bytes))
+        self._manager = _new_manager(model, config, num_blocks)
         self._router = self._manager.output_router = _CallbackRouter(callbacks.on_output)
         self._processors = self._manager.logit_processor = SamplingProcessors()
         model.set_attn_implementation(ATTENTION_NAME)
         self._segments_hook = model.register_forward_pre_hook(_add_segments, with_kwargs=True)
-        self._build_processor()
+        with with_shapes(shapes):
+            self._build_processor()
         self.pages = KvPages(self._processor.cache, device, num_sectors)
         self.swap = KvSwap(
             self._processor.cache,
@@ -200,7 +209,7 @@ class ContinuousBatching:
         if self._manager.is_running():
             self._manager.stop(block=True, hard_stop=True)
         self._segments_hook.remove()
-        self._model.set_attn_implementation("sdpa")
+        self._model.set_attn_implementation(self.plain_attention)
 
     # -- capacity -----------------------------------------------------------------------------------------------
 
@@ -361,18 +370,13 @@ class _CallbackRouter(OutputRouter):
             self.deliver(output)
 
 
-def _new_manager(
-    model: PreTrainedModel, config: BatchConfig, geometry: KvGeometry, num_sectors: int
-) -> ContinuousBatchingManager:
-    block_bytes = bytes_of_a_page_in_every_layer(model, config.page_size)
-    # The manager accepts sdpa, eager and flash only; the attention is switched after it has looked.
-    model.set_attn_implementation("sdpa")
+def _new_manager(model: PreTrainedModel, config: BatchConfig, num_blocks: int) -> ContinuousBatchingManager:
+    # The manager accepts transformers' own attention only: it is switched after the manager has looked.
     return model.init_continuous_batching(
         generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
         continuous_batching_config=ContinuousBatchingConfig(
             page_size=config.page_size,
-            # In blocks of every layer's tokens, which is not what a block is where attention types differ.
-            num_blocks=max(1, num_sectors * geometry.sector_bytes // block_bytes),
+            num_blocks=num_blocks,
             max_batch_tokens=config.max_batch_tokens,
             max_requests_per_batch=config.max_requests,
             max_blocks_per_request=0,

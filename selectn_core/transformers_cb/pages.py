@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.generation.continuous_batching import cache as cache_module
 from transformers.generation.continuous_batching.cache import (
     ATTN_TYPE_TO_ALLOCATOR,
     PagedAttentionCache,
     group_layers_by_attn_type,
 )
-from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
+from transformers.generation.continuous_batching.cache_allocators import (
+    CacheAllocator,
+    FullAttentionCacheAllocator,
+)
 from transformers.generation.continuous_batching.cache_allocators.cache_pool import RegularTrees
-from transformers.generation.continuous_batching.utils import find_num_key_value_heads
 
 from selectn_core.device import Device
 from selectn_core.kv_geometry import BlockGeometry, KvGeometry
+from selectn_core.transformers_cb.probe import KvShape
+
+_being_patched = threading.Lock()
 
 
-def kv_geometry(model: PreTrainedModel, page_size: int) -> KvGeometry:
-    """The sectors and blocks that a `PagedAttentionCache` of this model will have."""
-    allocators = _allocators(model, page_size)
+def kv_geometry(model: PreTrainedModel, page_size: int, shapes: Mapping[str, KvShape]) -> KvGeometry:
+    """The sectors and blocks that a `PagedAttentionCache` of this model will have `with_shapes`."""
+    allocators = _allocators(model, page_size, shapes)
     sector_bytes = math.lcm(*(allocator.bytes_per_block for allocator in allocators), 128)
     return KvGeometry(
         sector_bytes=sector_bytes,
@@ -38,13 +48,55 @@ def kv_geometry(model: PreTrainedModel, page_size: int) -> KvGeometry:
     )
 
 
-def _allocators(model: PreTrainedModel, page_size: int) -> list[CacheAllocator]:
+@contextmanager
+def with_shapes(shapes: Mapping[str, KvShape]) -> Iterator[None]:
+    """Meanwhile caches are made with rows of these shapes.
+
+    Transformers looks for one shape in the configuration, for all attention types, and finds none or another one where
+    types differ, or values are not as wide as keys.
+    """
+    widest = _widest(shapes)
+    ours = {
+        "find_num_key_value_heads": lambda config: widest.num_heads,
+        "find_head_dim": lambda config: widest.head_dim,
+    }
+    with _being_patched:
+        allocators, finders = dict(ATTN_TYPE_TO_ALLOCATOR), {name: getattr(cache_module, name) for name in ours}
+        ATTN_TYPE_TO_ALLOCATOR.update({name: _shaped(allocators[name], shape) for name, shape in shapes.items()})
+        vars(cache_module).update(ours)
+        try:
+            yield
+        finally:
+            vars(cache_module).update(finders)
+            ATTN_TYPE_TO_ALLOCATOR.update(allocators)
+
+
+def _widest(shapes: Mapping[str, KvShape]) -> KvShape:
+    return KvShape(
+        num_heads=max(shape.num_heads for shape in shapes.values()),
+        head_dim=max(shape.head_dim for shape in shapes.values()),
+    )
+
+
+def _shaped(allocator_class: type[CacheAllocator], shape: KvShape) -> Callable[..., CacheAllocator]:
+    def make(*, config: Any, num_key_value_heads: int, **kwargs: Any) -> CacheAllocator:
+        window = getattr(config, "sliding_window", None)
+        return allocator_class(
+            config=SimpleNamespace(head_dim=shape.head_dim, sliding_window=window),
+            num_key_value_heads=shape.num_heads,
+            **kwargs,
+        )
+
+    return make
+
+
+def _allocators(model: PreTrainedModel, page_size: int, shapes: Mapping[str, KvShape]) -> list[CacheAllocator]:
     config = model.config.get_text_config()
     return [
-        ATTN_TYPE_TO_ALLOCATOR[attention_type](
+        _shaped(ATTN_TYPE_TO_ALLOCATOR[attention_type], shapes[attention_type])(
             index=index,
             config=config,
-            num_key_value_heads=find_num_key_value_heads(config),
+            num_key_value_heads=0,
             cache_dtype=model.dtype,
             page_size=page_size,
             layer_indices=layers,
@@ -54,9 +106,11 @@ def _allocators(model: PreTrainedModel, page_size: int) -> list[CacheAllocator]:
     ]
 
 
-def bytes_of_a_page_in_every_layer(model: PreTrainedModel, page_size: int) -> int:
-    """What transformers calls a block when it is told how many to have."""
-    return sum(allocator.bytes_per_block for allocator in _allocators(model, page_size))
+def bytes_of_a_page_in_every_layer(model: PreTrainedModel, page_size: int, shapes: Mapping[str, KvShape]) -> int:
+    """What transformers calls a block when it is told how many to have: `with_shapes` as wide as the widest."""
+    widest = _widest(shapes)
+    page = FullAttentionCacheAllocator.get_bytes_per_page(widest.num_heads, widest.head_dim, model.dtype, page_size)
+    return int(model.config.get_text_config().num_hidden_layers * page)
 
 
 class KvPages:

@@ -11,9 +11,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.cache_allocators import CacheAllocator, CachePool
+from transformers.generation.continuous_batching import cache as cache_module
+from transformers.generation.continuous_batching.cache import (
+    ATTN_TYPE_TO_ALLOCATOR,
+    PagedAttentionCache,
+    group_layers_by_attn_type,
+)
+from transformers.generation.continuous_batching.cache_allocators import (
+    CacheAllocator,
+    CachePool,
+    FullAttentionCacheAllocator,
+)
 from transformers.generation.continuous_batching.cache_allocators.cache_pool import RegularTrees
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor, OutputRouter
@@ -46,6 +56,14 @@ SIGNATURES = [
     (ContinuousBatchingManager.cancel_request, ("self", "request_id")),
     (PagedAttentionCache.update, ("self", "key_states", "value_states", "layer_idx", "kwargs")),
     (PagedAttentionCache.evict_cached_blocks, ("self",)),
+    (group_layers_by_attn_type, ("config",)),
+    (cache_module.find_head_dim, ("config",)),
+    (cache_module.find_num_key_value_heads, ("config",)),
+    (
+        FullAttentionCacheAllocator.get_bytes_per_page,
+        ("num_key_value_heads", "head_dim", "cache_dtype", "page_size"),
+    ),
+    (PreTrainedModel._can_set_attn_implementation, ()),
     (CacheAllocator.copy_blocks, ("self", "source_block_ids", "dest_block_ids")),
     (CacheAllocator.register_cache_tensor, ("self", "bytes_per_sector", "non_trash_bytes", "cache_tensor", "pool")),
     (CachePool.__init__, ("self", "num_sectors", "num_allocators", "num_reserved_sectors")),
@@ -142,6 +160,17 @@ def test_preemption_asks_what_can_be_stored() -> None:
         "self._offload_to_cpu(offloaded, offloaded_block_tables)",
     ):
         assert part in source, f"{part} is gone: see {PLACE}"
+
+
+def test_caches_find_their_shape_where_it_is_replaced(engine) -> None:
+    """Allocators by attention type, which read no more of a configuration than what is put in its place."""
+    source = inspect.getsource(PagedAttentionCache.__init__)
+    for part in ("ATTN_TYPE_TO_ALLOCATOR[attn_type](", "find_num_key_value_heads(config)", "find_head_dim(config)"):
+        assert part in source, f"{part} is gone: see {PLACE}"
+    assert set(ATTN_TYPE_TO_ALLOCATOR) == {"full_attention", "sliding_attention"}
+    assert all(isinstance(each, type) for each in ATTN_TYPE_TO_ALLOCATOR.values()), "a patch was left behind"
+    assert isinstance(engine.model._is_stateful, bool)
+    assert isinstance(engine.model.config._attn_implementation, str)
 
 
 def test_the_scheduler_registry_is_a_dict_and_is_left_as_it_was(engine) -> None:
