@@ -78,15 +78,18 @@ def context_limit(config: PreTrainedConfig) -> ContextLimit | None:
         limits.append(ContextLimit(num_tokens=longest, reason="max_position_embeddings in its configuration"))
     for rope in _rope_parameters(text):
         rope_type = str(rope.get("rope_type"))
-        original = rope.get("original_max_position_embeddings") if rope_type == "longrope" else longest
-        if rope_type == "longrope" or "dynamic" in rope_type:
-            if not isinstance(original, int) or original < 1:
-                raise UnsupportedModel(
-                    f"{config.model_type}: rope_type {rope_type} needs to say up to which length its factors are the "
-                    f"same: {'original_' if rope_type == 'longrope' else ''}max_position_embeddings is {original!r}"
-                )
-            reason = f"rope_type {rope_type}: longer contexts need other factors, which a batch cannot mix"
-            limits.append(ContextLimit(num_tokens=original, reason=reason, is_narrowed=True))
+        has_two_sets = rope_type == "longrope" or "long_mscale" in rope
+        if not has_two_sets and "dynamic" not in rope_type:
+            continue
+        field = "original_max_position_embeddings" if has_two_sets else "max_position_embeddings"
+        unchanged = rope.get(field) if has_two_sets else longest
+        if not isinstance(unchanged, int) or unchanged < 1:
+            raise UnsupportedModel(
+                f"{config.model_type}: rope_type {rope_type} has other factors for long contexts than for short ones, "
+                f"and {field} is {unchanged!r}: it must say how long short ones are"
+            )
+        reason = f"rope_type {rope_type}: longer contexts need other factors, which a batch cannot mix"
+        limits.append(ContextLimit(num_tokens=unchanged, reason=reason, is_narrowed=True))
     # Of two that are equal the later one says more.
     return min(reversed(limits), key=lambda limit: limit.num_tokens, default=None)
 

@@ -89,7 +89,8 @@ def kv_shapes(model: PreTrainedModel, last: nn.Module) -> dict[str, KvShape]:
             )
 
     with _attending_by(model, PROBE_NAME), _stopping_after(last), torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False, **{_OBSERVER: observe})
+        input_ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model(input_ids=input_ids, use_cache=False, **{_OBSERVER: observe})
     if missing := sorted(set(type_of.values()) - set(shapes)):
         raise UnsupportedModel(
             f"{name}: layers of {' and '.join(missing)} do not attend through transformers' AttentionInterface"

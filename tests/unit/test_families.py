@@ -73,6 +73,14 @@ def test_tokens_are_the_same_with_blocks_as_units(family: str) -> None:
     assert tokens == stock_tokens(family)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "gemma4", "deepseek_v3"])
+def test_tokens_in_sixteen_bits_are_those_without_offloading(family: str, dtype: torch.dtype) -> None:
+    """Of those whose attention or cache is computed apart from the others'."""
+    tokens = [generate(family, engine_config(k, 1), prompts=PROMPTS, dtype=dtype) for k in (0, 3)]
+    assert tokens[0] == tokens[1]
+
+
 # -- contexts for which a batch cannot have one set of factors ----------------------------------------------------
 
 
@@ -112,6 +120,13 @@ def test_a_context_limit_is_the_least_of_all_rotary_embeddings() -> None:
         limits[length] = context_limit(config)
     assert {length: limit.num_tokens for length, limit in limits.items()} == {16: 16, 64: 32}
     assert [limit.is_narrowed for limit in limits.values()] == [True, False]
+
+
+def test_a_rotary_embedding_that_does_not_say_where_its_factors_change_is_refused() -> None:
+    config = tiny_model("phi3_longrope").model.config
+    config.rope_parameters = {**config.rope_parameters, "original_max_position_embeddings": None}
+    with pytest.raises(UnsupportedModel, match="phi3: rope_type longrope .*original_max_position_embeddings is None"):
+        check_architecture(config)
 
 
 def test_a_model_without_such_factors_has_the_context_that_it_says() -> None:
@@ -160,9 +175,9 @@ def test_such_a_model_is_refused_before_its_weights_are_looked_at(model_type: st
         load_model(ModelConfig(source=str(tmp_path)))
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "deepseek_v3", "granitemoehybrid"])
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "deepseek_v3"])
 def test_a_checkpoint_of_what_is_served_loads(family: str, tmp_path: Path) -> None:
-    """Some have no attention by scaled_dot_product_attention in transformers; one has an infinity in its configuration.
+    """Two have no attention by scaled_dot_product_attention in transformers, which is its default.
 
     The second load is by way of the shared store, which makes the model again from its configuration.
     """
@@ -187,6 +202,7 @@ TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "intermediate_size": 48,
 }
 SEEN_AS_IT_RUNS = {
@@ -204,7 +220,7 @@ def test_what_attention_is_asked_for_and_cannot_do_is_refused(model_type: str) -
 
 
 def test_a_window_that_the_cache_does_not_keep_is_refused() -> None:
-    config = AutoConfig.for_model("mistral", **TINY, num_key_value_heads=4, sliding_window=12)
+    config = AutoConfig.for_model("mistral", **TINY, sliding_window=12)
     config.layer_types = ["full_attention", "full_attention"]
     with pytest.raises(UnsupportedModel, match=r"layer 0 attends to the last 12 keys.*full_attention.*keeps all keys"):
         shapes_of(config)
