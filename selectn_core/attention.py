@@ -111,8 +111,9 @@ def _cached(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The step's keys and values behind those in the cache, whose rows are as wide as the wider of the two."""
     key_dim, value_dim = key.shape[-1], value.shape[-1]
-    widest = max(key_dim, value_dim)
-    key, value = (pad(each, (0, widest - each.shape[-1])) for each in (key, value))
+    if key_dim != value_dim:  # padding by nothing would be a copy
+        widest = max(key_dim, value_dim)
+        key, value = (pad(each, (0, widest - each.shape[-1])) for each in (key, value))
     key, value = cache.update(key_states=key, value_states=value, layer_idx=layer_idx, kwargs=kwargs)
     return key[..., :key_dim], value[..., :value_dim]
 

@@ -92,8 +92,10 @@ def _shaped(allocator_class: type[CacheAllocator], shape: KvShape) -> Callable[.
 
 def _allocators(model: PreTrainedModel, page_size: int, shapes: Mapping[str, KvShape]) -> list[CacheAllocator]:
     config = model.config.get_text_config()
+    with _being_patched:  # by an engine that another thread builds
+        classes = dict(ATTN_TYPE_TO_ALLOCATOR)
     return [
-        _shaped(ATTN_TYPE_TO_ALLOCATOR[attention_type], shapes[attention_type])(
+        _shaped(classes[attention_type], shapes[attention_type])(
             index=index,
             config=config,
             num_key_value_heads=0,
