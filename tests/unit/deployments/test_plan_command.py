@@ -131,7 +131,7 @@ def test_records_of_different_models_are_refused(layers, tmp_path, capsys) -> No
         (["--record", "layers.yaml", "--seq", "99999"], "`selectn profile` with a larger --max-length"),
         (["--record", "layers.yaml", "--device-gib", "inf"], "--device-gib=inf is not allowed: expected more than 0"),
         (["--record", "layers.yaml", "--tpot-ms", "nan"], "--tpot-ms=nan is not allowed: expected more than 0"),
-        (["--record", "weights.gguf"], "weights.gguf is not YAML"),
+        (["--record", "weights.gguf"], "weights.gguf: is not YAML"),
     ],
 )
 def test_what_cannot_be_asked_is_a_short_error(options, message, layers, monkeypatch, capsys) -> None:
