@@ -94,4 +94,4 @@ def test_a_wrong_call_is_a_short_error(options, message, tmp_path, monkeypatch, 
 def test_a_wrong_bus_is_named(tmp_path, capsys):
     path = config_file(tmp_path, buses=[{"name": "x", "gb_per_s": -1}])
     assert main(["node-report", "--config", str(path)]) == 2
-    assert "buses.gb_per_s=-1.0 is not allowed: expected more than 0" in capsys.readouterr().err
+    assert "buses.0.gb_per_s=-1 is not allowed: expected more than 0" in capsys.readouterr().err
