@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import mmap
 import os
 import re
@@ -23,6 +24,8 @@ from pathlib import Path
 from selectn_core.errors import ConfigError
 from selectn_core.host_memory import SHARED_MEMORY
 
+logger = logging.getLogger(__name__)
+
 _STATE = struct.Struct("<8sdqq")  # magic, bytes per second, next_free_ns, promised_ns in all
 _MAGIC = b"selnbus1"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -35,7 +38,10 @@ class Bus:
     """One bus. All processes that open the same name share its bandwidth; without a name it is private."""
 
     def __init__(self, name: str | None, bytes_per_s: float) -> None:
-        """Opens the bus, creating it with `bytes_per_s` if nobody has; an existing bus keeps its bandwidth."""
+        """Opens the bus, creating it with `bytes_per_s` if nobody has.
+
+        An existing bus keeps its bandwidth, which others may be using; a warning says both where they differ.
+        """
         self.name = name
         self._thread_lock = threading.Lock()
         self._fd = _open_file(name)
@@ -44,11 +50,25 @@ class Bus:
                 if os.fstat(self._fd).st_size < _STATE.size:
                     os.ftruncate(self._fd, _STATE.size)
                 self._memory = mmap.mmap(self._fd, _STATE.size)
-                if self._read()[0] != _MAGIC:
+                magic, existing, *_ = self._read()
+                if magic != _MAGIC:
                     self._write(bytes_per_s, 0, 0)
+                elif existing != bytes_per_s:
+                    self._announce(existing, bytes_per_s)
         except BaseException:
             os.close(self._fd)
             raise
+
+    def _announce(self, existing_bytes_per_s: float, wanted_bytes_per_s: float) -> None:
+        assert self.name is not None
+        logger.warning(
+            "device.link_gb_per_s=%g is not what the bus %r has: it exists, and stays at %g GB/s for all that use it. "
+            "To change it, stop them and remove %s",
+            wanted_bytes_per_s / 1e9,
+            self.name,
+            existing_bytes_per_s / 1e9,
+            _path(self.name),
+        )
 
     def reserve(self, num_bytes: int, *, ready_ns: int) -> tuple[int, int]:
         """Promises the bus for `num_bytes`; returns the (start, end) instants on CLOCK_MONOTONIC in ns.

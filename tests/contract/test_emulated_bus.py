@@ -97,6 +97,19 @@ def test_a_change_of_bandwidth_holds_from_the_next_chunk(bus_name) -> None:
     other.close()
 
 
+def test_a_bus_that_has_another_bandwidth_says_so_with_both(bus_name, caplog: pytest.LogCaptureFixture) -> None:
+    first, alike = Bus(bus_name, 2e9), Bus(bus_name, 2e9)
+    private = Bus(None, 1e9)
+    assert caplog.messages == []
+    other = Bus(bus_name, 50e9)
+    (message,) = caplog.messages
+    assert "link_gb_per_s=50 " in message
+    assert "stays at 2 GB/s" in message
+    assert bus_name in message
+    for bus in (first, alike, private, other):
+        bus.close()
+
+
 COPY_FOREVER = """
 import sys
 from selectn_core.device.emulated import EmulatedDevice
