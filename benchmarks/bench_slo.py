@@ -29,11 +29,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.common import Check, finish, parse_arguments, random_prompts, table
+from benchmarks.common import Check, attained, finish, parse_arguments, random_prompts, table
 from benchmarks.small_device import BATCH, FULL_STEP, NEW_TOKENS, PROMPT_TOKENS, capacity, device_gib, roomy_record
 from selectn_core.config import DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
 from selectn_core.device.bus import Bus
 from selectn_core.engine import Engine
+from selectn_core.objectives import Objectives
 from selectn_core.record import PerformanceRecord
 from selectn_core.sampling import SamplingParams
 from selectn_core.steps import StepRecord
@@ -230,8 +231,6 @@ def _measure(engine: Engine, other: _Other, cell: Cell, policy: str, seconds: fl
     usage = engine.device.link_usage().since(usage)
     records = list(engine.steps.records)
     timings = [handle.timing for handle in handles]
-    met_tpot = [done and (t.tpot_s or 0.0) <= cell.tpot_s for t, done in zip(timings, ended, strict=True)]
-    met_ttft = [t.ttft_s is not None and t.ttft_s <= cell.ttft_s for t in timings]
     assert engine.steering is not None
     steering = engine.steering.snapshot()
     return {
@@ -242,10 +241,9 @@ def _measure(engine: Engine, other: _Other, cell: Cell, policy: str, seconds: fl
         "requests_per_s": cell.requests_per_s,
         "num_requests": len(handles),
         "num_ended": sum(ended),
-        "attained": mean(a and b for a, b in zip(met_tpot, met_ttft, strict=True)),
-        "attained_tpot": mean(met_tpot),
-        "attained_ttft": mean(met_ttft),
+        **attained(handles, Objectives(ttft_s=cell.ttft_s, tpot_s=cell.tpot_s), NEW_TOKENS),
         "tpot_p99_ms": _percentile([(t.tpot_s or 0.0) * 1e3 for t in timings], 99),
+        "itl_p99_ms": _percentile([(t.itl_p99_s or 0.0) * 1e3 for t in timings], 99),
         # Those without a first token wait still: it comes later than this.
         "ttft_p99_ms": _percentile([(t.ttft_s or elapsed_s) * 1e3 for t in timings], 99),
         "tokens_per_s": _throughput(records, started_s + STEADY_AFTER * seconds, started_s + seconds),

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
 
 from benchmarks.noise import NoiseReport
+from selectn_core.attainment import Outcome, is_met
 from selectn_core.engine import Engine
+from selectn_core.objectives import Objectives
 from selectn_core.requests import RequestHandle
 from selectn_core.steps import StepRecord
 
@@ -39,6 +42,23 @@ class Check:
     def holds(self) -> bool:
         relation, limit = self.target.split()
         return self.value <= float(limit) if relation == "<=" else self.value >= float(limit)
+
+
+def attained(handles: Sequence[RequestHandle], objectives: Objectives, num_tokens: int) -> dict[str, float]:
+    """Of all that were offered, the shares that met both objectives, and each: as an engine counts them.
+
+    Those that have fewer than the `num_tokens` they asked for were cancelled.
+    """
+    outcomes: list[Outcome] = ["completed" if each.num_tokens == num_tokens else "cancelled" for each in handles]
+    judged = {
+        "attained": objectives,
+        "attained_tpot": replace(objectives, ttft_s=math.inf),
+        "attained_ttft": replace(objectives, tpot_s=math.inf),
+    }
+    return {
+        name: mean(is_met(each.timing, wanted, outcome) for each, outcome in zip(handles, outcomes, strict=True))
+        for name, wanted in judged.items()
+    }
 
 
 def parse_arguments(description: str, extra: Sequence[tuple[str, dict[str, Any]]] = ()) -> argparse.Namespace:

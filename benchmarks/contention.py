@@ -19,13 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.managers import BaseManager
-from statistics import mean
 from typing import Any
 
 import psutil
 from tqdm import tqdm
 
-from benchmarks.common import random_prompts
+from benchmarks.common import attained, random_prompts
 from benchmarks.small_device import (
     BATCH,
     FULL_STEP,
@@ -45,6 +44,7 @@ from cluster.node_messages import HostAnswer, HostClaim
 from selectn_core.config import DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
 from selectn_core.device.bus import Bus
 from selectn_core.engine import Engine
+from selectn_core.objectives import Objectives
 from selectn_core.record import PerformanceRecord
 from selectn_core.requests import RequestHandle
 from selectn_core.sampling import SamplingParams
@@ -316,14 +316,10 @@ def _latencies(handles: Sequence[RequestHandle], replica: Replica) -> dict[str, 
     """Of all that were offered; those without a first token wait still."""
     ended = [handle.num_tokens == NEW_TOKENS for handle in handles]
     timings = [handle.timing for handle in handles]
-    met_tpot = [done and (t.tpot_s or 0.0) <= replica.tpot_s for t, done in zip(timings, ended, strict=True)]
-    met_ttft = [t.ttft_s is not None and t.ttft_s <= replica.ttft_s for t in timings]
     return {
         "num_requests": len(handles),
         "num_ended": sum(ended),
-        "attained": mean(a and b for a, b in zip(met_tpot, met_ttft, strict=True)),
-        "attained_tpot": mean(met_tpot),
-        "attained_ttft": mean(met_ttft),
+        **attained(handles, Objectives(ttft_s=replica.ttft_s, tpot_s=replica.tpot_s), NEW_TOKENS),
         "tpot_p99_ms": _percentile([(t.tpot_s or 0.0) * 1e3 for t in timings], 99),
         "ttft_p99_ms": _percentile([(t.ttft_s or replica.drain_s) * 1e3 for t in timings], 99),
     }

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from selectn_core import attainment
+from selectn_core.objectives import Objectives
+from selectn_core.requests import Gaps, RequestTiming
+
 TIMEOUT_S = 120.0
 ERROR_FIELDS = {"message", "type", "param", "code"}
 
@@ -56,8 +60,31 @@ class Outcome:
     first_s: float | None = None
     num_tokens: int = 0
     num_prompt_tokens: int = 0
+    itl_p99_s: float | None = None
     retry_after_s: float | None = None
     code: str | None = None
+
+    @property
+    def outcome(self) -> attainment.Outcome | None:
+        """How it ended, as the server counts it; None: it was never offered, being wrong in itself."""
+        if self.status == 200:
+            return "completed" if self.is_whole else "failed"
+        return {429: "refused", 503: "refused", 0: "failed", 500: "failed"}.get(self.status)
+
+    @property
+    def timing(self) -> RequestTiming:
+        """What the client saw, as the server's own timing says it."""
+        has_token = self.first_s is not None
+        return RequestTiming(
+            ttft_s=self.ttft_s if has_token else None,
+            tpot_s=self.tpot_s if has_token and self.num_tokens > 1 else None,
+            itl_p99_s=self.itl_p99_s,
+            waited_s=self.latency_s,
+        )
+
+    def met(self, objectives: Objectives) -> bool:
+        """By the definition that the server's own attainment has; what was never offered has not."""
+        return self.outcome is not None and attainment.is_met(self.timing, objectives, self.outcome)
 
     @property
     def latency_s(self) -> float:
@@ -136,10 +163,13 @@ def client_session() -> aiohttp.ClientSession:
 async def _follow(response: aiohttp.ClientResponse, seen: dict) -> Outcome:
     """Reads a stream of events, of which only the last ones are looked into: the usage, and the end or an error."""
     first_s = last_s = None
-    tail = b""
+    tail, gaps = b"", Gaps()
     async for data in response.content.iter_any():
-        last_s = time.perf_counter() if b'"text":' in data else last_s
-        first_s = first_s or last_s
+        if b'"text":' in data:
+            now_s = time.perf_counter()
+            if last_s is not None:
+                gaps.add(now_s - last_s, data.count(b'"text":'))
+            first_s, last_s = first_s or now_s, now_s
         tail = (tail + data)[-4096:]
     usage = {"completion_tokens": 0, "prompt_tokens": 0}
     for line in tail.splitlines():
@@ -154,6 +184,7 @@ async def _follow(response: aiohttp.ClientResponse, seen: dict) -> Outcome:
         first_s=first_s,
         num_tokens=num_tokens,
         num_prompt_tokens=usage["prompt_tokens"],
+        itl_p99_s=gaps.p99_s,
     )
 
 

@@ -12,7 +12,7 @@ import math
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 from cluster.board import Board
@@ -21,6 +21,7 @@ from deployments.arrivals import Arrivals
 from deployments.board import SharedBoard
 from deployments.errors import ApiError, late, overloaded, too_large, unavailable
 from deployments.fair_queue import Entry, FairQueue, Priority, QueueFull
+from deployments.offered import Offered
 
 MAX_RETRY_AFTER_S = 60.0
 # A prompt whose prefill alone takes up the objective may wait this share of it: it is late already, not by the queue.
@@ -132,6 +133,7 @@ class Admission:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news = asyncio.Event()
         self.origin = shared.origin
+        self.offered = Offered()
 
     @property
     def now_s(self) -> float:
@@ -159,6 +161,22 @@ class Admission:
 
     async def enter(self, claim: Claim) -> Turn:
         """Returns when the request has a place. Raises ApiError: 503 if none can ever have it, 429 if not in time."""
+        with self.counting(claim):
+            return await self._enter(claim)
+
+    @contextlib.contextmanager
+    def counting(self, claim: Claim) -> Iterator[None]:
+        """Counts the request as offered where this block, before an engine has it, is the end of it."""
+        try:
+            yield
+        except ApiError as error:
+            self.offered.refused(error)
+            raise
+        except asyncio.CancelledError:
+            self.offered.given_up(claim.ask, self._clock() - claim.arrived_s)
+            raise
+
+    async def _enter(self, claim: Claim) -> Turn:
         self._listen()
         waiter = _Waiter(claim=claim, deadline_s=self._deadline_s(claim))
         if claim.has_waited and waiter.deadline_s <= self._clock():

@@ -182,7 +182,8 @@ class ReplicaClient:
         is_complete = False
         try:
             stream = self._stream_handle.generate.remote(numbered)
-            first = await self._first(stream, turn)
+            with self._admission.counting(turn.claim):
+                first = await self._first(stream, turn)
             if isinstance(first, Accepted):
                 turn.begun()
             yield first

@@ -18,7 +18,7 @@ import torch
 
 from selectn_core.accounts import account
 from selectn_core.arena import Arena
-from selectn_core.attainment import Attainment
+from selectn_core.attainment import Attainment, Outcome
 from selectn_core.capacity import (
     Headroom,
     capacity_tokens,
@@ -30,7 +30,7 @@ from selectn_core.capacity import (
 from selectn_core.config import MAX_SLOTS, EngineConfig, SloConfig, require
 from selectn_core.device import Device, open_device, resolve_kind
 from selectn_core.device_budget import arena_sectors, everything_bytes, host_sectors
-from selectn_core.errors import EngineUnavailable, RequestError, RequestTooLarge
+from selectn_core.errors import EngineOverloaded, EngineUnavailable, RequestError, RequestTooLarge
 from selectn_core.executor import Executor, OverlappedExecutor, SynchronousExecutor
 from selectn_core.fingerprint import fingerprint_of
 from selectn_core.host_store import HostStore
@@ -259,7 +259,7 @@ class Engine:
         self.batching.close()
         if self._supervisor is not None:
             self._supervisor.join()
-        self.requests.fail_all("the engine was closed")
+        self._fail_all("the engine was closed")
         self.executor.detach()
         self.store.close()
         self.device.close()
@@ -285,7 +285,7 @@ class Engine:
                 if not self._may_restart():
                     self._state = "failed"
                     self.requests.close("the engine is failed")
-            self.requests.fail_all(f"generation failed: {self.batching.fatal_error}")
+            self._fail_all(f"generation failed: {self.batching.fatal_error}")
             if self._state == "failed":
                 logger.error("generation failed %d times in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S)
                 return
@@ -384,10 +384,12 @@ class Engine:
         request_id: str | None = None,
         objectives: Objectives | None = None,
         waited_s: float = 0.0,
+        returns: bool = False,
     ) -> RequestHandle:
         """Queues a request and returns at once. `objectives` None: the engine's.
 
         `waited_s` is for how long the request has waited elsewhere: so much less of its TTFT objective is left.
+        `returns`: one that is refused now will be offered again, so it does not count as refused.
 
         Raises RequestError (empty, too long, token out of range, id in use), EngineOverloaded when
         `batch.max_waiting` requests wait, EngineUnavailable when nothing would serve it.
@@ -399,11 +401,30 @@ class Engine:
         handle.eos_ids = frozenset((*eos_ids, *params.stop_token_ids))
         handle.max_total_tokens += params.max_tokens
         handle.params, handle.objectives = params, objectives
+        try:
+            self._queue(handle, prompt_ids, params, seed)
+        except (EngineOverloaded, EngineUnavailable):
+            if not returns:
+                self._count(handle, "refused")
+            raise
+        return handle
+
+    def _queue(self, handle: RequestHandle, prompt_ids: Sequence[int], params: SamplingParams, seed: int) -> None:
         self.requests.add(handle)
         if not self.batching.submit(handle.ticket, prompt_ids, params, sorted(handle.eos_ids), seed):
             self.requests.remove(handle.ticket)
             raise EngineUnavailable("generation is being restarted after an error; send the request again")
-        return handle
+
+    def _count(self, handle: RequestHandle, outcome: Outcome) -> None:
+        self.attainment.add(handle.timing, handle.objectives or self.objectives, outcome)
+
+    def _end(self, handle: RequestHandle, outcome: Outcome, last: TokenEvent) -> None:
+        """Counts it, and then lets its reader know: who has the end finds it in `snapshot`."""
+        handle.push(last, before_seen=lambda: self._count(handle, outcome))
+
+    def _fail_all(self, reason: str) -> None:
+        for handle in self.requests.remove_all():
+            self._end(handle, "failed", TokenEvent(token_ids=(), finish_reason="error", error=reason))
 
     def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         if not prompt_ids:
@@ -423,7 +444,8 @@ class Engine:
         handle = self.requests.remove(ticket)
         if handle is not None:
             self.batching.cancel(ticket)
-            handle.push(TokenEvent(token_ids=(), finish_reason="cancelled"))
+            outcome: Outcome = "completed" if handle.has_enough else "cancelled"
+            self._end(handle, outcome, TokenEvent(token_ids=(), finish_reason="cancelled"))
 
     def _on_output(self, output: GenerationOutput) -> None:
         handle = self.requests.get(output.request_id)
@@ -436,14 +458,11 @@ class Engine:
             handle.push(TokenEvent(token_ids=new))
             return
         self.requests.remove(output.request_id)
-        objectives = handle.objectives or self.objectives
         if output.error is not None:
-            handle.push(TokenEvent(token_ids=new, finish_reason="error", error=output.error))
+            self._end(handle, "failed", TokenEvent(token_ids=new, finish_reason="error", error=output.error))
         else:
             stopped = output.generated_tokens[-1] in handle.eos_ids
-            handle.push(TokenEvent(token_ids=new, finish_reason="stop" if stopped else "length"))
-        if objectives is not None:
-            self.attainment.add(handle.timing, objectives)
+            self._end(handle, "completed", TokenEvent(token_ids=new, finish_reason="stop" if stopped else "length"))
 
     # -- interval -----------------------------------------------------------------------------------------------
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from selectn_core.config import BatchConfig, SloConfig
 from selectn_core.errors import RequestError
-from selectn_core.step_times import StepTimes
 from selectn_core.steps import StepShape
+
+if TYPE_CHECKING:
+    from selectn_core.step_times import StepTimes
 
 # Twice the unloaded step of a full batch: a link as fast as the model computes can then hold half of the layers.
 TPOT_MULTIPLE = 2.0

@@ -6,7 +6,7 @@ import threading
 
 from selectn_core.config import BatchConfig
 from selectn_core.errors import EngineOverloaded, EngineUnavailable, RequestError
-from selectn_core.requests import RequestHandle, TokenEvent
+from selectn_core.requests import RequestHandle
 
 
 class RequestTable:
@@ -47,13 +47,12 @@ class RequestTable:
         with self._lock:
             return dict(self._handles)
 
-    def fail_all(self, reason: str) -> None:
-        """Ends every one with an error."""
+    def remove_all(self) -> list[RequestHandle]:
+        """Removes every one and returns them."""
         with self._lock:
             handles = list(self._handles.values())
             self._handles.clear()
-        for handle in handles:
-            handle.push(TokenEvent(token_ids=(), finish_reason="error", error=reason))
+        return handles
 
     def close(self, reason: str) -> None:
         """Takes no more; those that are there go on."""

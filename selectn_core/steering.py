@@ -252,18 +252,22 @@ def load_of(
             deadline_s = math.inf if handle.num_tokens else handle.arrived_s + objectives.ttft_s
             waiting = others if left is None else begun
             waiting.append(Waiting(prefill_tokens=tokens, deadline_s=deadline_s, tpot_s=objectives.tpot_s))
+    sampled_share, truncated_share = _sampling_shares(handles.values())
     return Load(
         now_s=time.perf_counter(),
         decoding=decoding,
         waiting=[*begun, *others],
         num_begun=len(begun),
         mean_kv_tokens=kv_tokens // len(decoding) + 1 if decoding else 1,
-        # Nobody in flight: those who come sample, unless they say otherwise.
-        sampled_share=_share(not handle.params.is_greedy for handle in handles.values()),
-        truncated_share=_share((handle.params.is_truncated for handle in handles.values()), of_none=0.0),
+        sampled_share=sampled_share,
+        truncated_share=truncated_share,
     )
 
 
-def _share(flags: Iterable[bool], *, of_none: float = 1.0) -> float:
-    values = list(flags)
-    return sum(values) / len(values) if values else of_none
+def _sampling_shares(handles: Iterable[RequestHandle]) -> tuple[float, float]:
+    """Of requests, the shares that draw their tokens, and among the likeliest only. Of none: all do, as by default."""
+    params = [handle.params for handle in handles if handle.params is not None]
+    if not params:
+        return 1.0, 0.0
+    num_sampled = sum(not each.is_greedy for each in params)
+    return num_sampled / len(params), sum(each.is_truncated for each in params) / len(params)

@@ -222,13 +222,14 @@ def test_closing_between_a_failure_and_the_restart_does_not_hang() -> None:
     engine = CheckedEngine(tiny_model(), engine_config(2, 1))
 
     class ClosesBeforeRestart(RequestTable):
-        def fail_all(self, reason: str) -> None:
-            super().fail_all(reason)
+        def remove_all(self) -> list[RequestHandle]:
+            handles = super().remove_all()
             if threading.current_thread().name == "selectn-supervisor":
                 closers.append(threading.Thread(target=engine.close))
                 closers[0].start()
                 # Its second look at the state: it has found nothing to stop, and waits for the supervisor.
                 wait_for(lambda: not engine.is_healthy() and engine.model.config._attn_implementation == "sdpa")
+            return handles
 
     engine.requests = ClosesBeforeRestart(engine.config.batch)
     FailingLayer(engine, 1, num_failures=1)

@@ -75,6 +75,8 @@ def test_nobody_is_left_out_of_the_load() -> None:
 def test_the_load_says_how_many_draw_their_tokens() -> None:
     """Where nobody is in flight all do: it is the default of those who come."""
     handles = {name: a_handle(num_tokens) for name, num_tokens in (("a", 3), ("b", 3), ("c", 0), ("d", 0))}
+    for handle in handles.values():
+        handle.params = SamplingParams()
     handles["a"].params = SamplingParams(temperature=1.0)
     handles["c"].params = SamplingParams(temperature=1.0, top_p=0.5)
     load = load_of(handles, {"a": 0, "b": 0}, {}, OBJECTIVES)

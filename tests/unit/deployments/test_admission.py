@@ -313,6 +313,42 @@ def test_a_caller_that_goes_away_gives_back_what_it_was_given():
     run(check())
 
 
+def test_whatever_no_engine_takes_is_counted_once_as_refused_or_given_up():
+    async def check():
+        case = Case(timeout_s=0.02, max_queued_requests=2)
+        assert (await refusal(case.enter())).status == 503  # nobody there
+        case.report(longest_request_tokens=1500, promises=FULL)
+        assert (await refusal(case.enter(tokens=5000))).code == "request_too_large"  # could never be served
+        await case.enter()  # an engine's from here on
+        waiting = [case.enter() for _ in range(2)]
+        await settle()
+        assert [(await refusal(each)).status for each in waiting] == [429, 429]
+        snapshot = case.admission.offered.snapshot()
+        assert snapshot["outcomes"] == {"completed": 0, "cancelled": 0, "failed": 0, "refused": 3}
+        assert (snapshot["num_requests"], snapshot["attained"]) == (3, 0.0)
+
+    run(check())
+
+
+@pytest.mark.parametrize(("ttft_s", "attained"), [(30.0, 1.0), (1e-9, 0.0)])
+def test_whoever_leaves_the_queue_was_late_by_what_was_waited_until_then(ttft_s, attained):
+    async def check():
+        case = Case(ttft_s=ttft_s, refuse_late=False)
+        case.report(promises=FULL)
+        placed = await case.enter()
+        waiting = case.enter()
+        await settle()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        placed.begun()
+        placed.end()  # this one an engine has taken, and counts
+        snapshot = case.admission.offered.snapshot()
+        assert snapshot["outcomes"] == {"completed": 0, "cancelled": 1, "failed": 0, "refused": 0}
+        assert snapshot["attained"] == attained
+
+    run(check())
+
+
 def test_priorities_and_keys_go_in_turn():
     async def check():
         case = Case(max_queued_requests=10)
