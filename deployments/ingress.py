@@ -59,8 +59,9 @@ class Ingress:
         self._stopping = Stopping()
         when_told_to_stop(self._stopping.begin)
         self._keys = load_api_keys(limits.api_keys_file, limits.api_keys_env)
+        self._board = board_of(serve.get_replica_context().app_name)
         admission = Admission(
-            board_of(serve.get_replica_context().app_name),
+            self._board,
             AdmissionConfig(
                 max_queued_requests=limits.max_queued_requests,
                 timeout_s=limits.admission_timeout_s,
@@ -77,8 +78,21 @@ class Ingress:
             timeout_s=limits.admission_timeout_s,
             model_names=possible_names(model),
         )
-        self._service = Service(client)
+        self._service, self._admission = Service(client), admission
         self._limits = limits
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The replicas there are, requests that wait here, and what became of those that no engine has taken.
+
+        For a Serve handle, as a replica's.
+        """
+        with self._board.locked() as board:
+            replica_ids = sorted(board.replica_ids)
+        return {
+            "replica_ids": replica_ids,
+            "num_waiting": self._admission.num_waiting,
+            "attainment": self._admission.offered.snapshot(),
+        }
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         api = build_api(self._service, self._limits, self._keys)

@@ -117,6 +117,7 @@ class SelectNReplica:
                     request_id=request.request_id,
                     objectives=objectives,
                     waited_s=request.waited_s + time.monotonic() - came_s,
+                    returns=True,  # the ingress offers it again, and counts what it refuses in the end
                 )
                 visit.num_generated = lambda: handle.num_tokens
                 try:
@@ -162,13 +163,8 @@ class SelectNReplica:
     async def record_routing_stats(self) -> dict[str, Any]:
         """Serve's hook, called every `headroom_period_s`: what the routers rank this replica by."""
         self._door.let_in()
-        replica_id = serve.get_replica_context().replica_id.unique_id
-        report = replica_report(replica_id, self._engine, self._door, self._prefixes)
+        report = replica_report(_own_id(), self._engine, self._door, self._prefixes)
         return replace(report, **served_fields(await self.model_card())).to_json()
-
-    async def drain(self) -> None:
-        """Lets no request in any more, and sends those at the door elsewhere; those inside finish."""
-        self._door.close()
 
     async def model_card(self) -> ModelCard:
         """What /v1/models shows."""
@@ -179,16 +175,30 @@ class SelectNReplica:
             text_bound=self._text_bound,
         )
 
-    async def snapshot(self) -> dict[str, Any]:
-        """The engine's state, as plain JSON data, and what the cluster allows it."""
+    # The four that follow are for people and scripts, through a Serve handle. The router takes a call to the replica
+    # that `replica_id` names; without it to any. The ids are in the ingress's `snapshot`.
+
+    async def drain(self, *, replica_id: str | None = None) -> None:
+        """Lets no request in any more, and sends those at the door elsewhere; those inside finish."""
+        require_replica(replica_id, _own_id())
+        self._door.close()
+
+    async def snapshot(self, *, replica_id: str | None = None) -> dict[str, Any]:
+        """The engine's state, as plain JSON data, whose it is, and what the cluster allows it."""
+        require_replica(replica_id, _own_id())
+        cluster = self._member.snapshot() if self._member is not None else None
         return {
             **self._engine.snapshot(),
-            "cluster": self._member.snapshot() if self._member is not None else None,
+            "replica_id": _own_id(),
+            "cluster": cluster,
             "user_config_problem": self._user_config_problem,
         }
 
-    async def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
+    async def set_num_offloaded(
+        self, num_offloaded: int, num_slots: int | None = None, *, replica_id: str | None = None
+    ) -> None:
         """Changes this replica's plan from its next iteration on. Raises ConfigError if it does not fit."""
+        require_replica(replica_id, _own_id())
         self._engine.set_num_offloaded(num_offloaded, num_slots)
 
     async def reconfigure(self, user_config: dict[str, Any] | None, rank: Any = None) -> None:
@@ -209,8 +219,9 @@ class SelectNReplica:
             return
         self._declared, self._is_configured, self._user_config_problem = wanted, True, None
 
-    async def set_objectives(self, slo: SloConfig) -> None:
+    async def set_objectives(self, slo: SloConfig, *, replica_id: str | None = None) -> None:
         """Changes the objectives from the next iteration on, for requests in flight too."""
+        require_replica(replica_id, _own_id())
         self._engine.set_objectives(slo)
 
     async def check_health(self) -> None:
@@ -253,6 +264,20 @@ def check_length(num_prompt_tokens: int, max_tokens: int | None, max_model_len: 
             f"{num_prompt_tokens} prompt tokens and max_tokens={max_tokens} are more than the {max_model_len} tokens "
             "that a request may have here",
             field="max_tokens",
+        )
+
+
+def _own_id() -> str:
+    unique_id: str = serve.get_replica_context().replica_id.unique_id
+    return unique_id
+
+
+def require_replica(wanted: str | None, own: str) -> None:
+    """Raises ConfigError where a call was for another replica than this one."""
+    if wanted is not None and wanted != own:
+        raise ConfigError(
+            f"replica_id={wanted!r}: no such replica takes calls (this one is {own!r}); "
+            "the ingress's snapshot has the ids of those that run"
         )
 
 
@@ -312,6 +337,8 @@ async def text_messages(
             text += stop_strings.finish()
         if text:
             yield Delta(text=text)
+        if stopped:
+            handle.stop()
         if stopped or event.finish_reason is not None:
             reason = "stop" if stopped else event.finish_reason
             yield Finished(reason=cast(FinishReason, reason), num_output_tokens=num_output_tokens, error=event.error)

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class HeadroomRouter(RequestRouter):
-    """Ranks replicas by the board's order; control calls go to whichever replica is least busy."""
+    """Ranks replicas by the board's order; control calls go to the replica they name, else to the least busy one."""
 
     def initialize_state(self, **_: Any) -> None:
         """Serve's hook."""
@@ -55,7 +55,8 @@ class HeadroomRouter(RequestRouter):
         pending_request.routing_context.should_backoff = True  # or an empty or full rank is tried again at once
         request = _generate_request(pending_request)
         if request is None:
-            return [candidate_replicas]
+            named = [each for each in candidate_replicas if each.replica_id.unique_id == _named(pending_request)]
+            return [named or candidate_replicas]  # one that is not there is told so by whoever gets the call
         try:
             with self._shared.locked() as board:
                 order = board.order(request.request_id)
@@ -77,3 +78,8 @@ class HeadroomRouter(RequestRouter):
 
 def _generate_request(pending_request: PendingRequest) -> GenerateRequest | None:
     return next((each for each in pending_request.args if isinstance(each, GenerateRequest)), None)
+
+
+def _named(pending_request: PendingRequest) -> object:
+    """The replica that a control call is for: its argument `replica_id`."""
+    return pending_request.kwargs.get("replica_id")

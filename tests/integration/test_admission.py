@@ -352,8 +352,13 @@ def test_a_replica_told_to_drain_finishes_what_it_has_and_takes_nothing_more(pai
     while not all(in_flight().values()):
         streams.append(Streaming(pair, body(max_tokens=40)))
         streams[-1].wait_until_begun()
-    serve.get_deployment_handle(REPLICA_NAME, "pair").drain.remote().result()
+    replicas = serve.get_deployment_handle(REPLICA_NAME, "pair")
+    ids = serve.get_deployment_handle("SelectNIngress", "pair").snapshot.remote().result()["replica_ids"]
+    assert ids == sorted(reports())
+    assert [replicas.snapshot.remote(replica_id=each).result()["replica_id"] for each in ids] == ids
+    replicas.drain.remote(replica_id=ids[-1]).result()
     (drained,) = [name for name, report in reports().items() if report.is_draining]
+    assert drained == ids[-1]
     before = prefixes_of(drained)
     for number in range(3):  # the first may find the door closed, and is sent elsewhere
         text_of(pair.post("/v1/completions", json=body(prompt=f"{number}" * 200, max_tokens=2)))

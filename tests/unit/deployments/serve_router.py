@@ -75,10 +75,10 @@ class ServeRouting:
         """A call has found the replica's actor dead."""
         self.router.on_replica_actor_died(self._id(name))
 
-    async def route(self, *args: Any) -> str:
+    async def route(self, *args: Any, **kwargs: Any) -> str:
         """The replica that a call with these arguments goes to. Waits as long as Serve does."""
         metadata = RequestMetadata(request_id="r", internal_request_id=f"i{id(args)}", call_method="generate")
-        pending = PendingRequest(args=list(args), kwargs={}, metadata=metadata)
+        pending = PendingRequest(args=list(args), kwargs=kwargs, metadata=metadata)
         replica = await self.router._choose_replica_for_request(pending)
         self.router.on_request_routed(pending, replica.replica_id, None)
         return str(replica.replica_id.unique_id)

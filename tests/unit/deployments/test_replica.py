@@ -11,10 +11,10 @@ import pytest
 
 from cluster.door import Door
 from cluster.headroom import RecentPrefixes, ReplicaReport
-from deployments.replica import replica_report
+from deployments.replica import replica_report, require_replica
 from selectn_core.config import SloConfig
 from selectn_core.engine import Engine
-from selectn_core.errors import EngineUnavailable, RequestError
+from selectn_core.errors import ConfigError, EngineUnavailable, RequestError
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config, greedy, make_prompts
 
@@ -66,6 +66,13 @@ def test_its_objective_is_the_one_that_it_has_now(engine: Engine) -> None:
     for own_ms in (249.0, 2001.0):
         with pytest.raises(RequestError):
             engine.objectives_for(ttft_ms=own_ms, tpot_ms=None)
+
+
+def test_a_call_for_another_replica_is_told_so() -> None:
+    require_replica(None, "mine")
+    require_replica("mine", "mine")
+    with pytest.raises(ConfigError, match="replica_id='gone'.*'mine'"):
+        require_replica("gone", "mine")
 
 
 NOT_CLOSED = """

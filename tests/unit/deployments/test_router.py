@@ -80,6 +80,18 @@ def test_it_goes_where_there_is_most_room_for_its_prompt_and_output() -> None:
     run(check)
 
 
+def test_a_control_call_goes_to_the_replica_that_it_names() -> None:
+    async def check() -> None:
+        case = Case()
+        case.serve.running({name: case.report(name) for name in "abc"})
+        case.serve.actors["b"].num_requests = MAX_ONGOING_REQUESTS - 1
+        assert [await case.serve.route(replica_id=name) for name in "bacb"] == list("bacb")
+        assert await case.serve.route(replica_id="gone") in "abc", "which answers that it is another"
+        assert {await case.serve.route() for _ in range(30)} <= {"a", "c"}, "whoever is least busy"
+
+    run(check)
+
+
 def test_what_would_be_late_goes_to_one_that_is_not() -> None:
     async def check() -> None:
         case = Case()
