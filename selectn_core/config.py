@@ -153,8 +153,9 @@ class HostConfig:
 class SloConfig:
     """Latency objectives: time to first token and time per output token, in milliseconds.
 
-    "auto" takes a multiple of what the profile says of an unloaded server (selectn_core/objectives.py). They are meant
-    for `percentile` percent of all requests. A request may name its own, from `tightest` to `loosest` times these.
+    "auto" takes a multiple of what the profile says of an unloaded server (selectn_core/objectives.py). A request may
+    name its own, from `tightest` to `loosest` times these. `percentile` percent of requests are to meet theirs: steps
+    are planned for that (learning.ComputeScale), and attainment is reported at it.
     """
 
     ttft_ms: Annotated[float | Literal["auto"], _OBJECTIVE_MS] = "auto"

@@ -8,11 +8,12 @@ as much as possible lives in host memory. It decides; the executor moves the byt
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from selectn_core.device import LinkUsage
-from selectn_core.in_flight import PLANNED_SHARE, Load, prefill_pace_s, tpot_limit_s
+from selectn_core.in_flight import PLANNED_SHARE, TTFT_SHARE, Chunk, Load, in_turn
+from selectn_core.joining import Admission, Joining, chunks, decode_step, rounded_up
 from selectn_core.latency import Link, simulate_steps_s
 from selectn_core.learning import ComputeScale, LinkEstimate
 from selectn_core.placement import OffloadPlan, freed_bytes, nearest_plan
@@ -21,9 +22,6 @@ from selectn_core.remembered import Remembered
 from selectn_core.step_times import StepTimes, scaled, slowed
 from selectn_core.steps import StepRecord, StepShape
 
-_SMALLEST_CHUNK = 16
-# Of a step that decodes, what its compute may take with a chunk of prefill in it: what is left hides copies.
-_CHUNK_SHARE = 0.85
 # While requests wait for memory, what a step may take at most in unloaded steps: they need speed, not more memory.
 _BUSY_STRETCH = 1.1
 # For so many steps after the last one that waited: more are likely to follow, and moving weights costs steps.
@@ -40,11 +38,12 @@ _FEWEST_COPIED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Admission:
-    """What the next step may take in: tokens of prefill, and how many requests that have no KV yet."""
+class _Goal:
+    """A step that a plan must be good for, what it may take, and the objective, which must not be exceeded."""
 
-    prefill_tokens: int
-    num_beginning: int
+    shape: StepShape
+    limit_s: float
+    objective_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,22 +71,28 @@ class Controller:
         slowdown: float = 0.0,
         max_tokens: int,
         guaranteed_share: float = 1.0,
+        ttft_s: float = math.inf,
+        percentile: float = 99.0,
     ) -> None:
         """`link` is the record's, `slowdown` how much a link that is always busy slows compute.
 
-        `guaranteed_share` of the link is there whatever others on its bus do.
+        `guaranteed_share` of the link is there whatever others on its bus do. `ttft_s` is the server's TTFT objective;
+        `percentile` of requests, in percent, are to be within theirs.
         """
-        self.times, self.policy = times, policy
+        self.times, self.policy, self.ttft_s, self.percentile = times, policy, ttft_s, percentile
         self.link = LinkEstimate(link, guaranteed_share)
         self.min_freed_bytes, self.max_offloaded_bytes = 0, None  # type: int, float | None
         self.held_freed_bytes = 0  # what those who run need: less is only freed where the link is not what it must be
+        self.lacking_bytes = 0  # the same where it is more than `min_freed_bytes`; negative: so much is left over
         self.is_feasible = True
         self._slowdown, self._max_tokens = slowdown, max_tokens
-        self._scales = {True: ComputeScale(), False: ComputeScale()}  # of steps that only decode, and others
-        self._tpot_s, self._limit_s, self._prefill_s_per_token = math.inf, math.inf, math.inf
-        self._planned = StepShape.decode(1, 1)
+        # Of steps that only decode, and of others.
+        self._scales = {is_decode_only: ComputeScale(percentile) for is_decode_only in (True, False)}
+        self._joining = Joining(times, self._scales, slowdown=slowdown, max_tokens=max_tokens)
+        self._planned = self._following = StepShape.decode(1, 1)  # the next step, and the decode step after prefill
+        self._num_chunks = 1  # steps of prefill that are left
         self._guaranteed: OffloadPlan | None = None
-        self._guaranteed_for: object = None
+        self._guaranteed_tpot_s = math.inf
         self._busy_steps = 0
         self._is_prefill_held = False  # there is a prompt to compute, and no room for any of it beside who decodes
         self._is_broken = False  # the link gives less than is guaranteed, and steps are too long for it
@@ -102,60 +107,48 @@ class Controller:
 
     # -- before scheduling --------------------------------------------------------------------------------------
 
+    def aim_at(self, policy: Policy, ttft_s: float, percentile: float) -> None:
+        """Other objectives have been set; what was learned of the machine stays."""
+        self.policy, self.ttft_s, self.percentile = policy, ttft_s, percentile
+        for scale in self._scales.values():
+            scale.percentile = percentile
+
     def admit(self, load: Load, plan: OffloadPlan) -> Admission:
         """What may join the next step, while `plan` holds."""
-        batch = len(load.decoding)
-        kv_tokens = _rounded_up(load.mean_kv_tokens)
-        decode = load.sampling_in(StepShape.decode(max(1, batch), kv_tokens))
-        unloaded_s = self._unloaded_s(decode)
-        self._tpot_s = load.tightest_tpot_s
-        limits_s = [tpot_limit_s(each, load.now_s, unloaded_s) for each in load.decoding]
-        self._limit_s = min([PLANNED_SHARE * self._tpot_s, *limits_s])
-        self._prefill_s_per_token = prefill_pace_s(load)
-        self._busy_steps = (
-            _BUSY_STEPS if load.is_full or len(load.fitting) < len(load.waiting) else max(0, self._busy_steps - 1)
-        )
-        num_beginning = self._num_beginning(load, kv_tokens)
-        load = replace(load, num_fitting=load.num_begun + num_beginning)
-        tokens = self._chunk(load)
-        self._is_prefill_held = not tokens and any(each.prefill_tokens for each in load.fitting)
-        self._planned = decode
-        if tokens and batch:
-            self._planned = load.sampling_in(StepShape.of([(_rounded_up(tokens), 0)], [kv_tokens] * batch))
-        return Admission(prefill_tokens=tokens, num_beginning=num_beginning)
+        is_short = load.is_full or len(load.fitting) < len(load.waiting)
+        self._busy_steps = _BUSY_STEPS if is_short else max(0, self._busy_steps - 1)
+        admission = self._joining.admit(load, self.lacking_bytes, self._has_memory)
+        self._is_prefill_held = not admission.prefill_tokens and any(each.prefill_tokens for each in admission.turn)
+        self._plan_for(load, admission)
+        return admission
 
-    def _num_beginning(self, load: Load, kv_tokens: int) -> int:
-        """How many may begin, of those that fit: with all of them decoding everybody is within the objective still.
+    def _plan_for(self, load: Load, admission: Admission) -> None:
+        """Notes the step that a plan is made for, with its prefill, and the decode step after it where none decodes."""
+        self._planned = self._following = decode_step(load)
+        turn, tokens = admission.turn, admission.prefill_tokens
+        if not tokens:
+            return
+        prefills = [
+            Chunk(rounded_up(num) if num > 1 else 1, past and rounded_up(past))
+            for num, past in in_turn(turn, tokens)
+            if num
+        ]
+        self._planned = load.step_with(prefills, rounded_up(load.mean_kv_tokens))
+        if load.decoding:
+            self._following = self._planned
+            return
+        self._following = load.decode_step(len(prefills), rounded_up(max(each.num_keys for each in turn)))
+        self._num_chunks = -(-sum(each.prefill_tokens for each in turn) // tokens)
 
-        One may where nobody else runs: it is not served better later.
-        """
-        running, most = len(load.decoding) + load.num_begun, len(load.fitting) - load.num_begun
+    def _has_memory(self, load: Load, limit_s: float, lacking_bytes: int) -> bool:
+        """Whether what is offloaded in steps as short as this, at the bandwidth guaranteed, frees so much."""
+        if limit_s >= PLANNED_SHARE * self._guaranteed_tpot_s or lacking_bytes <= self.min_freed_bytes:
+            return True
+        return self._freed_bytes(self._guaranteed_within(load, limit_s)) >= lacking_bytes
 
-        def is_too_slow(num_more: int) -> bool:
-            shape = load.sampling_in(StepShape.decode(running + num_more, kv_tokens))
-            return self._unloaded_s(shape) > self._limit_s
-
-        if most <= 0 or not is_too_slow(most):
-            return max(0, most)
-        least = 0 if running else 1
-        return max(least, bisect_left(range(1, most), True, key=is_too_slow))
-
-    def _chunk(self, load: Load) -> int:
-        """Tokens of prefill for the next step: what its compute has room for, more where TTFT wants it, some if any."""
-        batch = len(load.decoding)
-        room = min(self._max_tokens - batch, sum(each.prefill_tokens for each in load.fitting))
-        if not batch or room <= 0:
-            return max(0, room)
-        decodes = [load.mean_kv_tokens] * batch
-        least = min(_SMALLEST_CHUNK, next(each.prefill_tokens for each in load.fitting if each.prefill_tokens))
-        needed = max(_SMALLEST_CHUNK, self._limit_s / self._prefill_s_per_token)
-        slowed = 1 + self._slowdown  # beside a link that is always busy, as it is where most is offloaded
-        for tokens in _chunks(room, least):
-            shape = load.sampling_in(StepShape.of(prefills=[(tokens, 0)], decodes=decodes))
-            unloaded_s = slowed * self._unloaded_s(shape)
-            if unloaded_s <= (self._limit_s if tokens <= needed else _CHUNK_SHARE * self._limit_s):
-                return tokens
-        return 0
+    def promised_tpot_s(self, load: Load) -> float:
+        """The smallest TPOT objective, of those who hold KV, that can be kept at all; infinite without any."""
+        return self._joining.promised_tpot_s(load)
 
     def guaranteed_plan(self, load: Load, tpot_s: float) -> OffloadPlan:
         """What could be offloaded if the link fell to what is guaranteed: requests must fit the memory that this frees.
@@ -164,34 +157,35 @@ class Controller:
         offloaded while the link is better can come home at any moment, over a link that has just become slow, without
         taking memory from anybody.
         """
-        shape = load.sampling_in(StepShape.decode(len(load.decoding) + 1, _rounded_up(load.mean_kv_tokens)))
-        scale = math.ceil((1 + self._slowdown) * self._scales[True].high / _ROUNDING) * _ROUNDING
-        limit_s, link = PLANNED_SHARE * tpot_s, self.link.guaranteed
-        asked = (shape, scale, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
-        if asked != self._guaranteed_for:
-            situation = Situation(
-                costs=self.times.expected(shape),
-                link=link.beside(scale),
-                limit_s=limit_s / scale,
-                min_freed_bytes=self.min_freed_bytes,
-                max_offloaded_bytes=self.max_offloaded_bytes,
-            )
-            self._guaranteed, self._guaranteed_for = self.policy.choose(situation), asked
-        assert self._guaranteed is not None
+        self._guaranteed_tpot_s = tpot_s
+        self._guaranteed = self._guaranteed_within(load, PLANNED_SHARE * tpot_s)
         return self._guaranteed
+
+    def _guaranteed_within(self, load: Load, limit_s: float) -> OffloadPlan:
+        shape = load.decode_step(len(load.decoding) + 1, rounded_up(load.mean_kv_tokens))
+        scale = math.ceil((1 + self._slowdown) * self._scales[True].high / _ROUNDING) * _ROUNDING
+        link = self.link.guaranteed
+        asked = (shape, scale, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
+        situation = Situation(
+            costs=self.times.expected(shape),
+            link=link.beside(scale),
+            limit_s=limit_s / scale,
+            min_freed_bytes=self.min_freed_bytes,
+            max_offloaded_bytes=self.max_offloaded_bytes,
+        )
+        return self._remembered.get(asked, lambda: self.policy.choose(situation))
 
     # -- before the step ----------------------------------------------------------------------------------------
 
     def decide(self, shape: StepShape, current: OffloadPlan) -> Decision:
         """The plan for this step."""
         limit_s = self._limit_of(shape)
-        late_s = _URGENT_SHARE * self._tpot_s
-        self._is_broken = self.link.is_below_guarantee and self._predict(self._planned, current) > late_s
-        planned = self._planned  # not the step itself: a plan must be good for what follows, moving it takes a step
-        wanted = self._choose(planned, current, limit_s)
-        plan = self._settle(planned, current, wanted, limit_s)
+        late_s = _URGENT_SHARE * self._joining.tpot_s
+        self._is_broken = self.link.is_below_guarantee and self._predict(self._following, current) > late_s
+        goals = self._goals(limit_s)
+        plan = self._settle(goals, current, self._choose(goals, current))
         predicted_s = self._predict_first(shape, current, plan)
-        self.is_feasible = self._unloaded_s(planned) <= self._tpot_s
+        self.is_feasible = self._joining.unloaded_s(self._following) <= self._joining.tpot_s
         return Decision(
             plan=plan,
             urgent=self._is_broken and self._freed_bytes(plan) < self._freed_bytes(current),
@@ -199,23 +193,53 @@ class Controller:
             limit_s=limit_s,
         )
 
+    def _goals(self, limit_s: float) -> list[_Goal]:
+        """What a plan must be good for. Not the step itself: what follows, for moving it takes a step.
+
+        Where nobody decodes that is the chunk of prefill, and the decode step after it. A prompt that finds the server
+        idle is to be in time as well: there is no time then for weights to come home.
+        """
+        goals = [_Goal(shape=self._planned, limit_s=limit_s, objective_s=self._joining.tpot_s)]
+        if self._following is not self._planned:
+            tpot_s = self._joining.tpot_s
+            goals = [
+                _Goal(shape=self._planned, limit_s=limit_s, objective_s=math.inf),
+                _Goal(shape=self._following, limit_s=PLANNED_SHARE * tpot_s, objective_s=tpot_s),
+            ]
+        in_time_s = TTFT_SHARE * self.ttft_s
+        prompts = map(StepShape.prefill, chunks(self._max_tokens) if in_time_s < math.inf else ())
+        largest = next((each for each in prompts if _BUSY_STRETCH * self._joining.unloaded_s(each) <= in_time_s), None)
+        if largest is not None:
+            goals.append(_Goal(shape=largest, limit_s=in_time_s, objective_s=self.ttft_s))
+        return goals
+
     def _limit_of(self, shape: StepShape) -> float:
         """Seconds that steps may take: for those who decode, for those who wait for prefill, or for memory."""
-        limit_s, prefill_tokens = self._limit_s, shape.num_tokens - shape.num_decodes
-        if prefill_tokens and self._prefill_s_per_token < math.inf:
+        limit_s, prefill_tokens = self._joining.limit_s, shape.num_tokens - shape.num_decodes
+        if prefill_tokens and self._joining.prefill_s_per_token < math.inf:
             planned_tokens = max(1, self._planned.num_tokens - self._planned.num_decodes)
-            limit_s = min(limit_s, max(planned_tokens, prefill_tokens) * self._prefill_s_per_token)
+            limit_s = min(limit_s, max(planned_tokens, prefill_tokens) * self._joining.prefill_s_per_token)
         # Below this nothing is won by bringing weights home, and the link is busy with them meanwhile.
-        fastest_s = _BUSY_STRETCH * self._unloaded_s(self._planned)
-        limit_s = max(limit_s, min(fastest_s, PLANNED_SHARE * self._tpot_s))
+        fastest_s = _BUSY_STRETCH * self._joining.unloaded_s(self._planned)
+        is_prefill_alone = self._following is not self._planned  # then no token of anybody's waits for this step
+        limit_s = max(limit_s, fastest_s if is_prefill_alone else min(fastest_s, PLANNED_SHARE * self._joining.tpot_s))
         if self._busy_steps and self._guaranteed is not None:
             # Not below what the memory of those who run needs.
             fast_s = max(fastest_s, self._predict(self._planned, self._guaranteed))
             limit_s = min(limit_s, fast_s * (1 + _ROUNDING))
         return limit_s
 
-    def _choose(self, shape: StepShape, current: OffloadPlan, limit_s: float) -> OffloadPlan:
-        """What the policy wants now, at what compute takes beside the copies of `current`, and beside its own."""
+    def _choose(self, goals: Sequence[_Goal], current: OffloadPlan) -> OffloadPlan:
+        """What the policy wants now: for the first goal, or for another one that this does not meet."""
+        wanted = self._choose_for(goals[0], current)
+        for goal in goals[1:]:
+            if self._predict(goal.shape, wanted) > goal.limit_s * (1 + _ROUNDING):
+                wanted = self._choose_for(goal, current)
+        return wanted
+
+    def _choose_for(self, goal: _Goal, current: OffloadPlan) -> OffloadPlan:
+        """At what compute takes beside the copies of `current`, and beside its own."""
+        shape, limit_s = goal.shape, goal.limit_s
         wanted = self._choose_beside(shape, current, current, limit_s)
         if wanted != current and self._predict(shape, wanted) > limit_s * (1 + _ROUNDING):
             wanted = self._choose_beside(shape, wanted, current, limit_s)
@@ -242,24 +266,24 @@ class Controller:
         most = _FEWEST_COPIED * max(self.times.unit_bytes)
         return most if self.max_offloaded_bytes is None else min(most, self.max_offloaded_bytes)
 
-    def _settle(self, shape: StepShape, current: OffloadPlan, wanted: OffloadPlan, limit_s: float) -> OffloadPlan:
+    def _settle(self, goals: Sequence[_Goal], current: OffloadPlan, wanted: OffloadPlan) -> OffloadPlan:
         """Between the plan that holds and the one that is wanted: no moving to and fro for a hair's breadth."""
         if not self.policy.adapts:
             return wanted
         if self._exceeds_range(current) and not self._exceeds_range(wanted):
             self._may_raise = 0
-            return self._with_few_moves(shape, current, wanted, limit_s)
-        current_s = self._predict(shape, current)
-        if current_s > limit_s * (1 + _TOLERANCE):
+            return self._with_few_moves(goals, current, wanted)
+        missed = next((g for g in goals if self._predict(g.shape, current) > g.limit_s * (1 + _TOLERANCE)), None)
+        if missed is not None:
             self._may_raise = 0
-            plan = self._with_few_moves(shape, current, wanted, limit_s)
-            return plan if current_s > self._tpot_s or self._pays_off(shape, current, plan) else current
+            plan = self._with_few_moves(goals, current, wanted)
+            return plan if self._is_worth_moving(missed, current, plan) else current
         # weights come home over the link, and other ones go for a reason: neither is free
         gains = self._freed_bytes(wanted) > (1 + _GAIN) * self._freed_bytes(current)
         self._may_raise = self._may_raise + 1 if gains else 0
         if self._may_raise < _RAISE_AFTER_STEPS:
             return current
-        return self._with_few_moves(shape, current, wanted, limit_s)
+        return self._with_few_moves(goals, current, wanted)
 
     def _exceeds_range(self, plan: OffloadPlan) -> bool:
         """Whether it offloads more bytes than may be: the link that its copies would take belongs to others."""
@@ -267,8 +291,15 @@ class Controller:
             math.inf if self.max_offloaded_bytes is None else self.max_offloaded_bytes
         )
 
-    def _pays_off(self, shape: StepShape, current: OffloadPlan, plan: OffloadPlan) -> bool:
-        """Whether shorter steps soon make up for the time in which the link brings weights home."""
+    def _is_worth_moving(self, missed: _Goal, current: OffloadPlan, plan: OffloadPlan) -> bool:
+        """Whether the objective is exceeded, or shorter steps soon make up for the time in which weights come home."""
+        shape = missed.shape
+        if missed.objective_s == math.inf:  # prefill alone: no longer in all than it would take as it is
+            stays_s, moves_s = (self._predict_first(shape, current, each) for each in (current, plan))
+            saved_s = stays_s - self._predict_first(shape, plan, plan)
+            return moves_s - stays_s < (self._num_chunks - 1) * saved_s
+        if self._predict(shape, current) > missed.objective_s:
+            return True
         promoted_bytes = sum(self.times.unit_bytes[unit] for unit in set(current.offloaded) - set(plan.offloaded))
         saved_s = self._predict(shape, current) - self._predict(shape, plan)
         return saved_s * _PAYS_OFF_STEPS >= promoted_bytes / self.link.link.bytes_per_s
@@ -276,9 +307,7 @@ class Controller:
     def _freed_bytes(self, plan: OffloadPlan) -> int:
         return freed_bytes(plan, self.times.unit_bytes)
 
-    def _with_few_moves(
-        self, shape: StepShape, current: OffloadPlan, wanted: OffloadPlan, limit_s: float
-    ) -> OffloadPlan:
+    def _with_few_moves(self, goals: Sequence[_Goal], current: OffloadPlan, wanted: OffloadPlan) -> OffloadPlan:
         if self.policy.name != "select-n":
             return wanted
         near = nearest_plan(current, wanted)
@@ -287,7 +316,10 @@ class Controller:
         frees_as_much = self._freed_bytes(near) >= least_bytes
         if self._exceeds_range(near) and not self._exceeds_range(wanted):
             return wanted
-        is_as_fast = self._predict(shape, near) <= min(limit_s, 1.05 * self._predict(shape, wanted))
+        is_as_fast = all(
+            self._predict(goal.shape, near) <= min(goal.limit_s, 1.05 * self._predict(goal.shape, wanted))
+            for goal in goals
+        )
         return near if frees_as_much and is_as_fast else wanted
 
     # -- after the step -----------------------------------------------------------------------------------------
@@ -304,9 +336,6 @@ class Controller:
             self._scales[False].forget_worst()
 
     # -- prediction ---------------------------------------------------------------------------------------------
-
-    def _unloaded_s(self, shape: StepShape) -> float:
-        return self.times.expected_s(shape) * self._scales[shape.is_decode_only].high
 
     def _predict(self, shape: StepShape, plan: OffloadPlan) -> float:
         """Seconds of a step of this shape once `plan` has held for a while, on the careful side."""
@@ -339,20 +368,6 @@ class Controller:
         kept = [unit for unit in plan.offloaded if unit in set(current.offloaded[: current.num_slots])]
         costs, link = scaled(self.times.expected(shape), factor), self.link.link
         return simulate_steps_s(costs, plan.offloaded, plan.num_slots, link, 1, promoted=promoted, in_slots=kept)[0]
-
-
-def _rounded_up(num_tokens: int) -> int:
-    """To a sixteenth or so: the keys of a batch grow with every step, and nothing hangs on one."""
-    unit = max(16, 1 << max(0, num_tokens.bit_length() - 4))
-    return -(-num_tokens // unit) * unit
-
-
-def _chunks(most: int, least: int) -> list[int]:
-    """Sizes of a chunk of prefill to try, from the largest down."""
-    sizes = [most]
-    while sizes[-1] > least:
-        sizes.append(max(least, sizes[-1] * 3 // 4))
-    return sizes
 
 
 def _bytes_copied(record: StepRecord) -> int:

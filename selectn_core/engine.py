@@ -99,6 +99,7 @@ class Engine:
         self.link_share: LinkShare | None = None
         self.promises = Promises(self)
         self.requests = RequestTable(config.batch)
+        self._served: frozenset[str] = frozenset()  # tickets of those that hold KV or may begin in the next step
         self._lock = threading.Lock()  # of the state, and of what is aimed at
         self._state = "loaded"  # loaded -> running -> closed, or failed
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
@@ -368,6 +369,11 @@ class Engine:
         """The requests in flight, waiting ones included; any thread."""
         return list(self.requests.by_ticket().values())
 
+    def served_handles(self) -> list[RequestHandle]:
+        """Those that hold KV or may begin now, as of the step that was scheduled last; any thread."""
+        served = self._served
+        return [handle for ticket, handle in self.requests.by_ticket().items() if ticket in served]
+
     def promised_tokens(self, total_tokens: int) -> int:
         """What a request of `total_tokens`, prompt and output, takes of `headroom`."""
         return promised_tokens(self.batching.geometry, self.arena.num_sectors, total_tokens)
@@ -489,17 +495,31 @@ class Engine:
             self._resting, self.steering = self.steering or self._resting, None
             self.target.aim_at(plan, urgent=urgent)
 
-    def _before_schedule(self) -> int:
-        """Moves weights and KV pages to where the next step wants them; how many new requests may begin."""
+    def _before_schedule(self) -> list[str]:
+        """Moves weights and KV pages to where the next step wants them; which new requests may begin, in their turn."""
         if self.target.is_urgent:
             self._preempt_for(self._wanted_plan())
+        beginning = self._may_begin()
         self._follow_target()
-        num_beginning, steering = self.config.batch.max_requests, self.steering
-        if steering is not None:
-            batching = self.batching
-            num_beginning = steering.admit(self.requests.by_ticket(), batching.progress(), batching.backlog())
         # What is still to come back waits for KV to be released: no new request may take its place.
-        return num_beginning if self.executor.plan == self.executor.wanted else 0
+        return beginning if self.executor.plan == self.executor.wanted else []
+
+    def _may_begin(self) -> list[str]:
+        """Who may begin, of those that hold no KV: as the policy says, else all, as far as there are places."""
+        batching, steering = self.batching, self.steering
+        progress, backlog = batching.progress(), batching.backlog()
+        handles = self.requests.by_ticket()  # after the backlog: who is there and not here is not wanted any more
+        if self._state == "running":  # before that a profile's requests have no handles
+            for ticket in backlog.keys() - handles.keys():
+                batching.cancel(ticket)
+        if steering is not None:
+            beginning = steering.admit(handles, progress, backlog)
+            self._served = frozenset((*progress, *beginning))
+        else:
+            places = self.config.batch.max_requests - len(progress)
+            beginning = [ticket for ticket in handles if ticket not in progress][:places]
+            self._served = frozenset((*progress, *beginning[:1]))  # those behind the first may find no memory yet
+        return beginning
 
     def _token_budget(self, most: int) -> int:
         steering = self.steering
@@ -516,8 +536,11 @@ class Engine:
             pass
 
     def _wanted_plan(self) -> OffloadPlan:
-        """The target, with more offloaded while the longest request in flight would not fit the KV cache otherwise."""
-        longest = max((handle.max_total_tokens for handle in self.handles()), default=0)
+        """The target, with more offloaded while the longest request would not fit the KV cache otherwise.
+
+        Of those that hold KV or may begin now: for one that only waits nothing has to move yet.
+        """
+        longest = max((handle.max_total_tokens for handle in self.served_handles()), default=0)
         return self.target.with_kv(self.batching.geometry.sectors_for_request(longest))
 
     def _on_step_planned(self, shape: StepShape) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from selectn_core.steps import StepShape
 
@@ -14,7 +15,16 @@ PLANNED_SHARE = 0.92
 _BEHIND_SHARE = 0.97
 _HORIZON_TOKENS = 8
 # Of the time to a waiting request's deadline, what its prefill is planned to take.
-_TTFT_SHARE = 0.8
+TTFT_SHARE = 0.8
+# Of its TTFT objective, for how long others may begin before a request that wants shorter steps than there are.
+PASSED_SHARE = 0.5
+
+
+class Chunk(NamedTuple):
+    """Tokens of a prompt that are computed, or left to compute, and the keys that came before them."""
+
+    num_tokens: int
+    num_past: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +41,33 @@ class Decoding:
 class Waiting:
     """A request whose next token needs prefill: the tokens of it that are left, and by when TTFT wants its first one.
 
-    One that was preempted has had its first: nothing is due, but its TPOT counts.
+    `num_past` keys of it have been computed, `kv_bytes` are what its KV takes at its end. One that was preempted has
+    had its first token: nothing is due. Others may begin before it until `passed_until_s`, if they must not wait for
+    the step to become as short as it needs. `ticket` is its name.
     """
 
     prefill_tokens: int
     deadline_s: float
     tpot_s: float
+    num_past: int = 0
+    kv_bytes: int = 0
+    passed_until_s: float = -math.inf
+    ticket: str = ""
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that it has when it decodes."""
+        return self.num_past + self.prefill_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
     """All requests, waiting ones in the order in which they will be served; instants on one clock, in seconds.
 
-    The first `num_begun` of the waiting ones hold KV cache, and the first `num_fitting` may (None: all): of the others
-    none begins, however many tokens a step has room for. `is_full`: there is no room for one more, whether or not it
-    waits here. Of the requests, `sampled_share` draw their tokens and `truncated_share` do so among the likeliest only.
+    The first `num_begun` of the waiting ones hold KV cache, and for the first `num_fitting` memory will hold to their
+    end (None: all): of the others none begins, however many tokens a step has room for. `is_full`: there is no room
+    for one more, whether or not it waits here. Of the requests, `sampled_share` draw their tokens and
+    `truncated_share` do so among the likeliest only.
     """
 
     now_s: float
@@ -66,15 +88,42 @@ class Load:
         return shape.sampling(num_sampled, num_truncated)
 
     @property
+    def begun(self) -> Sequence[Waiting]:
+        """Those of the waiting that hold KV cache."""
+        return self.waiting[: self.num_begun]
+
+    @property
+    def holding(self) -> list[Decoding | Waiting]:
+        """All that hold KV cache: what they want counts, and what others want does not."""
+        return [*self.decoding, *self.begun]
+
+    @property
     def fitting(self) -> Sequence[Waiting]:
         """Those of the waiting that hold KV cache or may."""
         return self.waiting[: self.num_fitting]
 
     @property
-    def tightest_tpot_s(self) -> float:
-        """The smallest TPOT objective; infinite without requests."""
-        objectives_s = [each.tpot_s for each in self.decoding] + [each.tpot_s for each in self.waiting]
-        return min(objectives_s, default=math.inf)
+    def candidates(self) -> Sequence[Waiting]:
+        """Those of the waiting that may begin, as far as memory is concerned."""
+        return self.waiting[self.num_begun : self.num_fitting]
+
+    def decode_step(self, batch: int, kv_tokens: int) -> StepShape:
+        """A step in which `batch` requests such as these decode, each with so many keys."""
+        return self.sampling_in(StepShape.decode(batch, kv_tokens))
+
+    def step_with(self, chunks: Sequence[Chunk], kv_tokens: int) -> StepShape:
+        """A step with these chunks of prefill beside those that decode now, which have `kv_tokens` keys each."""
+        return self.sampling_in(step_of(chunks, [kv_tokens] * len(self.decoding)))
+
+
+def step_of(chunks: Sequence[Chunk], decodes: Sequence[int] = ()) -> StepShape:
+    """The step that computes these; one token after others is a step of decoding.
+
+    So a request comes back whose KV was in host memory. `decodes`: keys of others that decode.
+    """
+    single = [num_past + 1 for num_tokens, num_past in chunks if num_tokens == 1 and num_past > 0]
+    prefills = [each for each in chunks if not (each.num_tokens == 1 and each.num_past > 0)]
+    return StepShape.of(prefills, [*single, *decodes])
 
 
 def tpot_limit_s(request: Decoding, now_s: float, unloaded_s: float) -> float:
@@ -91,15 +140,32 @@ def tpot_limit_s(request: Decoding, now_s: float, unloaded_s: float) -> float:
     return PLANNED_SHARE * request.tpot_s
 
 
-def prefill_pace_s(load: Load) -> float:
-    """Seconds per token of prefill with which every waiting request has its first token in time.
+def in_turn(requests: Sequence[Waiting], num_tokens: int) -> list[Chunk]:
+    """What a step with so many tokens of prefill computes of each, in their order, while there are tokens left."""
+    chunks = []
+    for request in requests:
+        if num_tokens <= 0:
+            break
+        chunks.append(Chunk(min(num_tokens, request.prefill_tokens), request.num_past))
+        num_tokens -= chunks[-1].num_tokens
+    return chunks
 
-    Those that are late already have their turn, but nobody hurries for them.
+
+def prefill_pace_s(
+    requests: Sequence[Waiting], now_s: float, chunk_tokens: int, chunk_s: Callable[[int], float]
+) -> float:
+    """Seconds per token of the next chunk of prefill with which each of these has its first token in time.
+
+    Chunks become slower as a prompt goes on: `chunk_s` says what one of `chunk_tokens` takes after so many keys, and
+    the pace of the next one is to the average's as these are. Nothing hurries for those that are late already.
     """
-    pace_s, tokens = math.inf, 0
-    for request in load.waiting:
-        tokens += max(1, request.prefill_tokens)
-        left_s = request.deadline_s - load.now_s
-        if left_s > 0:
-            pace_s = min(pace_s, _TTFT_SHARE * left_s / tokens)
-    return pace_s
+    pace_s, tokens, past = math.inf, 0, 0.0
+    for request in requests:
+        more = max(1, request.prefill_tokens)
+        tokens += more
+        past += more * (request.num_past + max(0, more - chunk_tokens) / 2)
+        left_s = request.deadline_s - now_s
+        if 0 < left_s < math.inf:
+            mean_s = chunk_s(int(past / tokens))
+            pace_s = min(pace_s, TTFT_SHARE * left_s / tokens / mean_s)
+    return pace_s * chunk_s(requests[0].num_past) if requests else pace_s

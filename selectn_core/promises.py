@@ -61,7 +61,7 @@ class Promises:
         handles = engine.handles()
         at_their_ends = sum(sectors_for(each.max_total_tokens) for each in handles)
         held = sum(sectors_for(each.num_prompt_tokens + each.num_tokens) for each in handles if each.num_tokens)
-        longest = max((sectors_for(each.max_total_tokens) for each in handles), default=0)
+        longest = max((sectors_for(each.max_total_tokens) for each in engine.served_handles()), default=0)
         num_sectors = max(min(at_their_ends, engine.target.kv_sectors(plan)), held, longest)
         return self._fewest_beside(num_sectors, plan.num_slots)
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from selectn_core.config import SloConfig
-from selectn_core.controller import Admission, Controller, Decision
-from selectn_core.in_flight import PLANNED_SHARE, Decoding, Load, Waiting
+from selectn_core.controller import Controller, Decision
+from selectn_core.in_flight import PASSED_SHARE, PLANNED_SHARE, Chunk, Decoding, Load, Waiting
+from selectn_core.joining import Admission
 from selectn_core.objectives import Objectives, resolve_objectives
 from selectn_core.placement import OffloadPlan
 from selectn_core.plan_question import offloadable_sets
@@ -67,12 +68,14 @@ class Steering:
             slowdown=record.link.slowdown,
             max_tokens=engine.config.batch.max_batch_tokens,
             guaranteed_share=1 / engine.config.offload.num_sharing,
+            ttft_s=self.objectives.ttft_s,
+            percentile=engine.config.slo.percentile,
         )
         wanted_bytes = sum(engine.arena.round_up(unit.num_bytes) for unit in engine.units)
         self._weight_sectors = wanted_bytes // engine.arena.sector_bytes
         self.controller.min_freed_bytes = max(0, wanted_bytes - engine.arena.reachable_bytes(0))
         self._decision: Decision | None = None
-        self._admission = Admission(prefill_tokens=0, num_beginning=0)
+        self._admission = Admission(prefill_tokens=0)
         self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, self.objectives))
         self._num_decoding = 0
         self._lock = threading.Lock()
@@ -83,7 +86,8 @@ class Steering:
         objectives = resolve_objectives(slo, self._times, self._engine.config.batch)
         policy = make_policy(self._engine, self._times, self.record, objectives)
         with self._lock:
-            self.objectives, self.controller.policy = objectives, policy
+            self.objectives = objectives
+            self.controller.aim_at(policy, objectives.ttft_s, slo.percentile)
             # On an idle engine no step would do so, and what it promises goes by it.
             self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, objectives))
 
@@ -95,19 +99,26 @@ class Steering:
         controller.max_offloaded_bytes = share.max_offloaded_bytes
 
     def admit(
-        self, handles: Mapping[str, RequestHandle], progress: Mapping[str, int], backlog: Mapping[str, int]
-    ) -> int:
-        """Looks at every request; how many of those that hold no KV may begin. The two: see `ContinuousBatching`."""
+        self, handles: Mapping[str, RequestHandle], progress: Mapping[str, Chunk], backlog: Mapping[str, Chunk]
+    ) -> list[str]:
+        """Looks at every request; which of those that hold no KV may begin, in their turn.
+
+        `progress` and `backlog`: see `ContinuousBatching`.
+        """
         with self._timed():
-            load = load_of(handles, progress, backlog, self.objectives)
+            load = load_of(handles, progress, backlog, self.objectives, self._kv_bytes)
             num_fitting, is_full = self._num_fitting(load, handles, progress)
             load = replace(load, num_fitting=load.num_begun + num_fitting, is_full=is_full)
             self._num_decoding = len(load.decoding)
             self._admission = self.controller.admit(load, self._engine.executor.plan)
-            return self._admission.num_beginning
+            return [each.ticket for each in self._admission.beginning]
+
+    def _kv_bytes(self, handle: RequestHandle) -> int:
+        engine = self._engine
+        return engine.batching.geometry.sectors_for_request(handle.max_total_tokens) * engine.arena.sector_bytes
 
     def _num_fitting(
-        self, load: Load, handles: Mapping[str, RequestHandle], progress: Mapping[str, int]
+        self, load: Load, handles: Mapping[str, RequestHandle], progress: Mapping[str, Chunk]
     ) -> tuple[int, bool]:
         """How many of the requests without KV memory will hold to the end of their output, in their order.
 
@@ -120,7 +131,8 @@ class Steering:
         room = engine.target.kv_sectors(self._guaranteed) - held
         missing = self._weight_sectors + held - engine.arena.num_sectors
         controller = self.controller
-        controller.held_freed_bytes = max(controller.min_freed_bytes, missing * engine.arena.sector_bytes)
+        controller.lacking_bytes = missing * engine.arena.sector_bytes
+        controller.held_freed_bytes = max(controller.min_freed_bytes, controller.lacking_bytes)
         places = engine.config.batch.max_requests - len(progress)
         num_fitting = 0
         for ticket, handle in handles.items():
@@ -136,7 +148,7 @@ class Steering:
 
     def _guaranteed_for(self, load: Load) -> OffloadPlan:
         # Whoever runs now may have asked for little: who comes next may not.
-        return self.controller.guaranteed_plan(load, min(load.tightest_tpot_s, self.objectives.tpot_s))
+        return self.controller.guaranteed_plan(load, min(self.controller.promised_tpot_s(load), self.objectives.tpot_s))
 
     def token_budget(self, most: int) -> int:
         """Tokens for the step that is about to be scheduled."""
@@ -223,21 +235,26 @@ def unit_sets(record: PerformanceRecord) -> list[tuple[int, ...]]:
 
 
 def load_of(
-    handles: Mapping[str, RequestHandle], progress: Mapping[str, int], backlog: Mapping[str, int], default: Objectives
+    handles: Mapping[str, RequestHandle],
+    progress: Mapping[str, Chunk],
+    backlog: Mapping[str, Chunk],
+    default: Objectives,
+    kv_bytes: Callable[[RequestHandle], int] = lambda handle: 0,
 ) -> Load:
-    """The requests in flight as the controller sees them.
+    """The requests in flight as the controller sees them, in the order in which they came; `kv_bytes` at their end.
 
-    `progress` has, for those that hold KV, the tokens of prefill that are left, `backlog` those of the others. A
-    request that has tokens and prefill to do was preempted: it waits, and nothing hurries for its first token.
+    `progress` has, for those that hold KV, the prefill that is left, in the order in which it is computed, `backlog`
+    that of the others. A request that has tokens and prefill to do was preempted: it waits, and nothing hurries for its
+    first token.
     """
     decoding: list[Decoding] = []
-    begun: list[Waiting] = []
+    begun: dict[str, Waiting] = {}
     others: list[Waiting] = []
     kv_tokens = 0
     for ticket, handle in handles.items():
         objectives = handle.objectives or default
         left = progress.get(ticket)
-        if left == 0 and handle.num_tokens:
+        if left is not None and not left.num_tokens and handle.num_tokens:
             kv_tokens += handle.num_prompt_tokens + handle.num_tokens
             decoding.append(
                 Decoding(
@@ -247,16 +264,27 @@ def load_of(
                     tpot_s=objectives.tpot_s,
                 )
             )
+            continue
+        to_do = left or backlog.get(ticket) or Chunk(handle.num_prompt_tokens + handle.num_tokens, 0)
+        is_new = not handle.num_tokens
+        request = Waiting(
+            prefill_tokens=to_do.num_tokens,
+            num_past=to_do.num_past,
+            deadline_s=handle.arrived_s + objectives.ttft_s if is_new else math.inf,
+            tpot_s=objectives.tpot_s,
+            kv_bytes=kv_bytes(handle) if left is None else 0,
+            passed_until_s=handle.arrived_s + PASSED_SHARE * objectives.ttft_s if is_new else -math.inf,
+            ticket=ticket,
+        )
+        if left is None:
+            others.append(request)
         else:
-            tokens = backlog.get(ticket, handle.num_prompt_tokens + handle.num_tokens) if left is None else left
-            deadline_s = math.inf if handle.num_tokens else handle.arrived_s + objectives.ttft_s
-            waiting = others if left is None else begun
-            waiting.append(Waiting(prefill_tokens=tokens, deadline_s=deadline_s, tpot_s=objectives.tpot_s))
+            begun[ticket] = request
     sampled_share, truncated_share = _sampling_shares(handles.values())
     return Load(
         now_s=time.perf_counter(),
         decoding=decoding,
-        waiting=[*begun, *others],
+        waiting=[*(begun[ticket] for ticket in progress if ticket in begun), *others],
         num_begun=len(begun),
         mean_kv_tokens=kv_tokens // len(decoding) + 1 if decoding else 1,
         sampled_share=sampled_share,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -129,7 +128,7 @@ def _run(batching: ContinuousBatching, requests: Sequence[Request], params: Samp
 
 
 _IGNORE = Callbacks(
-    before_schedule=lambda: sys.maxsize,
+    before_schedule=lambda: None,
     token_budget=lambda most: most,
     on_step_planned=lambda shape: None,
     on_step_done=lambda shape, duration_s: None,

@@ -33,6 +33,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from selectn_core.attention import ATTENTION_NAME, make_segments
 from selectn_core.config import BatchConfig
 from selectn_core.device import Device
+from selectn_core.in_flight import Chunk, step_of
 from selectn_core.sampling import SamplingParams
 from selectn_core.steps import StepShape
 from selectn_core.transformers_cb.pages import KvPages, bytes_of_a_page_in_every_layer, kv_geometry, with_shapes
@@ -45,13 +46,14 @@ from selectn_core.transformers_cb.swap import KvSwap, SwapIsCheaper
 class Callbacks:
     """What the generation thread calls, in the order of a step.
 
-    `before_schedule` comes when no step is under way, so that KV pages may move; it returns how many requests that
-    hold no KV may begin. `token_budget` then says how many of the tokens that a step may have it should have.
+    `before_schedule` comes when no step is under way, so that KV pages may move; it returns which requests that hold no
+    KV may begin, in their turn (None: all that wait). `token_budget` then says how many of the tokens that a step may
+    have it should have.
     `on_step_planned` comes when the next step is known and its inputs are not yet laid out: pages may still move.
     `swap_is_cheaper` decides, for a preempted request's tokens and bytes of KV, whether they go to host memory.
     """
 
-    before_schedule: Callable[[], int]
+    before_schedule: Callable[[], Sequence[str] | None]
     token_budget: Callable[[int], int]
     on_step_planned: Callable[[StepShape], None]
     on_step_done: Callable[[StepShape, float], None]
@@ -81,6 +83,7 @@ class ContinuousBatching:
         """
         self._model, self._callbacks = model, callbacks
         self._step: tuple[StepShape, float] | None = None
+        self._is_own_step = False  # of requests that only this class knows
         self.geometry = kv_geometry(model, config.page_size, shapes)
         self.plain_attention = model.config._attn_implementation
         block_bytes = bytes_of_a_page_in_every_layer(model, config.page_size, shapes)
@@ -134,7 +137,7 @@ class ContinuousBatching:
         params, callbacks = SamplingParams(max_tokens=num_tokens), self._callbacks
         self._callbacks = replace(
             callbacks,
-            before_schedule=lambda: len(prompts),
+            before_schedule=lambda: None,
             token_budget=lambda most: most,
             on_step_planned=lambda shape: None,
             on_step_done=lambda shape, duration_s: None,
@@ -170,7 +173,11 @@ class ContinuousBatching:
             )
             state.position_offset, state.remaining_prefill_tokens = num_past, [0] * num_tokens
             self._processor.scheduler.add_waiting_request(state)
-        assert self._processor.prepare_next_batch()
+        self._is_own_step = True
+        try:
+            assert self._processor.prepare_next_batch()
+        finally:
+            self._is_own_step = False
         self._manager._generation_step()
         self._processor.update_batch()
         self.drop_requests()
@@ -218,18 +225,22 @@ class ContinuousBatching:
         """Requests that hold KV cache now."""
         return len(self._processor.scheduler.active_requests)
 
-    def progress(self) -> dict[str, int]:
-        """Of every request that holds KV cache, the tokens of its prefill that are left; 0 for those that decode."""
+    def progress(self) -> dict[str, Chunk]:
+        """Of every request that holds KV cache, in turn, the prefill that is left; no tokens for those that decode."""
         states = self._processor.scheduler.active_requests.values()
         return {
-            state.request_id: 0 if state.status == RequestStatus.DECODING else len(state.remaining_prefill_tokens)
+            state.request_id: Chunk(
+                0 if state.status == RequestStatus.DECODING else len(state.remaining_prefill_tokens),
+                state.position_offset,
+            )
             for state in states
         }
 
-    def backlog(self) -> dict[str, int]:
-        """Of every other request, the tokens to compute for its next: one where its KV is in host memory."""
+    def backlog(self) -> dict[str, Chunk]:
+        """Of every other request, what to compute for its next token: one where its KV is in host memory."""
         return {
-            state.request_id: len(_to_compute(state)) for state in self._processor.scheduler.waiting_requests.values()
+            state.request_id: Chunk(len(_to_compute(state)), state.position_offset)
+            for state in self._processor.scheduler.waiting_requests.values()
         }
 
     def check_integrity(self) -> None:
@@ -284,14 +295,14 @@ class ContinuousBatching:
         if failed:
             self.pages.evict_cached()
 
-    def _before_schedule(self) -> int:
+    def _before_schedule(self) -> Sequence[str] | None:
         scheduler, capacity = self._processor.scheduler, self.pages.num_sectors
-        num_beginning = self._callbacks.before_schedule()
+        beginning = self._callbacks.before_schedule()
         if self.pages.num_sectors > capacity or not scheduler.active_requests:
             # A preemption blocks new requests until one finishes, even where the others have been cancelled or memory
             # has grown since.
             scheduler.block_new_requests = False
-        return num_beginning
+        return None if self._is_own_step else beginning
 
     def _begin_step(self, shape: StepShape, started_s: float) -> None:
         self._step = (shape, started_s)
@@ -307,27 +318,30 @@ class ContinuousBatching:
 class _ObservedScheduler(FIFOScheduler):
     """First come first served, with a word before it plans a step, and one about what the step is before it runs.
 
-    Of the requests that hold no KV it sees the first few only, as many as may begin. A budget of tokens does not say
-    how many that is, where some are short and of others the beginning is in the cache.
+    Of the requests that hold no KV it sees those that may begin, by name: memory was counted for them. A budget of
+    tokens does not say who that is, where some are short and of others the beginning is in the cache.
     """
 
     def __init__(
         self,
-        before: Callable[[], int],
+        before: Callable[[], Sequence[str] | None],
         budget: Callable[[int], int],
         on_planned: Callable[[StepShape, float], None],
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._before, self._budget, self._on_planned = before, budget, on_planned
-        self._num_beginning = 0
+        self._beginning: Sequence[str] | None = ()
 
     def _get_waiting_candidates(self) -> list[RequestState]:
-        return super()._get_waiting_candidates()[: self._num_beginning]
+        waiting = self.waiting_requests
+        if self._beginning is None:
+            return list(waiting.values())
+        return [waiting[request_id] for request_id in self._beginning if request_id in waiting]
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         started_s = time.perf_counter()
-        self._num_beginning = self._before()
+        self._beginning = self._before()
         planned = super().schedule_batch(self._budget(token_budget), cache_budget)
         if planned[0]:
             self._on_planned(_shape(planned[0]), started_s)
@@ -339,16 +353,10 @@ def _to_compute(state: RequestState) -> list[int]:
 
 
 def _shape(batch: Sequence[FutureRequestState]) -> StepShape:
-    prefills, decodes = [], []
-    for request in batch:
-        tokens, past = request.query_length, request.state.position_offset
-        if tokens == 1 and past > 0:
-            decodes.append(past + 1)
-        else:
-            prefills.append((tokens, past))
     choosing = [sampling_of(request)[0] for request in batch if request.has_new_token]
     num_sampled = sum(not params.is_greedy for params in choosing)
-    return StepShape.of(prefills, decodes).sampling(num_sampled, sum(params.is_truncated for params in choosing))
+    step = step_of([Chunk(request.query_length, request.state.position_offset) for request in batch])
+    return step.sampling(num_sampled, sum(params.is_truncated for params in choosing))
 
 
 class _CallbackRouter(OutputRouter):
@@ -382,6 +390,7 @@ def _new_manager(model: PreTrainedModel, config: BatchConfig, num_blocks: int) -
             max_blocks_per_request=0,
             allow_block_sharing=config.prefix_sharing,
             max_memory_percent=1e9,  # what fits is known here, to the byte
+            safety_margin=0.0,  # memory is counted to the end of every request that begins
             use_async_batching=False,  # a step's plan is applied before it runs, not one step ahead
             use_cuda_graph=False,  # a replayed graph does not call hooks
             auto_switch_to_flash=False,

@@ -40,14 +40,14 @@ class CheckedEngine(Engine):
 
         self.batching.pages.take = checked_take
 
-    def _before_schedule(self) -> int:
+    def _before_schedule(self) -> list[str]:
         if self.before_schedule is not None:
             self.before_schedule(self)
-        num_beginning = super()._before_schedule()
+        beginning = super()._before_schedule()
         self.check_integrity()
         if self.target.is_urgent:
             assert self.executor.plan == self.executor.wanted or self.batching.num_active <= 1
-        return num_beginning
+        return beginning
 
     def _on_step_planned(self, shape: StepShape) -> None:
         if self.before_step is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from statistics import mean
@@ -17,7 +18,19 @@ from selectn_core.learning import ComputeScale, LinkEstimate
 from selectn_core.policies import Paper
 from selectn_core.step_times import SamplingTimes
 from selectn_core.steps import StepShape
-from tests.unit.controlled import BATCH, LENGTH, LINK, MAX_TOKENS, NUM_UNITS, UNIT_BYTES, Machine, frontier, step_times
+from tests.unit.controlled import (
+    BATCH,
+    LENGTH,
+    LINK,
+    MAX_TOKENS,
+    NUM_UNITS,
+    UNIT_BYTES,
+    Machine,
+    Request,
+    Server,
+    frontier,
+    step_times,
+)
 
 UNLOADED_S = step_times().expected_s(StepShape.decode(BATCH, LENGTH))
 
@@ -224,7 +237,7 @@ def test_no_request_begins_that_would_make_the_batch_too_slow() -> None:
     machine = Machine(step_times(), tpot_s=1.02 * UNLOADED_S / 0.92)
     crowd = [Decoding(num_tokens=1, first_token_s=0.0, num_left=100, tpot_s=machine.tpot_s)] * (4 * BATCH)
     load = Load(now_s=0.0, decoding=crowd, waiting=[waiting(16, 100.0)], mean_kv_tokens=LENGTH)
-    assert machine.controller.admit(load, machine.plan).num_beginning == 0
+    assert machine.controller.admit(load, machine.plan).beginning == []
 
 
 def test_a_burst_begins_as_far_as_everybody_will_decode_in_time() -> None:
@@ -235,14 +248,15 @@ def test_a_burst_begins_as_far_as_everybody_will_decode_in_time() -> None:
         now_s=0.0, decoding=(), waiting=[replace(each, tpot_s=machine.tpot_s) for each in burst], mean_kv_tokens=1
     )
     admission = machine.controller.admit(load, machine.plan)
+    num_beginning = len(admission.beginning)
     limit_s, times = PLANNED_SHARE * machine.tpot_s, machine.true
-    assert times.expected_s(StepShape.decode(admission.num_beginning, 16)) <= limit_s
-    assert times.expected_s(StepShape.decode(admission.num_beginning + 1, 16)) > limit_s
-    assert admission.prefill_tokens == 4 * admission.num_beginning
-    begun = replace(load, num_begun=admission.num_beginning)
-    assert machine.controller.admit(begun, machine.plan).num_beginning == 0
+    assert times.expected_s(StepShape.decode(num_beginning, 16)) <= limit_s
+    assert times.expected_s(StepShape.decode(num_beginning + 1, 16)) > limit_s
+    assert admission.prefill_tokens == 4 * num_beginning
+    begun = replace(load, num_begun=num_beginning)
+    assert machine.controller.admit(begun, machine.plan).beginning == []
     hopeless = replace(load, waiting=[replace(each, tpot_s=1e-9) for each in burst])
-    assert machine.controller.admit(hopeless, machine.plan).num_beginning == 1
+    assert len(machine.controller.admit(hopeless, machine.plan).beginning) == len(burst)
 
 
 @settings(max_examples=60, deadline=None)
@@ -272,6 +286,31 @@ def test_whatever_the_requests_are_the_controller_answers_within_its_limits(
 
 
 # -- what is learned -----------------------------------------------------------------------------------------------
+
+
+def test_more_run_at_once_where_fewer_requests_must_keep_their_objective() -> None:
+    """Steps take up to half as long again, by chance."""
+    batches, kept = {}, {}
+    for percentile in (50.0, 99.0, 100.0):
+        requests = [Request(prompt=16, output=17, tpot_s=1.5 * UNLOADED_S) for _ in range(96)]
+        server = Server(step_times(), tpot_s=1.5 * UNLOADED_S, spread=0.5)
+        server.controller.aim_at(server.controller.policy, math.inf, percentile)
+        server.serve(requests)
+        batches[percentile] = mean(shape.num_requests for shape in server.shapes)
+        kept[percentile] = mean(each.measured_tpot_s <= each.tpot_s for each in requests[16:])
+    assert batches[50.0] > batches[99.0] > batches[100.0]
+    assert all(kept[percentile] >= percentile / 100 for percentile in kept)
+
+
+def test_the_percentile_of_steps_is_that_of_means_over_a_request() -> None:
+    scale = ComputeScale()
+    for ratio in range(24):
+        scale.add(float(ratio))
+    highs = {}
+    for percentile in (1.0, 50.0, 90.0, 99.0, 100.0):
+        scale.percentile = percentile
+        highs[percentile] = scale.high
+    assert highs == {1.0: 4.0, 50.0: 12.0, 90.0: 16.0, 99.0: 19.0, 100.0: 23.0}
 
 
 def copies(count: int, bytes_per_s: float) -> LinkUsage:

@@ -10,6 +10,7 @@ import pytest
 from selectn_core.config import SloConfig
 from selectn_core.engine import Engine
 from selectn_core.errors import ConfigError
+from selectn_core.in_flight import Chunk
 from selectn_core.objectives import Objectives
 from selectn_core.placement import OffloadPlan
 from selectn_core.planner import unmeasured_plan
@@ -63,13 +64,15 @@ def test_nobody_is_left_out_of_the_load() -> None:
     """One decodes, one computes its prompt; of the preempted one is computed again, two wait, one of them swapped."""
     handles = {"decodes": a_handle(3), "swapped": a_handle(4), "dropped": a_handle(4), "again": a_handle(4)}
     handles |= {"prefills": a_handle(0), "new": a_handle(0)}
-    progress = {"decodes": 0, "again": 6, "prefills": 7}
-    load = load_of(handles, progress, {"swapped": 1, "dropped": 14, "new": 10}, OBJECTIVES)
+    progress = {"prefills": Chunk(7, 3), "decodes": Chunk(0, 13), "again": Chunk(6, 8)}
+    backlog = {"swapped": Chunk(1, 13), "dropped": Chunk(14, 0), "new": Chunk(10, 0)}
+    load = load_of(handles, progress, backlog, OBJECTIVES)
     assert len(load.decoding) == 1
-    assert [each.prefill_tokens for each in load.waiting] == [6, 7, 1, 14, 10]
+    assert [each.prefill_tokens for each in load.waiting] == [7, 6, 1, 14, 10]
+    assert [each.num_past for each in load.waiting] == [3, 8, 13, 0, 0]
+    assert [each.ticket for each in load.waiting] == ["prefills", "again", "swapped", "dropped", "new"]
     assert load.num_begun == 2
-    assert [each.deadline_s < 1e9 for each in load.waiting] == [False, True, False, False, True]
-    assert load.tightest_tpot_s == OBJECTIVES.tpot_s
+    assert [each.deadline_s < 1e9 for each in load.waiting] == [True, False, False, False, True]
 
 
 def test_the_load_says_how_many_draw_their_tokens() -> None:
@@ -79,7 +82,7 @@ def test_the_load_says_how_many_draw_their_tokens() -> None:
         handle.params = SamplingParams()
     handles["a"].params = SamplingParams(temperature=1.0)
     handles["c"].params = SamplingParams(temperature=1.0, top_p=0.5)
-    load = load_of(handles, {"a": 0, "b": 0}, {}, OBJECTIVES)
+    load = load_of(handles, {"a": Chunk(0, 4), "b": Chunk(0, 4)}, {}, OBJECTIVES)
     assert load.sampling_in(StepShape.decode(4, 10)) == StepShape.decode(4, 10).sampling(2, 1)
     assert load_of({}, {}, {}, OBJECTIVES).sampling_in(StepShape.decode(3, 10)) == StepShape.decode(3, 10).sampling()
 
@@ -129,8 +132,8 @@ def test_no_more_begin_in_a_step_than_may() -> None:
     """Whatever the budget of tokens: the prompts are equal, and all but the last token of each is in the cache."""
 
     class OneByOne(CheckedEngine):
-        def _before_schedule(self) -> int:
-            return min(1, super()._before_schedule())
+        def _before_schedule(self) -> list[str]:
+            return super()._before_schedule()[:1]
 
     engine = OneByOne(tiny_model(), engine_config(0))
     (prompt,) = make_prompts([33])
@@ -154,8 +157,11 @@ def test_tighter_objectives_lower_what_an_idle_engine_promises() -> None:
         before = engine.reachable_kv_tokens()
         engine.set_objectives(SloConfig(ttft_ms=60_000.0, tpot_ms=1e-3))
         assert engine.reachable_kv_tokens() < before
-        engine.set_objectives(LOOSE)
+        assert engine.steering.controller.percentile == 99.0
+        engine.set_objectives(replace(LOOSE, percentile=50.0))
         assert engine.reachable_kv_tokens() == before
+        assert engine.steering.controller.percentile == 50.0
+        assert engine.steering.controller.ttft_s == 60.0
     finally:
         engine.close()
 
@@ -165,8 +171,26 @@ def test_one_that_asks_for_little_promises_nothing_to_those_who_come_after_it() 
     try:
         before = engine.reachable_kv_tokens()
         slow = a_handle(3, tpot_s=1e3)
-        engine.steering.admit({slow.ticket: slow}, {slow.ticket: 0}, {})
+        engine.steering.admit({slow.ticket: slow}, {slow.ticket: Chunk(0, 13)}, {})
         assert engine.reachable_kv_tokens() == before
+    finally:
+        engine.close()
+
+
+def test_one_that_waits_takes_nothing_from_what_is_promised() -> None:
+    """However tight its objective is: only those that hold KV count, and of them those whose objective can be kept."""
+    engine = steered(kv_tokens=64)
+    try:
+        before = engine.reachable_kv_tokens()
+        alone_s = engine.steering.controller.times.expected_s(StepShape.decode(1, 16))
+        for tpot_s in (2 * alone_s, 1e-9):
+            tight = a_handle(0, tpot_s=tpot_s)
+            slow = a_handle(3, tpot_s=60.0)
+            handles = {slow.ticket: slow, tight.ticket: tight}
+            engine.steering.admit(handles, {slow.ticket: Chunk(0, 13)}, {tight.ticket: Chunk(10, 0)})
+            assert engine.reachable_kv_tokens() == before
+        engine.steering.admit(handles, {slow.ticket: Chunk(0, 13), tight.ticket: Chunk(10, 0)}, {})
+        assert engine.reachable_kv_tokens() == before  # it is missed in any case
     finally:
         engine.close()
 
