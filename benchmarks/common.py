@@ -7,7 +7,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -44,20 +44,23 @@ class Check:
         return self.value <= float(limit) if relation == "<=" else self.value >= float(limit)
 
 
-def attained(handles: Sequence[RequestHandle], objectives: Objectives, num_tokens: int) -> dict[str, float]:
-    """Of all that were offered, the shares that met both objectives, and each: as an engine counts them.
+def attained(handles: Sequence[RequestHandle], objectives: Sequence[Objectives], num_tokens: int) -> dict[str, float]:
+    """Of all that were offered, the shares that met both of their objectives, and each: as an engine counts them.
 
     Those that have fewer than the `num_tokens` they asked for were cancelled.
     """
     outcomes: list[Outcome] = ["completed" if each.num_tokens == num_tokens else "cancelled" for each in handles]
-    judged = {
-        "attained": objectives,
-        "attained_tpot": replace(objectives, ttft_s=math.inf),
-        "attained_ttft": replace(objectives, tpot_s=math.inf),
+    judged: dict[str, Callable[[Objectives], Objectives]] = {
+        "attained": lambda wanted: wanted,
+        "attained_tpot": lambda wanted: replace(wanted, ttft_s=math.inf),
+        "attained_ttft": lambda wanted: replace(wanted, tpot_s=math.inf),
     }
     return {
-        name: mean(is_met(each.timing, wanted, outcome) for each, outcome in zip(handles, outcomes, strict=True))
-        for name, wanted in judged.items()
+        name: mean(
+            is_met(each.timing, judge(wanted), outcome)
+            for each, wanted, outcome in zip(handles, objectives, outcomes, strict=True)
+        )
+        for name, judge in judged.items()
     }
 
 

@@ -319,7 +319,7 @@ def _latencies(handles: Sequence[RequestHandle], replica: Replica) -> dict[str, 
     return {
         "num_requests": len(handles),
         "num_ended": sum(ended),
-        **attained(handles, Objectives(ttft_s=replica.ttft_s, tpot_s=replica.tpot_s), NEW_TOKENS),
+        **attained(handles, [Objectives(ttft_s=replica.ttft_s, tpot_s=replica.tpot_s)] * len(handles), NEW_TOKENS),
         "tpot_p99_ms": _percentile([(t.tpot_s or 0.0) * 1e3 for t in timings], 99),
         "ttft_p99_ms": _percentile([(t.ttft_s or replica.drain_s) * 1e3 for t in timings], 99),
     }
