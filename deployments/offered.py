@@ -25,7 +25,7 @@ class Offered:
 
     def refused(self, error: ApiError) -> None:
         """One was answered with `error`: it counts where it was for want of room or time, or of who serves."""
-        if error.status == 429 or (error.status == 503 and error.code != "request_too_large"):
+        if error.status in (429, 503):
             nothing_s = RequestTiming(ttft_s=None, tpot_s=None)
             self._attainment.add(nothing_s, Objectives(ttft_s=0.0, tpot_s=math.inf), "refused")
 

@@ -184,7 +184,7 @@ def test_such_a_model_is_refused_before_its_weights_are_looked_at(model_type: st
         load_model(ModelConfig(source=str(tmp_path)))
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "deepseek_v3", "granitemoehybrid"])
 def test_a_checkpoint_of_what_is_served_loads(family: str, tmp_path: Path) -> None:
     """Two have no attention by scaled_dot_product_attention in transformers, which is its default.
 

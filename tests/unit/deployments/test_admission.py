@@ -318,7 +318,7 @@ def test_whatever_no_engine_takes_is_counted_once_as_refused_or_given_up():
         case = Case(timeout_s=0.02, max_queued_requests=2)
         assert (await refusal(case.enter())).status == 503  # nobody there
         case.report(longest_request_tokens=1500, promises=FULL)
-        assert (await refusal(case.enter(tokens=5000))).code == "request_too_large"  # could never be served
+        assert (await refusal(case.enter(tokens=5000))).code == "context_length_exceeded"  # could never be served
         await case.enter()  # an engine's from here on
         waiting = [case.enter() for _ in range(2)]
         await settle()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from cluster.headroom import ReplicaReport
 from deployments.board import SharedBoard
 from deployments.errors import ApiError
 from deployments.messages import ModelCard
+from deployments.prompt_length import TextBound
+from deployments.replica import served_fields
 from deployments.served_models import ServedModels, possible_names
 from selectn_core.config import ModelConfig
 
@@ -81,6 +84,25 @@ def test_of_one_name_the_limits_are_those_of_who_loaded_it_last() -> None:
         assert case.models.longest_tokens("other") is None
 
     run(check)
+
+
+@pytest.mark.parametrize("bound", [None, TextBound(max_chars=900, uncounted="\x04\x7f")])
+def test_a_card_is_the_same_by_way_of_a_report(bound: TextBound | None) -> None:
+    card = ModelCard(name="m", max_model_len=100, created_unix_s=2, text_bound=bound)
+    said = report("a", **served_fields(card))
+    read = ReplicaReport.from_json(json.loads(json.dumps(said.to_json())))
+
+    async def check() -> None:
+        case = Case()
+        case.run(a=read)
+        assert await case.models.card("m") == card
+
+    run(check)
+
+
+@pytest.mark.parametrize("fields", [{"most_prompt_chars": -1}, {"most_prompt_chars": 0.5}, {"uncounted_chars": None}])
+def test_a_report_with_no_sensible_bound_is_none(fields: dict[str, Any]) -> None:
+    assert ReplicaReport.from_json({**report("a", model="m").to_json(), **fields}) is None
 
 
 def test_where_no_replica_has_reported_one_is_asked_again_whenever_the_replicas_change() -> None:
