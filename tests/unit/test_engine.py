@@ -225,8 +225,9 @@ def test_closing_between_a_failure_and_the_restart_does_not_hang() -> None:
         def remove_all(self) -> list[RequestHandle]:
             handles = super().remove_all()
             if threading.current_thread().name == "selectn-supervisor":
-                closers.append(threading.Thread(target=engine.close))
-                closers[0].start()
+                closer = threading.Thread(target=engine.close)
+                closer.start()
+                closers.append(closer)  # then: it is joined as soon as it is here
                 # Its second look at the state: it has found nothing to stop, and waits for the supervisor.
                 wait_for(lambda: not engine.is_healthy() and engine.model.config._attn_implementation == "sdpa")
             return handles
