@@ -73,6 +73,7 @@ class SelectNReplica:
         telemetry: TelemetryConfig,
     ) -> None:
         bind_replica_to_node_address()
+        self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._args, self._declared = config, config
         self._is_configured = False
         self._user_config_problem: str | None = None
@@ -163,7 +164,7 @@ class SelectNReplica:
     async def record_routing_stats(self) -> dict[str, Any]:
         """Serve's hook, called every `headroom_period_s`: what the routers rank this replica by."""
         self._door.let_in()
-        report = replica_report(_own_id(), self._engine, self._door, self._prefixes)
+        report = replica_report(self._replica_id, self._engine, self._door, self._prefixes)
         return replace(report, **served_fields(await self.model_card())).to_json()
 
     async def model_card(self) -> ModelCard:
@@ -180,16 +181,16 @@ class SelectNReplica:
 
     async def drain(self, *, replica_id: str | None = None) -> None:
         """Lets no request in any more, and sends those at the door elsewhere; those inside finish."""
-        require_replica(replica_id, _own_id())
+        require_replica(replica_id, self._replica_id)
         self._door.close()
 
     async def snapshot(self, *, replica_id: str | None = None) -> dict[str, Any]:
         """The engine's state, as plain JSON data, whose it is, and what the cluster allows it."""
-        require_replica(replica_id, _own_id())
+        require_replica(replica_id, self._replica_id)
         cluster = self._member.snapshot() if self._member is not None else None
         return {
             **self._engine.snapshot(),
-            "replica_id": _own_id(),
+            "replica_id": self._replica_id,
             "cluster": cluster,
             "user_config_problem": self._user_config_problem,
         }
@@ -198,7 +199,7 @@ class SelectNReplica:
         self, num_offloaded: int, num_slots: int | None = None, *, replica_id: str | None = None
     ) -> None:
         """Changes this replica's plan from its next iteration on. Raises ConfigError if it does not fit."""
-        require_replica(replica_id, _own_id())
+        require_replica(replica_id, self._replica_id)
         self._engine.set_num_offloaded(num_offloaded, num_slots)
 
     async def reconfigure(self, user_config: dict[str, Any] | None, rank: Any = None) -> None:
@@ -221,7 +222,7 @@ class SelectNReplica:
 
     async def set_objectives(self, slo: SloConfig, *, replica_id: str | None = None) -> None:
         """Changes the objectives from the next iteration on, for requests in flight too."""
-        require_replica(replica_id, _own_id())
+        require_replica(replica_id, self._replica_id)
         self._engine.set_objectives(slo)
 
     async def check_health(self) -> None:
@@ -265,11 +266,6 @@ def check_length(num_prompt_tokens: int, max_tokens: int | None, max_model_len: 
             "that a request may have here",
             field="max_tokens",
         )
-
-
-def _own_id() -> str:
-    unique_id: str = serve.get_replica_context().replica_id.unique_id
-    return unique_id
 
 
 def require_replica(wanted: str | None, own: str) -> None:

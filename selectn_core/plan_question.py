@@ -64,7 +64,7 @@ class Workload:
         size = self.admitted_tokens or self.chunk_tokens
         others = [self.length] * (self.batch - 1) if self.admitted_tokens else []
         starts = range(0, self._prompt, size)
-        return [StepShape.of([(min(size, self._prompt - start), start)], others) for start in starts]
+        return [StepShape.of([(min(size, self._prompt - start), start)], others).sampling() for start in starts]
 
     @property
     def _prompt(self) -> int:

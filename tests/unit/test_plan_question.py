@@ -44,7 +44,7 @@ def planner(*, device_bytes=None, bytes_per_s=20_000.0, **times) -> Planner:
 
 def test_a_workload_is_decode_steps_and_chunks() -> None:
     workload = Workload(batch=3, length=50, prompt=40, chunk_tokens=16)
-    assert workload.tpot_shape() == StepShape.decode(3, 50)
+    assert workload.tpot_shape() == StepShape.decode(3, 50).sampling()
     assert workload.ttft_shapes() == [StepShape.prefill(16), StepShape.prefill(16, 16), StepShape.prefill(8, 32)]
     assert Workload(batch=1, length=20).ttft_shapes() == [StepShape.prefill(20)]
 
@@ -52,8 +52,9 @@ def test_a_workload_is_decode_steps_and_chunks() -> None:
 def test_prefill_that_is_let_in_counts_for_both() -> None:
     """In the decoding requests' step, as the last chunk; in the prompt's, the others' decoding."""
     workload = Workload(batch=3, length=50, prompt=40, admitted_tokens=30)
-    assert workload.tpot_shape() == StepShape.of([(30, 10)], [50] * 3)
-    assert workload.ttft_shapes() == [StepShape.of([(30, 0)], [50] * 2), StepShape.of([(10, 30)], [50] * 2)]
+    assert workload.tpot_shape() == StepShape.of([(30, 10)], [50] * 3).sampling()
+    chunks = [StepShape.of([chunk], [50] * 2).sampling() for chunk in ((30, 0), (10, 30))]
+    assert workload.ttft_shapes() == chunks
 
 
 def test_both_objectives_hold() -> None:

@@ -121,7 +121,7 @@ class Replica:
 
     def __init__(self, engine: Engine, args: EngineConfig) -> None:
         self._engine, self._args, self._declared, self._member = engine, args, args, None
-        self._is_configured, self._user_config_problem = False, None
+        self._is_configured, self._user_config_problem, self._replica_id = False, None, "replica"
 
 
 def state_of(engine: Engine) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ import pytest
 
 from deployments.api_keys import load_api_keys
 from deployments.config import RequestLimits
+from deployments.draining import Stopping
 from deployments.ingress import Ingress, Service, build_api
 
 KEY = "a-key-of-the-tests-0"
@@ -62,7 +63,9 @@ def test_the_collector_does_not_look_through_what_stays():
     gc.unfreeze()
     try:
         Ingress.__serve_build_asgi_app__(
-            SimpleNamespace(_service=None, _limits=RequestLimits(), _keys=load_api_keys(None, None))
+            SimpleNamespace(
+                _service=None, _limits=RequestLimits(), _keys=load_api_keys(None, None), _stopping=Stopping()
+            )
         )
         assert gc.get_freeze_count() > 10 * len(gc.get_objects())
     finally:
