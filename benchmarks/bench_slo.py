@@ -17,6 +17,7 @@ offloads attention and MLP blocks, the others layers.
 
 from __future__ import annotations
 
+import argparse
 import random
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.common import Check, attained, finish, parse_arguments, random_prompts, table
+from benchmarks.noise import NoiseWatch
 from benchmarks.small_device import BATCH, FULL_STEP, NEW_TOKENS, PROMPT_TOKENS, capacity, device_gib, roomy_record
 from selectn_core.config import DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
 from selectn_core.device.bus import Bus
@@ -105,6 +107,22 @@ def main() -> int:
     multiples = QUICK_MULTIPLES if arguments.quick else FULL_MULTIPLES
     if arguments.multiple:
         multiples = (arguments.multiple,)
+    with NoiseWatch() as watch:
+        samples = _samples(arguments, multiples, policies, seconds)
+    _print(samples)
+    if arguments.plot:
+        from benchmarks.plots import plot_bandwidth_step  # late: matplotlib is only needed here
+
+        shown = [s for s in samples if s["policy"] in ("static", "select-n") and s["loose"] == 1.0]
+        plot_bandwidth_step(shown, arguments.plot)
+    # All of them compare what took how long.
+    checks = [replace(check, is_timed=True) for check in _checks(samples)]
+    return finish(arguments, "emulated", samples, checks, watch.report)
+
+
+def _samples(
+    arguments: argparse.Namespace, multiples: Sequence[float], policies: Sequence[str], seconds: float
+) -> list[dict[str, Any]]:
     bus_name = f"bench-slo-{uuid.uuid4().hex[:8]}"
     samples = []
     try:
@@ -121,13 +139,7 @@ def main() -> int:
             samples.append(_serve(config, records[_unit(policy)], cell, policy, seconds))
     finally:
         Bus.unlink(bus_name)
-    _print(samples)
-    if arguments.plot:
-        from benchmarks.plots import plot_bandwidth_step  # late: matplotlib is only needed here
-
-        shown = [s for s in samples if s["policy"] in ("static", "select-n") and s["loose"] == 1.0]
-        plot_bandwidth_step(shown, arguments.plot)
-    return finish(arguments, "emulated", samples, _checks(samples))
+    return samples
 
 
 def _unit(policy: str) -> str:
