@@ -76,10 +76,11 @@ def kv_shapes(model: PreTrainedModel, last: nn.Module) -> dict[str, KvShape]:
         if other:
             raise UnsupportedModel(f"{name} wants {', '.join(other)} of its attention, which is not done here")
         window = getattr(config, "sliding_window", None) if type_of[layer] == "sliding_attention" else None
-        if wanted.get("sliding_window", window) != window:
+        # An attention that is handed no window has none, whatever its configuration says. Some know theirs themselves.
+        if (own := wanted.get("sliding_window", getattr(module, "sliding_window", None))) != window:
             raise UnsupportedModel(
-                f"{name}: layer {layer} attends to {_keys(wanted['sliding_window'])}, and as a layer of "
-                f"{type_of[layer]} the cache keeps {_keys(window)} for it"
+                f"{name}: layer {layer} attends to {_keys(own)}, and as a layer of {type_of[layer]} the cache keeps "
+                f"{_keys(window)} for it: sliding_window and layer_types in its configuration say something else"
             )
         shape = KvShape(num_heads=key.shape[1], head_dim=max(key.shape[-1], value.shape[-1]))
         if shapes.setdefault(type_of[layer], shape) != shape or value.shape[1] != key.shape[1]:

@@ -235,6 +235,13 @@ def test_a_window_that_the_cache_does_not_keep_is_refused() -> None:
         shapes_of(config)
 
 
+def test_a_window_that_the_attention_does_not_have_is_refused() -> None:
+    """The cache would keep no more than the window, and longer texts would come out wrong."""
+    config = AutoConfig.for_model("llama", **TINY, sliding_window=250)
+    with pytest.raises(UnsupportedModel, match=r"layer 0 attends to all keys.*the last 250 keys.*sliding_window"):
+        shapes_of(config)
+
+
 def test_rows_of_the_cache_are_as_wide_as_what_is_kept() -> None:
     def shape(num_heads: int, head_dim: int) -> KvShape:
         return KvShape(num_heads=num_heads, head_dim=head_dim)
