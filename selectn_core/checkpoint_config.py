@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.quantizers import AutoHfQuantizer
 
@@ -19,14 +20,17 @@ _SIZES = frozenset(
         *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
         *("d_model", "ffn_dim", "num_layers", "num_heads", "n_embd", "n_layer", "n_head", "n_positions"),
+        "decoder_sparse_step",
     }
 )
 _LARGEST_SIZE = 2**31 - 1
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
 _MAY_BE_INFINITE = frozenset({"time_step_limit"})  # of Mamba's layers, which have no upper limit by default
 _TAG = "__float__"  # transformers writes an infinity as {"__float__": "Infinity"}, as JSON has none
 # Files in which quantisers have said what they did, before config.json had a place for it.
 _QUANTISERS_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-_PLAIN = frozenset({*DTYPES, "F64", "F32", "BF16", "F16"})
+PLAIN_DTYPES = frozenset({*DTYPES, "F64", "F32", "BF16", "F16"})
 _FEW_BITS = ("F8", "F6", "F4", "float8", "float4")
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "int8", "uint8", "int16", "uint16", "int32", "uint32"})
 _MASKS = frozenset({"bias", "masked_bias", "position_ids"})  # integers in old checkpoints, and no weights
@@ -53,6 +57,23 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{path}: {name}={value} is not allowed: expected a finite number")
         if last in _SIZES and isinstance(value, int) and not 1 <= value <= _LARGEST_SIZE:
             raise ConfigError(f"{path}: {name}={value} is not allowed: expected 1 to {_LARGEST_SIZE}")
+
+
+def num_experts(config: PreTrainedConfig) -> tuple[str, int] | None:
+    """How many experts a layer chooses from, with the field that says so; None where that is not one number."""
+    values = vars(config.get_text_config())  # under the names in the file, of which there are aliases
+    found = [(name, value) for name in _NUM_EXPERTS if type(value := values.get(name)) is int and value > 0]
+    return found[0] if len({value for _, value in found}) == 1 else None
+
+
+def check_experts(path: Path, config: PreTrainedConfig) -> None:
+    """Raises ConfigError where a token is for more experts than there are."""
+    if (experts := num_experts(config)) is None:
+        return
+    for name in _CHOSEN_EXPERTS:
+        value = vars(config.get_text_config()).get(name)
+        if type(value) is int and not 0 <= value <= experts[1]:
+            raise ConfigError(f"{path}: {name}={value} is not allowed: expected at most {experts[0]}={experts[1]}")
 
 
 def check_generation_config(path: Path) -> None:
@@ -86,7 +107,7 @@ def declared_quantiser(files: CheckpointFiles, path: Path, config: Mapping[str, 
 def refuse_implied_quantisation(stored: Mapping[str, StoredAs]) -> None:
     """Raises UnsupportedModel for a tensor in a type that only quantised weights have."""
     for name, tensor in stored.items():
-        if tensor.dtype in _PLAIN:
+        if tensor.dtype in PLAIN_DTYPES:
             continue
         few_bits = tensor.dtype.startswith(_FEW_BITS)
         if few_bits or (tensor.dtype in _INTEGERS and name.rsplit(".", 1)[-1] not in _MASKS):

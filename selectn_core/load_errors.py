@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,13 @@ def one_line(text: str) -> str:
     """The first paragraph of `text` without line breaks, terminal codes or the end of what is very long."""
     words = " ".join(_TERMINAL_CODES.sub("", text.strip().split("\n\n")[0]).split())
     return words if len(words) <= _MOST_CHARACTERS else f"{words[:_MOST_CHARACTERS]}..."
+
+
+def listed(what: str, names: Iterable[str]) -> str:
+    """The first few of `names`, and what they are; nothing of none."""
+    if not (shown := sorted(names)):
+        return ""
+    return f"{what}: {', '.join(shown[:3])}" + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
 def _reason(error: Exception, values: dict[str, Any]) -> str:

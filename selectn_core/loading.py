@@ -27,6 +27,7 @@ from transformers import (
 
 from selectn_core.checkpoint_config import (
     check_config,
+    check_experts,
     check_generation_config,
     check_numbers,
     declared_quantiser,
@@ -42,11 +43,12 @@ from selectn_core.checkpoint_files import (
     refuse_adapter,
     weight_files,
 )
+from selectn_core.checkpoint_names import refuse_experts_of_other_numbers, refuse_what_is_not_taken
 from selectn_core.config import ModelConfig
 from selectn_core.embedded import SERVED_NAME, embedded_model_directory
 from selectn_core.errors import ConfigError, UnsupportedModel
 from selectn_core.gguf_files import complete_config, is_gguf, open_gguf, refuse_left_over
-from selectn_core.load_errors import blaming
+from selectn_core.load_errors import blaming, listed
 from selectn_core.shared_store import SharedStore
 from selectn_core.tokenizer_loading import tokenizer_in, tokenizer_of
 from selectn_core.transformers_cb.architecture import check_architecture
@@ -166,6 +168,7 @@ def _read_checkpoint(resolved: ModelConfig) -> _Checkpoint:
     with blaming(path, values=values):
         config = AutoConfig.from_pretrained(resolved.source, **_source_kwargs(resolved))
     check_architecture(config)
+    check_experts(path, config)
     return _Checkpoint(files=files, path=path, values=values, config=config, quantiser=quantiser)
 
 
@@ -186,45 +189,42 @@ def _load_checkpoint(resolved: ModelConfig) -> PreTrainedModel:
     stored = read_headers(shards)
     _refuse_more_layers_than_tensors(path, config, stored)
     _refuse_other_tasks(path, config)
+    is_quantised = checkpoint.quantiser is not None
+    if not is_quantised:
+        refuse_implied_quantisation(stored)
+        refuse_experts_of_other_numbers(path, config, stored)
     where = shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
-    kwargs = {"config": config, "dtype": resolved.dtype, **_source_kwargs(resolved)}
-    if checkpoint.quantiser is not None:
-        with blaming(f"{path}: quantization_config: {checkpoint.quantiser}"):
-            return _from_pretrained(resolved, where, **kwargs)
-    refuse_implied_quantisation(stored)
-    with blaming(path, values=values):
-        if _is_transformers_own(config):
+    kwargs = {"config": config, "dtype": resolved.dtype, "is_quantised": is_quantised, **_source_kwargs(resolved)}
+
+    with blaming(f"{path}: quantization_config: {checkpoint.quantiser}" if is_quantised else path, values=values):
+        if not is_quantised and _is_transformers_own(config):
             # Asked without a tensor first: what is missing would be made up at random, which takes memory and minutes.
-            _from_pretrained(resolved, where, device_map="meta", **kwargs)
-        return _from_pretrained(resolved, where, **kwargs)
+            _from_pretrained(resolved, where, stored, device_map="meta", **kwargs)
+        return _from_pretrained(resolved, where, stored, **kwargs)
 
 
-def _from_pretrained(resolved: ModelConfig, where: object, **kwargs: Any) -> PreTrainedModel:
-    """As transformers loads it. Raises ConfigError unless every tensor of the model is there, and no other."""
+def _from_pretrained(
+    resolved: ModelConfig, where: object, stored: Mapping[str, StoredAs], *, is_quantised: bool, **kwargs: Any
+) -> PreTrainedModel:
+    """As transformers loads it. Raises ConfigError unless every tensor of the model is there, once, and no other."""
     model, info = AutoModelForCausalLM.from_pretrained(
         resolved.source,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # it says which; otherwise it only logs them
         **kwargs,
     )
+    refuse_what_is_not_taken(model, stored, is_quantised=is_quantised)
     parts = [
-        _listed("missing", info["missing_keys"]),
-        _listed("left over", [name for name in info["unexpected_keys"] if not _COMPUTED.search(name)]),
-        _listed("of another shape", [_shapes(*each) for each in info["mismatched_keys"]]),
-        _listed("not loaded", info["error_msgs"]),
+        listed("missing", info["missing_keys"]),
+        listed("left over", [name for name in info["unexpected_keys"] if not _COMPUTED.search(name)]),
+        listed("of another shape", [_shapes(*each) for each in info["mismatched_keys"]]),
+        listed("not loaded", info["error_msgs"]),
     ]
     if any(parts):
         raise ConfigError(
             f"{where}: does not hold the model that its configuration describes: {'; '.join(filter(None, parts))}"
         )
     return model
-
-
-def _listed(what: str, names: Any) -> str:
-    if not names:
-        return ""
-    shown = sorted(names)
-    return f"{what}: {', '.join(shown[:3])}" + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
 def _shapes(name: str, stored: Any, wanted: Any) -> str:
@@ -270,6 +270,8 @@ def _load_gguf(resolved: ModelConfig) -> PreTrainedModel:
         return _from_pretrained(
             resolved,
             file.path,
+            {},
+            is_quantised=True,
             config=config,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),

@@ -88,6 +88,14 @@ def as_bin(directory: Path, value: Any = None) -> None:
     torch.save(tensors if value is None else value, directory / BIN)
 
 
+def both(*builds: Callable[[Path], None]) -> Callable[[Path], None]:
+    def build(directory: Path) -> None:
+        for each in builds:
+            each(directory)
+
+    return build
+
+
 # -- missing and left over ----------------------------------------------------------------------------------------
 
 
@@ -108,6 +116,29 @@ def one_matrix_left_out(directory: Path) -> None:
 @broken("safetensors", "left over", "model.layers.2.mlp.up_proj.bias")
 def a_bias_that_the_model_does_not_have(directory: Path) -> None:
     rewrite(directory, lambda tensors: tensors.update({A_TENSOR.replace("weight", "bias"): torch.ones(48)}))
+
+
+def prefixed(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    """The layers a second time, under another prefix and with other values."""
+    return lambda tensors: tensors.update(
+        {name.replace(old, new, 1): 2 * tensor for name, tensor in tensors.items() if name.startswith(old)}
+    )
+
+
+@broken(WEIGHTS, "twice", "model.layers.0.input_layernorm.weight and layers.0.input_layernorm.weight")
+def layers_twice_without_a_prefix(directory: Path) -> None:
+    rewrite(directory, prefixed("model.layers.", "layers."))
+
+
+@broken("left over", "model.model.layers.0.input_layernorm.weight", "twice")
+def layers_twice_with_two_prefixes(directory: Path) -> None:
+    rewrite(directory, prefixed("model.layers.", "model.model.layers."))
+
+
+@broken("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "twice", "layers.4.mlp.up_proj.weight")
+def a_layer_twice_in_two_shards(directory: Path) -> None:
+    rewrite(directory, prefixed("model.layers.4.mlp.up_proj.", "layers.4.mlp.up_proj."))
+    shard(directory)
 
 
 @broken("shards", "model.embed_tokens.weight", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -190,6 +221,21 @@ def integers_for_weights(directory: Path) -> None:
     rewrite(directory, lambda tensors: tensors.update({A_TENSOR: tensors[A_TENSOR].to(torch.int8)}))
 
 
+def of_type(dtype: torch.dtype, name: str = A_TENSOR) -> Callable[[Path], None]:
+    return lambda d: rewrite(d, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+
+
+register_all(
+    {
+        "complex_numbers_for_weights": (of_type(torch.complex64), (WEIGHTS, A_TENSOR, "C64")),
+        "truths_for_weights": (of_type(torch.bool), (WEIGHTS, A_TENSOR, "BOOL")),
+        "long_integers_for_weights": (of_type(torch.int64), (WEIGHTS, A_TENSOR, "I64")),
+        "unsigned_integers_for_a_norm": (of_type(torch.uint64, "model.norm.weight"), (WEIGHTS, "model.norm", "U64")),
+        "truths_in_a_bin_file": (both(of_type(torch.bool), as_bin), (BIN, A_TENSOR, "bool")),
+    }
+)
+
+
 @broken("hf_quant_config.json", error=UnsupportedModel)
 def a_quantisation_declared_beside_the_config(directory: Path) -> None:
     (directory / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
@@ -259,14 +305,6 @@ def weights_of_another_kind(directory: Path) -> None:
 def content(name: str, data: bytes | str) -> Callable[[Path], None]:
     def build(directory: Path) -> None:
         (directory / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-
-    return build
-
-
-def both(*builds: Callable[[Path], None]) -> Callable[[Path], None]:
-    def build(directory: Path) -> None:
-        for each in builds:
-            each(directory)
 
     return build
 
