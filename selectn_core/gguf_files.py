@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,15 @@ from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, GgufHeader, read_g
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from selectn_core.checkpoint_config import num_experts
 from selectn_core.checkpoint_files import refuse_placeholder
 from selectn_core.errors import ConfigError, UnsupportedModel
 from selectn_core.load_errors import blaming
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 _FREQUENCIES = "rope_freqs.weight"
-# Tensors that llama.cpp has written and no longer reads.
-_NOT_WEIGHTS = ("rope_freqs.weight", "attn_rot_embd.weight", "rope_freqs")
+_NOT_WEIGHTS = frozenset({_FREQUENCIES, "rope_freqs"})
+_NO_LONGER_READ = "attn_rot_embd.weight"  # by llama.cpp, which has written it
 # Of llama.cpp's YaRN, with the values that it has in transformers too.
 _YARN_SAME = {"attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0}
 _YARN_FIELDS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
@@ -72,22 +75,25 @@ def open_gguf(path: Path) -> GgufFile:
         _refuse_part(path, int(part[1]), int(part[2]))
     with blaming(f"{path}: cannot be read as GGUF, it is cut off or damaged"):
         metadata, names = read_gguf_metadata(str(path))
-    if (count := metadata.get("split.count", 1)) > 1:
-        _refuse_part(path, metadata.get("split.no", 0) + 1, count)
-    if metadata.get("general.type") == "adapter" or "adapter.type" in metadata:
-        raise UnsupportedModel(
-            f"{path}: is a {metadata.get('adapter.type', 'lora')} adapter, not a model: merge it into its base model "
-            "and serve that"
-        )
-    _refuse_cut_off(path)
-    return GgufFile(path=path, metadata=metadata, tensor_names=names)
+    file = GgufFile(path=path, metadata=metadata, tensor_names=names)
+    if (count := _whole_number(file, "split.count", 1)) > 1:
+        _refuse_part(path, _whole_number(file, "split.no", 0) + 1, count)
+    _refuse_other_kinds(file)
+    alignment = _whole_number(file, "general.alignment", 32)
+    if alignment < 1 or alignment & (alignment - 1):
+        raise ConfigError(f"{path}: general.alignment={alignment} is not allowed: expected a power of two")
+    with blaming(f"{path}: cannot be read as GGUF, it is cut off or damaged"):
+        _refuse_cut_off(path)
+    return file
 
 
 def complete_config(file: GgufFile, config: PreTrainedConfig) -> None:
     """Puts what transformers leaves out of `config` into it. Raises UnsupportedModel where it has no place there."""
+    _refuse_other_attention(file, config)
     if file.architecture in GGUF_CONFIG_ARCHS:  # read by a newer part of transformers, which leaves out nothing
         return
     _complete_window(file, config)
+    _positive(file, "rope.freq_base", or_none=False)
     scaling = _rope_scaling(file, config)
     if scaling is None:
         return
@@ -108,13 +114,59 @@ def refuse_left_over(file: GgufFile, config: PreTrainedConfig) -> None:
         model = AutoModelForCausalLM.from_config(config)
         processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
         known = get_gguf_hf_weights_map(model, processor)
-    left_over = [name for name in file.tensor_names if name not in known and not name.endswith(_NOT_WEIGHTS)]
+    left_over = [name for name in file.tensor_names if name not in known and not _is_no_weight(name)]
     if left_over:
         more = f" and {len(left_over) - 3} more" if len(left_over) > 3 else ""
         raise ConfigError(
             f"{file.path}: left over, with no place in the model that its metadata describes: "
             f"{', '.join(left_over[:3])}{more}"
         )
+
+
+def _is_no_weight(name: str) -> bool:
+    return name in _NOT_WEIGHTS or name.endswith(_NO_LONGER_READ)
+
+
+def _whole_number(file: GgufFile, key: str, default: int) -> int:
+    value = file.metadata.get(key, default)
+    if type(value) is not int or value < 0:
+        raise ConfigError(f"{file.path}: {key}={value!r} is not allowed: expected a whole number")
+    return value
+
+
+def _refuse_other_kinds(file: GgufFile) -> None:
+    """Raises UnsupportedModel for what is no language model, in a file of the same format."""
+    kind = file.metadata.get("general.type", "model")
+    if kind == "adapter" or "adapter.type" in file.metadata:
+        raise UnsupportedModel(
+            f"{file.path}: is a {file.metadata.get('adapter.type', 'lora')} adapter, not a model: merge it into its "
+            "base model and serve that"
+        )
+    if kind != "model":
+        raise UnsupportedModel(f"{file.path}: general.type={kind!r}: is no model, but a part of one or data about one")
+
+
+def _refuse_other_attention(file: GgufFile, config: PreTrainedConfig) -> None:
+    """Raises UnsupportedModel for metadata by which llama.cpp computes something else than transformers will."""
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    lengths = (head_dim, getattr(text, "global_head_dim", None))  # Gemma 4's, of its full attention
+    divisor = getattr(text, "query_pre_attn_scalar", None) or head_dim
+    scale = getattr(text, "attention_multiplier", None) or divisor**-0.5
+    is_latent = getattr(text, "kv_lora_rank", None) is not None  # its keys are wider than what is kept of them
+    experts = num_experts(config)
+    checks: dict[str, Callable[[Any], bool]] = {
+        "attention.causal": lambda value: value is True,
+        "pooling_type": lambda value: value == 0,
+        "attention.scale": lambda value: value == 0 or math.isclose(value, scale, rel_tol=1e-5),
+        "attention.key_length": lambda value: is_latent or value in lengths,
+        "attention.value_length": lambda value: is_latent or value in lengths,
+        "expert_count": lambda value: value == (experts[1] if experts else 0),
+    }
+    for key, is_same in checks.items():
+        value = file.of_architecture(key)
+        if value is not None and not (isinstance(value, int | float) and is_same(value)):
+            raise UnsupportedModel(f"{file.path}: {file.architecture}.{key} is {value}, which transformers would drop")
 
 
 def _refuse_cut_off(path: Path) -> None:
@@ -159,9 +211,15 @@ def _rope_scaling(file: GgufFile, config: PreTrainedConfig) -> dict[str, Any] | 
         raise UnsupportedModel(f"{file.path}: {', '.join(factors)}: rope factors that transformers would drop")
     if _FREQUENCIES in file.tensor_names:
         return _as_llama3(file, config)
-    kind, factor = file.of_architecture("rope.scaling.type"), file.of_architecture("rope.scaling.factor")
-    if kind is None and (factor := factor or file.of_architecture("rope.scale_linear")) is not None:
+    kind, factor = file.of_architecture("rope.scaling.type"), _positive(file, "rope.scaling.factor", or_none=True)
+    if kind is None and (factor := factor or _positive(file, "rope.scale_linear", or_none=True)) is not None:
         kind = "linear"  # as files said it before there were several kinds
+    for key, same in _YARN_SAME.items():  # whatever the kind: some scale attention where positions are not scaled
+        value = file.of_architecture(f"rope.scaling.{key}")
+        if value is not None and value != same:
+            raise UnsupportedModel(
+                f"{file.path}: rope.scaling.{key}={value} has no place in transformers' rope scaling"
+            )
     if kind in (None, "none") or factor in (None, 0, 1.0):
         return None
     if kind == "linear":
@@ -171,11 +229,19 @@ def _rope_scaling(file: GgufFile, config: PreTrainedConfig) -> dict[str, Any] | 
     raise UnsupportedModel(f"{file.path}: rope.scaling.type={kind!r} is not known here, and would be dropped")
 
 
+def _positive(file: GgufFile, key: str, *, or_none: bool) -> float | None:
+    """The number under `key`; 0 counts as none where a file may say so. Raises ConfigError for any other."""
+    value = file.of_architecture(key)
+    if value is None or (or_none and value == 0):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise ConfigError(
+            f"{file.path}: {file.architecture}.{key}={value!r} is not allowed: expected a finite number above 0"
+        )
+    return value
+
+
 def _as_yarn(file: GgufFile, config: PreTrainedConfig, factor: float) -> dict[str, Any]:
-    for key, same in _YARN_SAME.items():
-        value = file.of_architecture(f"rope.scaling.{key}")
-        if value is not None and value != same:
-            raise UnsupportedModel(f"{file.path}: rope.scaling.{key}={value} has no place in transformers' YaRN")
     original = file.of_architecture("rope.scaling.original_context_length") or config.max_position_embeddings
     values = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     for key, field in _YARN_FIELDS.items():
@@ -191,6 +257,8 @@ def _as_llama3(file: GgufFile, config: PreTrainedConfig) -> dict[str, Any] | Non
     with blaming(file.path):
         data = next(each.data for each in GGUFReader(file.path).tensors if each.name == _FREQUENCIES)
         factors = torch.tensor(data.tolist())  # [rotated dimensions / 2]
+    if factors.numel() == 0:
+        raise ConfigError(f"{file.path}: {_FREQUENCIES} is empty")
     if bool((factors == 1).all()):
         return None
     scaling = {**_LLAMA3, "factor": float(factors.max())}

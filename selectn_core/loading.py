@@ -261,7 +261,9 @@ def _load_gguf(resolved: ModelConfig) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(resolved.source, **kwargs)
     check_architecture(config)
     check_numbers(file.path, config.to_dict())
-    complete_config(file, config)
+    with blaming(file.path):
+        complete_config(file, config)
+    check_numbers(file.path, config.to_dict())  # with what is in it now
     if config.get_text_config().num_hidden_layers > len(file.tensor_names):
         raise ConfigError(f"{file.path}: has {len(file.tensor_names)} tensors, too few for its block_count")
     refuse_left_over(file, config)

@@ -51,6 +51,15 @@ def refusal(path: Path, *words: str, error: type[SelectNError] = ConfigError, so
     assert not list(stores.iterdir())
 
 
+def keys(**values: Any) -> Callable[[GGUFWriter], None]:
+    def add(writer: GGUFWriter) -> None:
+        adders = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        for key, value in values.items():
+            adders[type(value)](key, value)
+
+    return add
+
+
 # -- files --------------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +120,20 @@ def test_the_whole_of_one_part_is_no_part(good, tmp_path) -> None:
     load(tmp_path / "tiny-00001-of-00001.gguf")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("split.count", "3"), ("general.alignment", 0), ("general.alignment", 3), ("general.alignment", "x")],
+)
+def test_metadata_that_no_reader_can_use_is_named(tmp_path, key, value) -> None:
+    refusal(write_tiny_gguf(tmp_path / "bad.gguf", more=keys(**{key: value})), key, repr(value))
+
+
+@pytest.mark.parametrize("kind", ["mmproj", "imatrix"])
+def test_what_is_no_model_is_refused(tmp_path, kind) -> None:
+    path = write_tiny_gguf(tmp_path / "other.gguf", more=keys(**{"general.type": kind}))
+    refusal(path, "general.type", kind, error=UnsupportedModel)
+
+
 def test_an_adapter_is_refused(tmp_path) -> None:
     def adapter(writer: GGUFWriter) -> None:
         writer.add_type("adapter")
@@ -157,17 +180,7 @@ def test_more_blocks_than_tensors_are_not_built(tmp_path) -> None:
 
 
 def with_metadata(**values: Any) -> Callable[[GGUFWriter], None]:
-    def add(writer: GGUFWriter) -> None:
-        for name, value in values.items():
-            key = f"llama.rope.{name.replace('__', '.')}"
-            if isinstance(value, str):
-                writer.add_string(key, value)
-            elif isinstance(value, int):
-                writer.add_uint32(key, value)
-            else:
-                writer.add_float32(key, value)
-
-    return add
+    return keys(**{f"llama.rope.{name.replace('__', '.')}": value for name, value in values.items()})
 
 
 def frequencies(rope_type: str, theta: float = 10000.0, **parameters: Any) -> torch.Tensor:
@@ -233,12 +246,25 @@ def test_no_scaling_stays_none(good, tmp_path, metadata) -> None:
         ({"scaling__type": "spiral", "scaling__factor": 2.0}, ("rope.scaling.type", "spiral")),
         ({"scaling__type": "longrope", "scaling__factor": 2.0}, ("rope.scaling.type", "longrope")),
         ({**YARN, "scaling__attn_factor": 0.5}, ("rope.scaling.attn_factor", "0.5")),
+        ({**YARN, "scaling__factor": 1.0, "scaling__attn_factor": 0.5}, ("rope.scaling.attn_factor", "0.5")),
         ({**YARN, "scaling__yarn_ext_factor": 0.0}, ("rope.scaling.yarn_ext_factor", "0.0")),
     ],
 )
 def test_scaling_that_has_no_place_is_refused(tmp_path, metadata, words) -> None:
     path = write_tiny_gguf(tmp_path / "scaled.gguf", more=with_metadata(**metadata))
     refusal(path, *words, error=UnsupportedModel)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -4.0, "4"])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_factor_that_is_none_is_refused(tmp_path, kind, factor) -> None:
+    more = with_metadata(scaling__type=kind, scaling__factor=factor)
+    refusal(write_tiny_gguf(tmp_path / "scaled.gguf", more=more), "rope.scaling.factor", repr(factor))
+
+
+@pytest.mark.parametrize("base", [0.0, -5.0, float("nan")])
+def test_a_base_of_frequencies_that_is_none_is_refused(tmp_path, base) -> None:
+    refusal(write_tiny_gguf(tmp_path / "base.gguf", more=with_metadata(freq_base=base)), "not allowed")
 
 
 def with_frequencies(name: str, factors: Any) -> Callable[[GGUFWriter], None]:
@@ -263,6 +289,38 @@ def test_llama_3s_frequencies_are_applied(tmp_path) -> None:
 def test_other_frequencies_are_refused(tmp_path) -> None:
     path = write_tiny_gguf(tmp_path / "other.gguf", more=with_frequencies("rope_freqs.weight", [1, 2, 3, 4]))
     refusal(path, "rope_freqs.weight", error=UnsupportedModel)
+
+
+@pytest.mark.parametrize(
+    ("name", "factors"),
+    [("blk.0.rope_freqs.weight", [7, 7, 7, 7]), ("rope_freqs.weight", [])],
+    ids=["of_one_layer", "none"],
+)
+def test_frequencies_that_nothing_reads_are_refused(tmp_path, name, factors) -> None:
+    refusal(write_tiny_gguf(tmp_path / "f.gguf", more=with_frequencies(name, factors)), name)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.causal", False),
+        ("pooling_type", 1),
+        ("attention.scale", 0.0625),
+        ("attention.key_length", 16),
+        ("attention.value_length", 16),
+        ("expert_count", 4),
+    ],
+)
+def test_other_attention_and_experts_are_refused(tmp_path, key, value) -> None:
+    path = write_tiny_gguf(tmp_path / "other.gguf", more=keys(**{f"llama.{key}": value}))
+    refusal(path, key, str(value), error=UnsupportedModel)
+
+
+def test_the_same_attention_said_again_loads(tmp_path) -> None:
+    said = {"attention.causal": True, "pooling_type": 0, "attention.scale": HEAD_DIM**-0.5, "expert_count": 0}
+    lengths = {"attention.key_length": HEAD_DIM, "attention.value_length": HEAD_DIM}
+    more = keys(**{f"llama.{key}": value for key, value in {**said, **lengths}.items()})
+    load(write_tiny_gguf(tmp_path / "same.gguf", more=more))
 
 
 def test_frequencies_of_one_change_nothing(good, tmp_path) -> None:
