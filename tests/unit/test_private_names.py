@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import rename_source_key
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching import cache as cache_module
 from transformers.generation.continuous_batching.cache import (
@@ -38,6 +40,11 @@ from tests.tiny_models import tiny_model
 PLACE = "selectn_core/transformers_cb/"
 
 SIGNATURES = [
+    (get_model_conversion_mapping, ("model", "key_mapping", "hf_quantizer", "add_legacy")),
+    (
+        rename_source_key,
+        ("source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict", "reverse"),
+    ),
     (FIFOScheduler.__init__, ("self", "cache", "safety_margin", "max_requests_per_batch")),
     (FIFOScheduler.schedule_batch, ("self", "token_budget", "cache_budget")),
     (FIFOScheduler._get_waiting_candidates, ("self",)),
