@@ -16,7 +16,7 @@ from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, GgufHeader, read_g
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from selectn_core.checkpoint_config import num_experts
+from selectn_core.checkpoint_config import check_experts, num_experts
 from selectn_core.checkpoint_files import refuse_placeholder
 from selectn_core.errors import ConfigError, UnsupportedModel
 from selectn_core.load_errors import blaming
@@ -89,6 +89,7 @@ def open_gguf(path: Path) -> GgufFile:
 
 def complete_config(file: GgufFile, config: PreTrainedConfig) -> None:
     """Puts what transformers leaves out of `config` into it. Raises UnsupportedModel where it has no place there."""
+    check_experts(file.path, config)
     _refuse_other_attention(file, config)
     if file.architecture in GGUF_CONFIG_ARCHS:  # read by a newer part of transformers, which leaves out nothing
         return

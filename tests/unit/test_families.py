@@ -242,6 +242,12 @@ def test_a_window_that_the_attention_does_not_have_is_refused() -> None:
         shapes_of(config)
 
 
+def test_an_attention_may_know_its_window_by_itself() -> None:
+    sliding = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}
+    config = AutoConfig.for_model("qwen2_moe", **TINY, **sliding, num_experts=4, moe_intermediate_size=24)
+    assert set(shapes_of(config)) == {"sliding_attention", "full_attention"}
+
+
 def test_rows_of_the_cache_are_as_wide_as_what_is_kept() -> None:
     def shape(num_heads: int, head_dim: int) -> KvShape:
         return KvShape(num_heads=num_heads, head_dim=head_dim)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
+from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen2MoeConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from selectn_core.config import HostConfig, ModelConfig
@@ -356,6 +356,12 @@ def test_gemma_3s_scaling_is_that_of_its_full_attention() -> None:
     assert config.rope_parameters["full_attention"]["rope_type"] == "linear"
     assert config.rope_parameters["full_attention"]["factor"] == 8.0
     assert config.rope_parameters["sliding_attention"] == sliding
+
+
+def test_more_experts_for_a_token_than_there_are_are_refused() -> None:
+    config = Qwen2MoeConfig(num_experts=4, num_experts_per_tok=5)
+    with pytest.raises(ConfigError, match="x.gguf: num_experts_per_tok=5 .*num_experts=4"):
+        complete_config(metadata_of("qwen2moe", expert_count=4), config)
 
 
 def test_a_part_of_the_head_that_is_not_rotated_is_refused() -> None:
