@@ -105,7 +105,7 @@ NEUTRAL_VALUES: Neutral = {
     "min_keep": (0,),
     "mirostat": (0,),
     "n_keep": (0,),
-    "n_predict": (),
+    "n_predict": (-1,),
     "n_probs": (0,),
     "post_sampling_probs": (False,),
     "repeat_penalty": (1,),
