@@ -61,6 +61,7 @@ Section = TypeVar("Section", bound=Strict)
 class RequestLimits(Strict):
     """What one HTTP request may ask for, and who may ask.
 
+    A body has `max_body_bytes` at most, and comes within `body_timeout_s`.
     `default_max_tokens` is what a chat request gets that names no max_tokens, if the model's length allows. Of requests
     that find no room `max_queued_requests` wait in each ingress, no longer than `admission_timeout_s`, and with
     `refuse_late` no longer than `slo.ttft_ms` allows. API keys, lines of "name key", are in a file and in an
@@ -68,6 +69,7 @@ class RequestLimits(Strict):
     """
 
     max_body_bytes: Annotated[int, Bounds(at_least=1024, at_most=1 << 30)] = 4 * 2**20
+    body_timeout_s: Annotated[float, Bounds(above=0, at_most=86_400)] = 30.0
     default_max_tokens: Annotated[int, Bounds(at_least=1, at_most=(1 << 31) - 1)] = 256
     max_queued_requests: Annotated[int, Bounds(at_least=0, at_most=1 << 20)] = 256
     admission_timeout_s: Annotated[float, Bounds(above=0, at_most=86_400)] = 30.0

@@ -52,6 +52,8 @@ class ApiError(Exception):
         headers = {} if wait_s is None else {"Retry-After": str(max(1, round(wait_s)))}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 408:  # what is still to come of the body is not waited for
+            headers["Connection"] = "close"
         return JSONResponse(self.body().model_dump(), status_code=self.status, headers=headers)
 
 

@@ -46,7 +46,7 @@ from selectn_core.config import ModelConfig, SloConfig
 logger = logging.getLogger(__name__)
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 429, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 408, 413, 415, 429, 500, 503)
 }
 
 
@@ -174,7 +174,7 @@ def build_api(service: Service, limits: RequestLimits, keys: ApiKeys) -> FastAPI
     urls: dict[str, Any] = dict.fromkeys(("openapi_url", "docs_url", "redoc_url")) if keys.are_required else {}
     api = FastAPI(title="Select-N", description="OpenAI-compatible LLM serving with memory offloading", **urls)
     install_error_handlers(api)
-    bodies = BodyReader(limits.max_body_bytes)
+    bodies = BodyReader(limits.max_body_bytes, limits.body_timeout_s)
 
     async def owner(authorization: str | None = Header(default=None)) -> str:
         name = keys.owner(authorization)

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from email.message import Message
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -26,6 +27,7 @@ MAX_NAMES = 2**16
 # Token ids, until a replica has said how long a request may be.
 MAX_TOKEN_IDS = 2**20
 PIECE_BYTES = 2**16
+UTF_8 = ("utf-8", "utf8")
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -35,17 +37,25 @@ _Path = tuple["_Path | None", str | int]
 
 
 class BodyReader:
-    """Reads bodies of `max_body_bytes` at most; large ones are decoded one at a time, in a thread of their own."""
+    """Reads bodies of `max_body_bytes` at most, for `timeout_s` at most: a slow one takes the place of a call.
 
-    def __init__(self, max_body_bytes: int) -> None:
-        self._max_body_bytes = max_body_bytes
+    Large ones are decoded one at a time, in a thread of their own.
+    """
+
+    def __init__(self, max_body_bytes: int, timeout_s: float) -> None:
+        self._max_body_bytes, self._timeout_s = max_body_bytes, timeout_s
         # One: the interpreter's lock lets no second one run, and those that wait are bounded by Serve.
         self._decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
     async def read(self, request: Request, kind: type[Body], *, longest_tokens: int | None = None) -> Body:
         """The body as a `kind`. `longest_tokens`: of a request, if known. Raises ApiError for what is wrong with it."""
         check_headers(request.headers)
-        data = await self._data(request)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                data = await self._data(request)
+        except TimeoutError:
+            message = f"the body did not come within {self._timeout_s:g} s: send it faster, or a smaller one"
+            raise ApiError(408, message, code="body_timeout") from None
         if len(data) <= MAX_INLINE_BYTES:
             return parse(data, kind, longest_tokens)
         return await asyncio.get_running_loop().run_in_executor(self._decoding, parse, data, kind, longest_tokens)
@@ -75,15 +85,27 @@ def check_headers(headers: Mapping[str, str]) -> None:
 
     Browsers send other content types to any server without asking: a page could use a server on its reader's machine.
     """
-    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = headers.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json":
         sent = f"is '{media_type[:64]}'" if media_type else "is missing"
         message = f"the header Content-Type {sent}: send JSON, and say so (Content-Type: application/json)"
         raise ApiError(415, message, code="unsupported_media_type")
+    charset = _charset(content_type)
+    if charset not in UTF_8:
+        message = f"the header Content-Type says charset={charset[:64]}: send the body in UTF-8"
+        raise ApiError(415, message, code="unsupported_charset")
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         message = f"the header Content-Encoding is '{encoding[:64]}': send the body uncompressed"
         raise ApiError(415, message, code="unsupported_encoding")
+
+
+def _charset(content_type: str) -> str:
+    """The charset that the header names, in lower case; UTF-8 where it names none, as JSON is."""
+    header = Message()
+    header["Content-Type"] = content_type
+    return str(header.get_content_charset("utf-8"))
 
 
 def parse(data: bytes, kind: type[Body], longest_tokens: int | None = None) -> Body:

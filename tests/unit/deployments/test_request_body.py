@@ -162,6 +162,9 @@ def test_a_body_is_an_object(data):
         ({"content-type": "application/x-www-form-urlencoded"}, "unsupported_media_type"),
         ({"content-type": "text/plain"}, "unsupported_media_type"),
         ({**JSON, "content-encoding": "gzip"}, "unsupported_encoding"),
+        ({"content-type": "application/json; charset=utf-16"}, "unsupported_charset"),
+        ({"content-type": 'application/json; a="b;charset=utf-8"; charset="ISO-8859-1"'}, "unsupported_charset"),
+        ({"content-type": 'application/json; charset="UTF-8"'}, None),
         (JSON, None),
         ({"content-type": "Application/JSON; charset=utf-8", "content-encoding": "identity"}, None),
     ],
@@ -178,11 +181,31 @@ def test_only_plain_json_is_read(headers, code):
 @pytest.mark.parametrize("headers", [JSON, {**JSON, "content-length": "5"}, {**JSON, "content-length": "9" * 5000}])
 def test_a_body_is_bounded_whatever_its_length_claims(headers):
     async def read() -> None:
-        await BodyReader(10).read(request(b'{"a":', b"1234567}", headers=headers), CompletionRequest)
+        await BodyReader(10, 60).read(request(b'{"a":', b"1234567}", headers=headers), CompletionRequest)
 
     with pytest.raises(ApiError) as caught:
         asyncio.run(read())
     assert caught.value.status == 413
+
+
+@pytest.mark.parametrize("pieces", [[], [b"{"]], ids=["stalled", "dripping"])
+def test_a_body_that_never_ends_is_not_waited_for(pieces):
+    async def receive() -> dict[str, Any]:
+        await (asyncio.sleep(0.001) if pieces else asyncio.Event().wait())
+        return {"type": "http.request", "body": pieces[0], "more_body": True}
+
+    slow = request()
+    slow._receive = receive
+    with pytest.raises(ApiError, match="the body did not come within 0.05 s") as caught:
+        asyncio.run(asyncio.wait_for(BodyReader(1 << 30, 0.05).read(slow, CompletionRequest), 20))
+    assert (caught.value.status, caught.value.code) == (408, "body_timeout")
+    assert caught.value.body().error.type == "invalid_request_error"
+    assert caught.value.response().headers["Connection"] == "close"
+
+
+def test_the_charset_that_was_sent_is_named():
+    with pytest.raises(ApiError, match="charset=utf-16: send the body in UTF-8"):
+        check_headers({"content-type": "application/json; charset=UTF-16"})
 
 
 class Held(ClientObject):
@@ -205,7 +228,7 @@ class HOLD:
 
 def test_a_small_body_does_not_wait_for_a_large_one():
     async def check() -> None:
-        bodies = BodyReader(1 << 20)
+        bodies = BodyReader(1 << 20, 60)
         large = asyncio.create_task(bodies.read(request(json.dumps({"prompt": "x" * 100_000}).encode()), Held))
         while not HOLD.begun.is_set():
             await asyncio.sleep(0)
