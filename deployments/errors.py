@@ -15,6 +15,7 @@ from starlette.routing import Match
 
 from deployments.messages import Refused
 from deployments.protocol import ErrorDetail, ErrorResponse
+from deployments.request_fields import BRANCHES, in_plain_words, path_to, shown
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,7 @@ def out_of_range(name: str, value: float, low: float, high: float) -> ApiError:
 
 def model_not_found(name: str, served: str) -> ApiError:
     """404 for a model this server does not serve."""
-    shown = name if len(name) <= MAX_SHOWN_CHARS else f"{name[:MAX_SHOWN_CHARS]}..."
-    message = f"the model '{shown}' does not exist; this server serves '{served}'"
+    message = f"the model '{shown(name, MAX_SHOWN_CHARS)}' does not exist; this server serves '{served}'"
     return ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -149,32 +149,22 @@ def install_error_handlers(api: FastAPI) -> None:
 
 def invalid_field(problem: Mapping[str, Any], location: Sequence[str | int]) -> ApiError:
     """400 for one of pydantic's errors, whose field is at `location`."""
-    param, context = param_of(location), problem.get("ctx") or {}
+    # Only the server's own names are in pydantic's locations, so what is left out here is no client's.
+    place = [part for part in location if part not in BRANCHES]
+    param, context = path_to(place), problem.get("ctx") or {}
     if "param" in context:  # an object's error about one of its fields
         where = f"{param}: " if param is not None else ""
-        param = param_of((*location, str(context["param"])))
+        param = path_to((*place, str(context["param"])))
         return ApiError(400, f"{where}{problem['msg']}", param=param, code="unsupported_field")
-    message = str(problem["msg"]).replace("Input should be", "expected").replace("Field required", "is missing")
+    message = in_plain_words(problem["type"], problem["msg"], context)
     return ApiError(400, f"{param or 'body'}: {message}", param=param, code="invalid_value")
 
 
-def param_of(location: Sequence[str | int]) -> str | None:
-    """('messages', 0, 'content', '<parts>') as "messages[0].content": names of a union's branches are left out."""
-    path = ""
-    for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif not (part.startswith("<") and part.endswith(">")):
-            name = part.encode(errors="backslashreplace").decode()[:MAX_SHOWN_CHARS]
-            path += f".{name}" if path else name
-    return path or None
-
-
 def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    allowed = ", ".join(_allowed_methods(request))
+    allowed, path = ", ".join(_allowed_methods(request)), shown(request.url.path, MAX_SHOWN_CHARS)
     messages = {
-        404: f"unknown URL: {request.method} {request.url.path}",
-        405: f"{request.method} is not allowed for {request.url.path}; allowed: {allowed}",
+        404: f"unknown URL: {request.method} {path}",
+        405: f"{request.method} is not allowed for {path}; allowed: {allowed}",
     }
     if request.method == "OPTIONS" and error.status_code == 405:
         messages[405] += ". This server does not take part in CORS: pages of other origins cannot call it"

@@ -25,7 +25,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """selectn_core.sampling.SamplingParams as the client wrote it; the replica checks the ranges.
+    """selectn_core.sampling.SamplingParams as the client wrote it; ingress and replica check the same ranges.
 
     Repeated here because the ingress must not import torch. `max_tokens` None: `default_max_tokens`, or what the
     replica has by default, if the model's length leaves that many.

@@ -10,19 +10,7 @@ import time
 from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    FailFast,
-    Field,
-    Strict,
-    Tag,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.config import nearest
@@ -40,45 +28,15 @@ from deployments.neutral_fields import (
     Neutral,
     changes_nothing,
 )
+from deployments.request_fields import FirstErrorEnds, Flag, InRange, Prompt, at_most, only, shown, text_or_list
+from selectn_core.bounds import Bounds, Number
+from selectn_core.config import MOST_MS
+from selectn_core.sampling_ranges import RANGES
 
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 4, 1024
 MAX_MESSAGES, MAX_PARTS = 4096, 1024
-MAX_TOKENS = 2**31 - 1
-MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
-# What is shown of a name that a client made up.
-MAX_SHOWN_CHARS = 64
 # The API's own default for /v1/completions.
 DEFAULT_COMPLETION_TOKENS = 16
-
-
-def _at_most(limit: int, *, at_least: int = 0) -> BeforeValidator:
-    """Refuses a list of more than `limit`, before any of its items is validated."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, list) and len(value) < at_least:
-            raise PydanticCustomError("too_few", "expected at least {at_least}", {"at_least": at_least})
-        if isinstance(value, list) and len(value) > limit:
-            message = "at most {limit} are allowed, and there are {count}"
-            raise PydanticCustomError("too_many", message, {"limit": limit, "count": len(value)})
-        return value
-
-    return BeforeValidator(check)
-
-
-def _text_or_list(expected: str) -> Discriminator:
-    """Of the union's two branches, tagged <text> and <list>, only the one that was meant says what is wrong."""
-    branches: dict[type, str] = {str: "<text>", list: "<list>", tuple: "<list>"}
-    return Discriminator(
-        lambda value: branches.get(type(value)),
-        custom_error_type="no_text_or_list",
-        custom_error_message=expected,
-    )
-
-
-class FirstErrorEnds(FailFast):
-    """pydantic's FailFast for lists within a union: what annotates those must have a hash."""
-
-    __hash__ = object.__hash__
 
 
 class ClientObject(BaseModel):
@@ -105,7 +63,10 @@ class ClientObject(BaseModel):
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-TokenIds = Annotated[tuple[Annotated[int, Strict()], ...], FirstErrorEnds()]
+MaxTokens = Annotated[int, InRange(RANGES["max_tokens"])]
+Milliseconds = Annotated[
+    float, InRange(Number(bounds=Bounds(above=0, at_most=MOST_MS), is_whole=False, is_optional=False, words=()))
+]
 
 
 class Request(ClientObject):
@@ -117,22 +78,24 @@ class Request(ClientObject):
     default_max_tokens: ClassVar[int | None] = None
 
     model: str
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = Field(default=None, ge=MIN_SEED, le=MAX_SEED)
-    n: Literal[1] = 1
-    stop: Annotated[tuple[StopString, ...], FirstErrorEnds(), _at_most(MAX_STOP_STRINGS)] = ()
-    stream: bool = False
+    max_tokens: MaxTokens | None = None
+    temperature: Annotated[float, InRange(RANGES["temperature"])] = 1.0
+    top_p: Annotated[float, InRange(RANGES["top_p"])] = 1.0
+    top_k: Annotated[int, InRange(RANGES["top_k"])] = 0
+    seed: Annotated[int, InRange(RANGES["seed"])] | None = None
+    n: Annotated[Literal[1], only(1)] = 1
+    stop: Annotated[tuple[StopString, ...], FirstErrorEnds(), at_most(MAX_STOP_STRINGS)] = ()
+    stream: Flag = False
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
+    ignore_eos: Flag = False
     slo: RequestSlo | None = None
     priority: Priority = "normal"
 
     @field_validator("stop", mode="before")
     @classmethod
     def _one_stop_is_a_list_of_one(cls, value: Any) -> Any:
+        if not isinstance(value, str | list | tuple):
+            raise PydanticCustomError("no_text_or_list", "expected text, or a list of texts")
         return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -162,8 +125,8 @@ class Request(ClientObject):
 class RequestSlo(ClientObject):
     """`slo`: this request's latency objectives in milliseconds, within what the server allows; null: the server's."""
 
-    ttft_ms: float | None = Field(default=None, gt=0)
-    tpot_ms: float | None = Field(default=None, gt=0)
+    ttft_ms: Milliseconds | None = None
+    tpot_ms: Milliseconds | None = None
 
 
 class StreamOptions(ClientObject):
@@ -172,7 +135,7 @@ class StreamOptions(ClientObject):
     ignored: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
     neutral: ClassVar[Neutral] = {"continuous_usage_stats": (False,)}
 
-    include_usage: bool = False
+    include_usage: Flag = False
 
 
 class TextPart(ClientObject):
@@ -189,12 +152,12 @@ class TextPart(ClientObject):
     def _only_text(cls, values: Any) -> Any:
         kind = values.get("type", "text") if isinstance(values, dict) else "text"
         if kind != "text":
-            shown = f"of type '{_shown(kind)}'" if isinstance(kind, str) else "of this type"
-            raise PydanticCustomError("no_text", "a part {shown} is not served: the model reads text", {"shown": shown})
+            what = f"of type '{shown(kind)}'" if isinstance(kind, str) else "of this type"
+            raise PydanticCustomError("no_text", "a part {what} is not served: the model reads text", {"what": what})
         return values
 
 
-Parts = Annotated[tuple[TextPart, ...], FirstErrorEnds(), _at_most(MAX_PARTS)]
+Parts = Annotated[tuple[TextPart, ...], FirstErrorEnds(), at_most(MAX_PARTS)]
 
 
 class Message(ClientObject):
@@ -206,7 +169,7 @@ class Message(ClientObject):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Annotated[str, Tag("<text>")] | Annotated[Parts, Tag("<list>")],
-        _text_or_list("expected text, or a list of text parts"),
+        text_or_list("expected text, or a list of text parts"),
     ]
     name: str | None = None
 
@@ -229,8 +192,8 @@ class ChatCompletionRequest(Request):
 
     neutral: ClassVar[Neutral] = CHAT_NEUTRAL_VALUES
 
-    messages: Annotated[tuple[Message, ...], FirstErrorEnds(), _at_most(MAX_MESSAGES, at_least=1)]
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    messages: Annotated[tuple[Message, ...], FirstErrorEnds(), at_most(MAX_MESSAGES, at_least=1)]
+    max_completion_tokens: MaxTokens | None = None
 
     @property
     def output_tokens(self) -> int | None:
@@ -244,20 +207,7 @@ class CompletionRequest(Request):
     neutral: ClassVar[Neutral] = COMPLETION_NEUTRAL_VALUES
     default_max_tokens: ClassVar[int | None] = DEFAULT_COMPLETION_TOKENS
 
-    prompt: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[TokenIds, Tag("<list>")],
-        _text_or_list("expected text, or a list of token ids"),
-    ]
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _one_prompt(cls, value: Any) -> Any:
-        """[text] and [[ids]] are batches of one; larger batches are not served."""
-        if not isinstance(value, list) or not value or isinstance(value[0], int):
-            return value
-        if len(value) > 1:
-            raise PydanticCustomError("one_prompt", "only one prompt per request is served")
-        return value[0]
+    prompt: Prompt
 
 
 class Usage(BaseModel):
@@ -383,13 +333,9 @@ def _unserved(names: Collection[str], kind: type[ClientObject]) -> PydanticCusto
         verb = "are" if len(known) > 1 else "is"
         return _at_fault(known[0], f"{' and '.join(known)} {verb} not served by this server")
     first = next(iter(names))
-    name = _shown(first)
+    name = shown(first)
     hint = nearest(name, kind.model_fields) if name == first else ""
     return _at_fault(name, f"unknown field '{name}'{hint}")
-
-
-def _shown(name: str) -> str:
-    return name if len(name) <= MAX_SHOWN_CHARS else f"{name[:MAX_SHOWN_CHARS]}..."
 
 
 def _at_fault(name: str, message: str) -> PydanticCustomError:

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from deployments.errors import ApiError, context_length_exceeded, invalid_field, param_of
+from deployments.errors import ApiError, context_length_exceeded, invalid_field
+from deployments.request_fields import path_to, shown
 
 # Decoded on the event loop: even the worst body of this size takes less than handing it to a thread may have to wait.
 MAX_INLINE_BYTES = 16 * 1024
@@ -88,16 +89,16 @@ def check_headers(headers: Mapping[str, str]) -> None:
     content_type = headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json":
-        sent = f"is '{media_type[:64]}'" if media_type else "is missing"
+        sent = f"is '{shown(media_type)}'" if media_type else "is missing"
         message = f"the header Content-Type {sent}: send JSON, and say so (Content-Type: application/json)"
         raise ApiError(415, message, code="unsupported_media_type")
     charset = _charset(content_type)
     if charset not in UTF_8:
-        message = f"the header Content-Type says charset={charset[:64]}: send the body in UTF-8"
+        message = f"the header Content-Type says charset={shown(charset)}: send the body in UTF-8"
         raise ApiError(415, message, code="unsupported_charset")
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        message = f"the header Content-Encoding is '{encoding[:64]}': send the body uncompressed"
+        message = f"the header Content-Encoding is '{shown(encoding)}': send the body uncompressed"
         raise ApiError(415, message, code="unsupported_encoding")
 
 
@@ -219,6 +220,6 @@ def _no_text(path: _Path | None, what: str) -> ApiError:
     while path is not None:
         path, part = path
         parts.append(part)
-    param = param_of(parts[::-1])
+    param = path_to(parts[::-1])
     message = f"{param}: {what} has half of a surrogate pair (\\ud800 to \\udfff), which is no character"
     return ApiError(400, message, param=param, code="invalid_value")

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from selectn_core.errors import RequestError
+from selectn_core.sampling_ranges import RANGES
 
-MAX_TEMPERATURE = 2.0
 # Below it the most likely token is taken: scores that differ by less than this are rounding.
 MIN_TEMPERATURE = 1e-5
-_SEEDS = 1 << 63
 # Of a row's tokens, so many are looked at before all are sorted, which takes ten times as long on a CPU.
 _NUM_CANDIDATES = 1024
 # A 32-bit finaliser with next to no bias (Chris Wellons, "Prospecting for Hash Functions", 2018).
@@ -40,17 +39,10 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _require(_is_whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _require(
-            _is_number(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
-            "temperature",
-            self.temperature,
-            f"0 to {MAX_TEMPERATURE:g}",
-        )
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, up to 1")
-        _require(_is_whole(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        in_range = self.seed is None or (_is_whole(self.seed) and -_SEEDS <= self.seed < _SEEDS)
-        _require(in_range, "seed", self.seed, "a 64-bit integer, or null")
+        for field, number in RANGES.items():
+            value = getattr(self, field)
+            if not number.allows(value):
+                raise RequestError(f"{field}={value!r} is not allowed: expected {number.allowed}", field=field)
 
     @property
     def is_greedy(self) -> bool:
@@ -164,16 +156,3 @@ def _key(seed: int, position: int) -> tuple[int, int]:
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:  # [len(values), 1]
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_whole(value) or isinstance(value, float)
-
-
-def _require(condition: bool, field: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise RequestError(f"{field}={value!r} is not allowed: expected {allowed}", field=field)

@@ -168,11 +168,13 @@ class TestErrors:
         assert caught.value.type == "invalid_request_error"
         assert caught.value.body["message"]
 
-    @pytest.mark.parametrize("prompt", ["", [], [10**6], [-1]])
-    def test_400_for_prompts_without_meaning(self, client, prompt):
+    @pytest.mark.parametrize(
+        ("prompt", "param"), [("", "prompt"), ([], "prompt"), ([10**6], "prompt"), ([-1], "prompt[0]")]
+    )
+    def test_400_for_prompts_without_meaning(self, client, prompt, param):
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(model=MODEL, prompt=prompt)
-        assert caught.value.param == "prompt"
+        assert caught.value.param == param
 
     @pytest.mark.parametrize(
         ("fields", "param"),

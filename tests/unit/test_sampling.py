@@ -210,6 +210,8 @@ def test_as_few_operations_for_many_rows_as_for_one() -> None:
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -1),
+        ("top_k", 1 << 63),
+        ("max_tokens", 1 << 31),
         ("seed", 1 << 63),
     ],
 )

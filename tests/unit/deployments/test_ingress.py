@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -48,15 +49,58 @@ def piece(data: bytes) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", URLS)
 def test_a_body_is_not_received_before_the_key_the_headers_and_the_length_are_known(api, path):
-    json = {"content_type": "application/json"}
+    plain = {"content_type": "application/json"}
     key = {"authorization": f"Bearer {KEY}"}
     body = [piece(b"x" * 500)] * 4
-    assert ask(api, path, *body, **json) == (401, 0)
-    assert ask(api, path, *body, **json, authorization="Bearer other", content_length="9") == (401, 0)
+    assert ask(api, path, *body, **plain) == (401, 0)
+    assert ask(api, path, *body, **plain, authorization="Bearer other", content_length="9") == (401, 0)
     assert ask(api, path, *body, **key) == (415, 0)
-    assert ask(api, path, *body, **key, **json, content_length="2000") == (413, 0)
-    assert ask(api, path, *body, **key, **json) == (413, 3)
-    assert ask(api, path, piece(b"{"), {"type": "http.request", "body": b""}, **key, **json) == (400, 2)
+    assert ask(api, path, *body, **key, **plain, content_length="2000") == (413, 0)
+    assert ask(api, path, *body, **key, **plain) == (413, 3)
+    assert ask(api, path, piece(b"{"), {"type": "http.request", "body": b""}, **key, **plain) == (400, 2)
+
+
+@pytest.mark.parametrize("path", URLS)
+def test_a_wrong_field_is_refused_before_a_replica_is_asked_for(api, path):
+    headers = {"content_type": "application/json", "authorization": f"Bearer {KEY}"}
+    least = b'"prompt": "hi"' if path == "/v1/completions" else b'"messages": [{"role": "user", "content": "hi"}]'
+    for wrong in (b'"temperature": 1e999', b'"top_p": "nan"', b'"top_k": -2', b'"n": true', b'"stream": "yes"'):
+        body = b'{"model": "no such model", %s, %s}' % (least, wrong)
+        events = [{"type": "http.request", "body": body, "more_body": False}]
+        assert ask(api, path, *events, **headers) == (400, 1), wrong
+
+
+def test_a_body_has_the_time_that_the_limits_say():
+    keys, service = load_api_keys(None, None), cast(Service, SimpleNamespace(longest_tokens=None))
+    api, sent = build_api(service, RequestLimits(body_timeout_s=0.05), keys), list[dict[str, Any]]()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": URLS[0], "query_string": b""}
+    scope["headers"] = [(b"content-type", b"application/json")]
+    asyncio.run(asyncio.wait_for(api(scope, asyncio.Event().wait, send), 20))
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"])["error"]["code"] == "body_timeout"
+
+
+def test_an_unknown_url_is_shown_in_part_and_without_what_is_not_printed(api):
+    sent = list[dict[str, Any]]()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/a\x1b\u2028b" + "x" * 60_000,
+        "headers": [],
+        "query_string": b"",
+    }
+    asyncio.run(api(scope, asyncio.Event().wait, send))
+    message = json.loads(sent[1]["body"])["error"]["message"]
+    assert message.startswith(r"unknown URL: GET /a\x1b\u2028bxxx")
+    assert len(message) < 300
 
 
 def test_the_collector_does_not_look_through_what_stays():
