@@ -340,7 +340,8 @@ def _unserved(names: Collection[str], kind: type[ClientObject]) -> PydanticCusto
 
 def _at_fault(name: str, message: str) -> PydanticCustomError:
     """An error of a whole object that still names the field for the response's `param`."""
-    return PydanticCustomError("at_fault", "{message}", {"message": message, "param": name})
+    # Pydantic puts values into its text one after the other: what is put in last is not looked through again.
+    return PydanticCustomError("at_fault", "{message}", {"param": name, "message": message})
 
 
 Request.model_rebuild()

@@ -162,6 +162,7 @@ def test_a_name_in_angle_brackets_is_a_name(name):
         ("a\u2028\x85b", r"a\u2028\x85b"),
         ("\u202eabc", r"\u202eabc"),
         ("naïve 名", "naïve 名"),
+        ("{param}{message}{what}", "{param}{message}{what}"),
         ("\n" * 100, r"\n" * 32 + "..."),
         ("x" * 65, "x" * 64 + "..."),
     ],
