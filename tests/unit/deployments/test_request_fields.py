@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -184,3 +186,8 @@ def test_a_path_of_any_length_is_not_repeated_whole():
     assert len(caught.value.param) < 300
     assert caught.value.param.startswith("metadata.xxxx")
     assert len(str(caught.value)) < 500
+
+
+def test_the_ranges_are_read_without_torch():
+    code = "import sys, deployments.protocol, deployments.request_body; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
