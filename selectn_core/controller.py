@@ -137,7 +137,8 @@ class Controller:
         if load.decoding:
             self._following = self._planned
             return
-        self._following = load.decode_step(len(prefills), rounded_up(max(each.num_keys for each in turn)))
+        following = load.joined_by(admission.beginning)
+        self._following = following.decode_step(len(prefills), rounded_up(max(each.num_keys for each in turn)))
         self._num_chunks = -(-sum(each.prefill_tokens for each in turn) // tokens)
 
     def _has_memory(self, load: Load, limit_s: float, lacking_bytes: int) -> bool:

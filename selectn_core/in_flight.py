@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from selectn_core.steps import StepShape
@@ -43,7 +43,8 @@ class Waiting:
 
     `num_past` keys of it have been computed, `kv_bytes` are what its KV takes at its end. One that was preempted has
     had its first token: nothing is due. Others may begin before it until `passed_until_s`, if they must not wait for
-    the step to become as short as it needs. `ticket` is its name.
+    the step to become as short as it needs. It draws its tokens where `is_sampled`, among the likeliest only where
+    `is_truncated`. `ticket` is its name.
     """
 
     prefill_tokens: int
@@ -52,6 +53,8 @@ class Waiting:
     num_past: int = 0
     kv_bytes: int = 0
     passed_until_s: float = -math.inf
+    is_sampled: bool = False
+    is_truncated: bool = False
     ticket: str = ""
 
     @property
@@ -66,8 +69,8 @@ class Load:
 
     The first `num_begun` of the waiting ones hold KV cache, and for the first `num_fitting` memory will hold to their
     end (None: all): of the others none begins, however many tokens a step has room for. `is_full`: there is no room
-    for one more, whether or not it waits here. Of the requests, `sampled_share` draw their tokens and
-    `truncated_share` do so among the likeliest only.
+    for one more, whether or not it waits here. Of those that hold KV cache, `sampled_share` draw their tokens and
+    `truncated_share` do so among the likeliest only; where none holds any, of all.
     """
 
     now_s: float
@@ -86,6 +89,21 @@ class Load:
             math.ceil(share * shape.num_decodes) for share in (self.sampled_share, self.truncated_share)
         )
         return shape.sampling(num_sampled, num_truncated)
+
+    def joined_by(self, others: Sequence[Waiting], num_before: int | None = None) -> Load:
+        """The same load with the shares that draw their tokens as they are once `others` hold KV cache too.
+
+        `num_before`: how many these shares are of now; None: all that hold KV cache.
+        """
+        if not others:
+            return self
+        before = len(self.decoding) + self.num_begun if num_before is None else num_before
+        num = before + len(others)
+        return replace(
+            self,
+            sampled_share=(self.sampled_share * before + sum(each.is_sampled for each in others)) / num,
+            truncated_share=(self.truncated_share * before + sum(each.is_truncated for each in others)) / num,
+        )
 
     @property
     def begun(self) -> Sequence[Waiting]:

@@ -102,16 +102,17 @@ class Joining:
         beginning: list[Waiting] = []
         for each in load.candidates:
             keys, lacks_bytes = num_keys + each.num_keys, lacking_bytes + each.kv_bytes
-            unloaded_s = self.unloaded_s(load.decode_step(num + 1, rounded_up(-(-keys // (num + 1)))))
+            with_it = load.joined_by([*beginning, each])
+            unloaded_s = self.unloaded_s(with_it.decode_step(num + 1, rounded_up(-(-keys // (num + 1)))))
             own_s = PLANNED_SHARE * each.tpot_s
-            if self._alone_s(load, each.num_keys) > own_s:
+            if self._alone_s(load.joined_by([each], 0), each.num_keys) > own_s:
                 own_s = math.inf  # it is missed in any case, and hurries nobody
             if num and unloaded_s > limit_s:
                 break
             if num and own_s < limit_s:  # it wants shorter steps than there are
-                beside = load.step_with([Chunk(_SMALLEST_CHUNK, 0)], rounded_up(load.mean_kv_tokens))
+                beside = with_it.step_with([Chunk(_SMALLEST_CHUNK, 0)], rounded_up(load.mean_kv_tokens))
                 is_fast = max(unloaded_s, (1 + self._slowdown) * self.unloaded_s(beside)) <= own_s
-                if not (is_fast and has_memory(load, own_s, lacks_bytes)):
+                if not (is_fast and has_memory(with_it, own_s, lacks_bytes)):
                     if load.now_s < each.passed_until_s:
                         continue
                     break

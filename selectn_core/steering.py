@@ -274,13 +274,16 @@ def load_of(
             tpot_s=objectives.tpot_s,
             kv_bytes=kv_bytes(handle) if left is None else 0,
             passed_until_s=handle.arrived_s + PASSED_SHARE * objectives.ttft_s if is_new else -math.inf,
+            is_sampled=handle.params is not None and not handle.params.is_greedy,
+            is_truncated=handle.params is not None and handle.params.is_truncated,
             ticket=ticket,
         )
         if left is None:
             others.append(request)
         else:
             begun[ticket] = request
-    sampled_share, truncated_share = _sampling_shares(handles.values())
+    holding = [handle for ticket, handle in handles.items() if ticket in progress]
+    sampled_share, truncated_share = _sampling_shares(holding or handles.values())
     return Load(
         now_s=time.perf_counter(),
         decoding=decoding,

@@ -10,15 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selectn_core.controller import Controller, Decision
-from selectn_core.in_flight import PLANNED_SHARE, Decoding, Load, Waiting, prefill_pace_s
+from selectn_core.in_flight import PLANNED_SHARE, Chunk, Decoding, Load, Waiting, prefill_pace_s
 from selectn_core.joining import Admission
 from selectn_core.latency import Link
+from selectn_core.objectives import Objectives
 from selectn_core.placement import OffloadPlan
 from selectn_core.policies import SelectN
+from selectn_core.requests import RequestHandle, TokenEvent
+from selectn_core.sampling import SamplingParams
+from selectn_core.steering import load_of
+from selectn_core.step_times import SamplingTimes, StepTimes
 from selectn_core.steps import StepShape
 from tests.unit.controlled import LENGTH, LINK, MAX_TOKENS, NUM_UNITS, Request, Server, frontier, step_times
 
 TIMES, FRONTIER = step_times(), frontier()
+# Rows that are sampled take long.
+SAMPLED = step_times(sampling=SamplingTimes(call_s=2e-3, row_s=4e-3, truncated_row_s=4e-3))
 FULL_S = TIMES.expected_s(StepShape.decode(8, LENGTH))
 ALONE_S = TIMES.expected_s(StepShape.decode(1, 16))
 FAR_S = 1e6
@@ -44,14 +51,14 @@ def waiting(tpot_s: float, tokens: int = 16, **values: float) -> Waiting:
     return Waiting(**{"prefill_tokens": tokens, "deadline_s": FAR_S, "tpot_s": tpot_s, **values})
 
 
-def answers(load: Load, num_steps: int = 6) -> tuple[Admission, list[Decision]]:
+def answers(load: Load, num_steps: int = 6, times: StepTimes = TIMES) -> tuple[Admission, list[Decision]]:
     """What a new controller says of the same requests, step after step, until it has settled."""
-    controller = Controller(TIMES, LINK, SelectN(FRONTIER), max_tokens=MAX_TOKENS)
+    controller = Controller(times, LINK, SelectN(FRONTIER), max_tokens=MAX_TOKENS)
     plan, decisions = OffloadPlan(offloaded=(), num_slots=1, num_units=NUM_UNITS), []
     for _ in range(num_steps):
         controller.guaranteed_plan(load, min(controller.promised_tpot_s(load), 2 * FULL_S))
         admission = controller.admit(load, plan)
-        shape = StepShape.of([(max(1, admission.prefill_tokens), 0)], [LENGTH] * len(load.decoding))
+        shape = load.sampling_in(StepShape.of([(max(1, admission.prefill_tokens), 0)], [LENGTH] * len(load.decoding)))
         decisions.append(controller.decide(shape, plan))
         plan = decisions[-1].plan
     return admission, decisions
@@ -89,6 +96,55 @@ def test_who_only_waits_changes_neither_the_plan_nor_the_batch_of_those_who_run(
     else:
         assert admission.prefill_tokens == expected.prefill_tokens
         assert all(a.limit_s <= b.limit_s * (1 + 1e-9) for a, b in zip(decisions, planned, strict=True))
+
+
+def a_handle(num_tokens: int, params: SamplingParams, tpot_s: float) -> RequestHandle:
+    handle = RequestHandle("r", 16, cancel=lambda ticket: None)
+    handle.max_total_tokens += 200
+    handle.params, handle.objectives = params, Objectives(ttft_s=FAR_S, tpot_s=tpot_s)
+    if num_tokens:
+        handle.push(TokenEvent(token_ids=(1,) * num_tokens))
+    return handle
+
+
+ways = st.sampled_from([SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.9)])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    running=st.lists(ways, min_size=1, max_size=8),
+    begun=st.lists(ways, max_size=2),
+    queue=st.lists(ways, min_size=1, max_size=50),
+    stretch=st.floats(1.1, 2.0),
+)
+def test_how_those_who_only_wait_choose_tokens_changes_no_plan_of_those_who_run(
+    running: list[SamplingParams], begun: list[SamplingParams], queue: list[SamplingParams], stretch: float
+) -> None:
+    """A row that is sampled takes as long as four that are not; there is no memory for those who wait."""
+    tpot_s = stretch * SAMPLED.expected_s(StepShape.decode(len(running), LENGTH).sampling())
+    holding = {f"r{i}": a_handle(1, params, tpot_s) for i, params in enumerate(running)}
+    holding |= {f"b{i}": a_handle(0, params, tpot_s) for i, params in enumerate(begun)}
+    progress = {ticket: Chunk(0, 17) if handle.num_tokens else Chunk(9, 7) for ticket, handle in holding.items()}
+    queued = {f"q{i}": a_handle(0, params, tpot_s) for i, params in enumerate(queue)}
+    loads = []
+    for waiters in ({}, {"q0": queued["q0"]}, queued):  # the last two differ in how those who wait choose tokens
+        load = load_of({**waiters, **holding}, progress, {}, Objectives(ttft_s=FAR_S, tpot_s=tpot_s))
+        loads.append(replace(load, now_s=holding["r0"].first_token_s, num_fitting=len(begun), is_full=True))
+    (expected, planned), *others = [answers(load, times=SAMPLED) for load in loads]
+    for admission, decisions in others:
+        assert decisions == planned
+        assert admission == expected
+
+
+def test_one_that_samples_begins_where_its_rows_leave_time() -> None:
+    """Beside greedy ones whose steps have room for one more of theirs, and none for its row."""
+    greedy_s, sampled_s = (SAMPLED.expected_s(StepShape.decode(5, LENGTH).sampling(num)) for num in (0, 1))
+    tpot_s = (greedy_s + sampled_s) / 2 / PLANNED_SHARE
+    for is_sampled in (False, True):
+        one = waiting(2 * tpot_s, tokens=LENGTH, is_sampled=is_sampled)
+        load = Load(now_s=0.0, decoding=[decoding(tpot_s)] * 4, waiting=[one], mean_kv_tokens=LENGTH)
+        admission, _ = answers(load, num_steps=1, times=SAMPLED)
+        assert bool(admission.beginning) is not is_sampled
 
 
 @pytest.mark.parametrize("place", range(8))

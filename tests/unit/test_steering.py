@@ -76,14 +76,19 @@ def test_nobody_is_left_out_of_the_load() -> None:
 
 
 def test_the_load_says_how_many_draw_their_tokens() -> None:
-    """Where nobody is in flight all do: it is the default of those who come."""
+    """Of those who hold KV. Where nobody is in flight all do: it is the default of those who come."""
     handles = {name: a_handle(num_tokens) for name, num_tokens in (("a", 3), ("b", 3), ("c", 0), ("d", 0))}
     for handle in handles.values():
         handle.params = SamplingParams()
     handles["a"].params = SamplingParams(temperature=1.0)
     handles["c"].params = SamplingParams(temperature=1.0, top_p=0.5)
     load = load_of(handles, {"a": Chunk(0, 4), "b": Chunk(0, 4)}, {}, OBJECTIVES)
-    assert load.sampling_in(StepShape.decode(4, 10)) == StepShape.decode(4, 10).sampling(2, 1)
+    assert load.sampling_in(StepShape.decode(4, 10)) == StepShape.decode(4, 10).sampling(2, 0)
+    assert load.joined_by(load.waiting[:1]).decode_step(3, 10) == StepShape.decode(3, 10).sampling(2, 1)
+    assert load.joined_by(load.waiting).decode_step(4, 10) == StepShape.decode(4, 10).sampling(2, 1)
+    waiting = load_of(handles, {}, {}, OBJECTIVES)  # nobody runs: all who wait
+    assert waiting.sampling_in(StepShape.decode(4, 10)) == StepShape.decode(4, 10).sampling(2, 1)
+    assert waiting.joined_by(waiting.waiting[1:2]).decode_step(1, 10) == StepShape.decode(1, 10).sampling(0)
     assert load_of({}, {}, {}, OBJECTIVES).sampling_in(StepShape.decode(3, 10)) == StepShape.decode(3, 10).sampling()
 
 
