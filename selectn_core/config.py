@@ -154,13 +154,13 @@ class SloConfig:
     """Latency objectives: time to first token and time per output token, in milliseconds.
 
     "auto" takes a multiple of what the profile says of an unloaded server (selectn_core/objectives.py). A request may
-    name its own, from `tightest` to `loosest` times these. `percentile` percent of requests are to meet theirs: steps
-    are planned for that (learning.ComputeScale), and attainment is reported at it.
+    name its own, from `tightest` to `loosest` times these. `percentile` percent of requests, 1 to 100, are to meet
+    theirs: steps are planned for that (learning.ComputeScale), and attainment is reported at it.
     """
 
     ttft_ms: Annotated[float | Literal["auto"], _OBJECTIVE_MS] = "auto"
     tpot_ms: Annotated[float | Literal["auto"], _OBJECTIVE_MS] = "auto"
-    percentile: Annotated[float, Bounds(above=0, at_most=100)] = 99.0
+    percentile: Annotated[float, Bounds(at_least=1, at_most=100)] = 99.0
     tightest: Annotated[float, Bounds(above=0, at_most=1)] = 0.5
     loosest: Annotated[float, Bounds(at_least=1, at_most=1e9)] = 100.0
 

@@ -38,6 +38,8 @@ from selectn_core.errors import ConfigError
         (HostConfig, "weights", "pinned", "auto, shared_memory, file, private"),
         (HostConfig, "directory", "stores", "an absolute path"),
         (SloConfig, "tpot_ms", 0.0, "more than 0"),
+        (SloConfig, "percentile", 1e-323, "at least 1"),
+        (SloConfig, "percentile", 0.99, "at least 1"),
     ],
 )
 def test_wrong_values_name_field_value_and_what_is_allowed(section, field, value, allowed) -> None:
