@@ -111,7 +111,7 @@ def _measured(args: argparse.Namespace, config: EngineConfig) -> tuple[Performan
     engine = Engine.unsteered(config)
     try:
         path = args.out or record_path(fingerprint_of(engine))
-        earlier = None if args.again else earlier_record(path, fingerprint_of(engine), strict=args.out is not None)
+        earlier = None if args.again else earlier_record(path, engine, strict=args.out is not None)
         if earlier is not None and earlier.is_complete and is_long_enough(earlier, engine, args.max_length):
             return earlier, path
         with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:

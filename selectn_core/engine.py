@@ -178,6 +178,7 @@ class Engine:
     def steer(self, record: PerformanceRecord) -> None:
         """Lets the configured policy decide from now on. Raises RecordRefused for a record of something else."""
         record.require(fingerprint_of(self))
+        record.require_units([unit.num_bytes for unit in self.units])
         self._record = record
         self.steering = Steering(self, record)
         if self.link_share is not None:

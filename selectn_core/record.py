@@ -6,10 +6,10 @@ import hashlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
 
@@ -22,7 +22,12 @@ from selectn_core.steps import StepShape
 from selectn_core.workspace import Workspace
 from selectn_core.yaml_file import read_yaml
 
+Made = TypeVar("Made")
+
 VERSION = 2
+# Far beyond what can be measured: a file that says so is damaged.
+_MOST_BYTES, _MOST_COUNT, _MOST_TOKENS = 1 << 60, 1 << 20, 1 << 31
+_LEAST_S, _MOST_S, _MOST_SLOWDOWN = 1e-12, 1e6, 1e4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +147,18 @@ class PerformanceRecord:
                 f"{where} is of something else:\n  " + "\n  ".join(differences) + "\nrun `selectn profile` to make one"
             )
 
+    def require_units(self, unit_bytes: Sequence[int], where: str = "the performance record") -> None:
+        """Raises RecordRefused unless the record is of as many units, each of as many bytes, as those that run."""
+        flaw = None
+        if len(self.unit_bytes) != len(unit_bytes):
+            flaw = f"unit_kinds: the record has {len(self.unit_bytes)} units, running are {len(unit_bytes)}"
+        for unit, (recorded, running) in enumerate(zip(self.unit_bytes, unit_bytes, strict=False)):
+            if flaw is None and recorded != running:
+                field_name = f"kinds.{self.unit_kinds[unit]}.num_bytes"
+                flaw = f"{field_name}: in the record unit {unit} has {recorded} bytes, running it has {running}"
+        if flaw is not None:
+            raise RecordRefused(f"{where} is of other units: {flaw}; run `selectn profile` to make one")
+
     def save(self, path: Path) -> None:
         """Writes the record, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,13 +176,14 @@ class PerformanceRecord:
     def load(cls, path: Path) -> PerformanceRecord:
         """Reads what `save` wrote. Raises RecordRefused for a file that is not there, or not a record."""
         document = read_yaml(path, RecordRefused, advice=": run `selectn profile` to make one")
-        if not isinstance(document, dict) or document.get("version") != VERSION:
-            found = document.get("version") if isinstance(document, dict) else None
+        found = document.get("version") if isinstance(document, dict) else None
+        if type(found) is not int or found != VERSION:
             raise RecordRefused(f"{path}: version={found!r} is not allowed: expected {VERSION}; run `selectn profile`")
         try:
             return _checked(_from_plain(document))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecordRefused(f"{path} is damaged ({type(error).__name__}: {error}): run `selectn profile`") from None
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RecordRefused(f"{path} is damaged ({what}): run `selectn profile`") from None
 
     def with_table(self, table: tuple[Mapping[str, Any], ...]) -> PerformanceRecord:
         """The same record with what was derived from it."""
@@ -183,7 +201,34 @@ def _checked(record: PerformanceRecord) -> PerformanceRecord:
         len(step.kind_s) != len(record.kinds) for step in record.steps
     ):
         raise ValueError("unit_kinds and steps.kind_s: expected as many kinds as there are in kinds")
+    for name, value, least, most in _bounded(record):
+        if not least <= value <= most:
+            raise ValueError(f"{name}={value!r}: expected {least:g} to {most:g}")
     return record
+
+
+def _bounded(record: PerformanceRecord) -> Iterator[tuple[str, float, float, float]]:
+    """Numbers that must be more than not negative: name, value, and the range of what can have been measured."""
+    geometry, link, sampling = record.memory.geometry, record.link, record.sampling
+    for i, kind in enumerate(record.kinds):
+        yield f"kinds.{i}.num_bytes", kind.num_bytes, 1, _MOST_BYTES
+    yield "memory.geometry.types (how many)", len(geometry.types), 1, _MOST_COUNT
+    yield "memory.geometry.sector_bytes", geometry.sector_bytes, 1, _MOST_BYTES
+    for i, blocks in enumerate(geometry.types):
+        where = f"memory.geometry.types.{i}"
+        yield f"{where}.page_size", blocks.page_size, 1, _MOST_COUNT
+        yield f"{where}.blocks_per_sector", blocks.blocks_per_sector, 1, _MOST_COUNT
+        if blocks.sliding_window is not None:
+            yield f"{where}.sliding_window", blocks.sliding_window, 1, _MOST_TOKENS
+    yield "link.copy_s", link.copy_s, 0, _MOST_S
+    yield "link.slowdown", link.slowdown, 0, _MOST_SLOWDOWN
+    for each in fields(sampling):
+        yield f"sampling.{each.name}", getattr(sampling, each.name), 0, _MOST_S
+    for i, step in enumerate(record.steps):
+        for k, kind_s in enumerate(step.kind_s):
+            yield f"steps.{i}.kind_s.{k}", kind_s, _LEAST_S, _MOST_S
+        for name in ("rest_s", "low_s", "high_s"):
+            yield f"steps.{i}.{name}", getattr(step, name), 0 if name == "rest_s" else _LEAST_S, _MOST_S
 
 
 def _to_plain(record: PerformanceRecord) -> dict[str, Any]:
@@ -205,38 +250,111 @@ def _plain_shape(shape: StepShape) -> dict[str, Any]:
 
 
 def _from_plain(document: Mapping[str, Any]) -> PerformanceRecord:
-    memory, link, steps = document["memory"], document["link"], document["steps"]
-    geometry = memory["geometry"]
-    return PerformanceRecord(
-        fingerprint=Fingerprint(**document["fingerprint"]),
+    _require_fields(document, ("version", *_names(PerformanceRecord)), "")
+    memory = _require_fields(document["memory"], _names(MemoryRecord), "memory")
+    geometry = _require_fields(memory["geometry"], _names(KvGeometry), "memory.geometry")
+    fingerprint = _made(Fingerprint, document["fingerprint"], "fingerprint")
+    link = _require_fields(document["link"], _names(LinkRecord), "link")
+    most = min(_MOST_COUNT, fingerprint.max_requests) if type(fingerprint.max_requests) is int else 0
+    record = PerformanceRecord(
+        fingerprint=fingerprint,
         provenance=document["provenance"],
         created=document["created"],
-        kinds=tuple(UnitKind(**kind) for kind in document["kinds"]),
-        unit_kinds=tuple(document["unit_kinds"]),
+        kinds=_all_made(UnitKind, document["kinds"], "kinds"),
+        unit_kinds=tuple(_a_list(document["unit_kinds"], "unit_kinds")),
         memory=MemoryRecord(
             resident_bytes=memory["resident_bytes"],
             num_reserved_sectors=memory["num_reserved_sectors"],
             geometry=KvGeometry(
                 sector_bytes=geometry["sector_bytes"],
-                types=tuple(BlockGeometry(**each) for each in geometry["types"]),
+                types=_all_made(BlockGeometry, geometry["types"], "memory.geometry.types"),
             ),
-            workspace=Workspace(**memory["workspace"]),
+            workspace=_made(Workspace, memory["workspace"], "memory.workspace"),
         ),
-        link=LinkRecord(**{**link, "copies": tuple(MeasuredCopy(**copy) for copy in link["copies"])}),
-        steps=tuple(_step(point) for point in steps),
+        link=LinkRecord(**{**link, "copies": _all_made(MeasuredCopy, link["copies"], "link.copies")}),
+        steps=tuple(_step(point, f"steps.{i}", most) for i, point in enumerate(_a_list(document["steps"], "steps"))),
         is_complete=document["is_complete"],
-        sampling=SamplingTimes(**document["sampling"]),
-        table=tuple(document["table"]),
+        sampling=_made(SamplingTimes, document["sampling"], "sampling"),
+        table=tuple(_a_list(document["table"], "table")),
     )
+    _require_words(record, "")
+    for i, row in enumerate(record.table):
+        _require(isinstance(row, Mapping), f"table.{i}", row, "a mapping")
+    return record
 
 
-def _step(point: Mapping[str, Any]) -> MeasuredStep:
-    plain = point["shape"]
-    shape = StepShape.of(
-        prefills=[(tokens, past) for tokens, past in plain["prefills"]],
-        decodes=[keys for keys, count in plain["decodes"] for _ in range(count)],
-    )
-    return MeasuredStep(**{**point, "shape": shape, "kind_s": tuple(point["kind_s"])})
+def _step(point: Any, where: str, most_requests: int) -> MeasuredStep:
+    """A step of at most so many requests: what stands for many of them is bounded before it is expanded."""
+    _require_fields(point, _names(MeasuredStep), where)
+    plain = _require_fields(point["shape"], ("prefills", "decodes"), f"{where}.shape")
+    prefills = _pairs(plain["prefills"], (1, 0), f"{where}.shape.prefills")
+    decodes = _pairs(plain["decodes"], (1, 1), f"{where}.shape.decodes")
+    num_requests = len(prefills) + sum(count for _, count in decodes)
+    allowed = f"1 to {most_requests} requests (fingerprint.max_requests)"
+    _require(1 <= num_requests <= most_requests, f"{where}.shape", plain, allowed)
+    shape = StepShape.of(prefills, [keys for keys, count in decodes for _ in range(count)])
+    return MeasuredStep(**{**point, "shape": shape, "kind_s": tuple(_a_list(point["kind_s"], f"{where}.kind_s"))})
+
+
+def _pairs(value: Any, least: tuple[int, int], where: str) -> list[tuple[int, int]]:
+    """Pairs of whole numbers, each at least so large."""
+    pairs = []
+    for i, pair in enumerate(_a_list(value, where)):
+        is_sound = isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair)
+        is_sound = is_sound and all(low <= number <= _MOST_TOKENS for low, number in zip(least, pair, strict=True))
+        _require(is_sound, f"{where}.{i}", pair, f"two whole numbers, at least {least[0]} and {least[1]}")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def _require(condition: bool, where: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{where}={repr(value)[:80]}: expected {allowed}")
+
+
+def _names(section: type[Any]) -> tuple[str, ...]:
+    return tuple(each.name for each in fields(section))
+
+
+def _require_fields(value: Any, names: Sequence[str], where: str) -> Mapping[str, Any]:
+    """`value`, a mapping with these fields and no others."""
+    _require(isinstance(value, Mapping), where, value, f"the fields {', '.join(names)}")
+    path = f"{where}." if where else ""
+    for name in names:
+        if name not in value:
+            raise ValueError(f"{path}{name} is missing")
+    for name in value:
+        if name not in names:
+            raise ValueError(f"{path}{str(name)[:80]}: there is no such field")
+    return cast(Mapping[str, Any], value)
+
+
+def _made(section: type[Made], value: Any, where: str) -> Made:
+    return section(**_require_fields(value, _names(section), where))
+
+
+def _all_made(section: type[Made], value: Any, where: str) -> tuple[Made, ...]:
+    return tuple(_made(section, each, f"{where}.{i}") for i, each in enumerate(_a_list(value, where)))
+
+
+def _a_list(value: Any, where: str) -> list[Any]:
+    _require(isinstance(value, list), where, value, "a list")
+    return cast(list[Any], value)
+
+
+def _require_words(data: Any, path: str) -> None:
+    """Text where a field's type says text, and true or false where it says so; numbers are `flaw_in`'s."""
+    hints = get_type_hints(type(data))
+    for each in fields(data):
+        value, hint = getattr(data, each.name), hints[each.name]
+        if hint in (str, bool):
+            allowed = "text" if hint is str else "true or false"
+            _require(type(value) is hint, f"{path}{each.name}", value, allowed)
+        nested = value if isinstance(value, tuple) else (value,)
+        for i, inner in enumerate(nested):
+            if is_dataclass(inner):
+                index = f"{i}." if isinstance(value, tuple) else ""
+                _require_words(inner, f"{path}{each.name}.{index}")
 
 
 def _windows_of(kind: UnitKind, geometry: KvGeometry) -> list[int | None]:

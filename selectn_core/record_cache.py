@@ -34,8 +34,8 @@ def _directory() -> Path:
     return cache_directory() / "records"
 
 
-def earlier_record(path: Path, fingerprint: Fingerprint, *, strict: bool = False) -> PerformanceRecord | None:
-    """The record at `path`; None where there is none, or, logging why, where it cannot be used.
+def earlier_record(path: Path, engine: Engine, *, strict: bool = False) -> PerformanceRecord | None:
+    """The record at `path` of what `engine` runs; None where there is none, or, logging why, where it cannot be used.
 
     `strict`: raises RecordRefused in the latter case.
     """
@@ -43,7 +43,8 @@ def earlier_record(path: Path, fingerprint: Fingerprint, *, strict: bool = False
         return None
     try:
         record = PerformanceRecord.load(path)
-        record.require(fingerprint, str(path))
+        record.require(fingerprint_of(engine), str(path))
+        record.require_units([unit.num_bytes for unit in engine.units], str(path))
         return record
     except RecordRefused as error:
         if strict:
@@ -77,11 +78,10 @@ def performance_record(
     Replicas that start at once on one machine would disturb each other's measurements: one measures, the others wait
     for it. `engine` must not have been started.
     """
-    fingerprint = fingerprint_of(engine)
-    path = record_path(fingerprint)
+    path = record_path(fingerprint_of(engine))
     made_directory(path.parent)
     with file_lock(path.with_suffix(".lock")):
-        known = earlier_record(path, fingerprint)
+        known = earlier_record(path, engine)
         if known is not None:
             return known
         logger.info("no performance record of %s yet: measuring for about %.0f s", engine.model_name, budget_s)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from selectn_core.engine import Engine
 from selectn_core.errors import NotMeasured, RecordRefused
@@ -19,6 +20,7 @@ from selectn_core.record_table import derived_table
 from selectn_core.steps import StepShape
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config, generate, greedy, make_prompts, memory_gib_for
+from tests.unit.records import layer_record
 
 BUDGET_S = 3.0
 
@@ -130,6 +132,83 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path, text: str | None, m
         path.write_text(text)
     with pytest.raises(RecordRefused, match=message):
         PerformanceRecord.load(path)
+
+
+def _decodes(value: object) -> Callable[[dict], None]:
+    return lambda plain: plain["steps"][0]["shape"].update(decodes=value)
+
+
+@pytest.mark.parametrize(
+    ("change", "flaw"),
+    [
+        (lambda plain: plain["kinds"][0].update(num_bytes=0), "kinds.0.num_bytes=0"),
+        (lambda plain: plain["kinds"][0].update(name=5), "kinds.0.name=5: expected text"),
+        (lambda plain: plain["steps"][1].update(kind_s=[0.0]), "steps.1.kind_s.0=0.0"),
+        (lambda plain: plain["steps"][1].update(low_s=0.0), "steps.1.low_s=0.0"),
+        (lambda plain: plain["steps"][1].update(rest_s=1e300), "steps.1.rest_s=1e+300"),
+        (_decodes([[5, 10**12]]), "steps.0.shape.decodes.0=[5, 1000000000000]"),
+        (_decodes([[5, 1 << 30]]), "expected 1 to 8 requests (fingerprint.max_requests)"),
+        (_decodes([[5, -3]]), "steps.0.shape.decodes.0=[5, -3]"),
+        (_decodes([["5", 3]]), "steps.0.shape.decodes.0=['5', 3]"),
+        (_decodes([]), "expected 1 to 8 requests (fingerprint.max_requests)"),
+        (_decodes(None), "steps.0.shape.decodes=None: expected a list"),
+        (lambda plain: plain["steps"][0]["shape"].update(prefills=[[0, 4]]), "steps.0.shape.prefills.0=[0, 4]"),
+        (lambda plain: plain["steps"][0].update(shape=3), "steps.0.shape=3: expected the fields"),
+        (lambda plain: plain["link"].update(slowdown=1e300), "link.slowdown=1e+300"),
+        (lambda plain: plain["link"].update(copy_s=1e300), "link.copy_s=1e+300"),
+        (lambda plain: plain["sampling"].update(row_s=1e300), "sampling.row_s=1e+300"),
+        (lambda plain: plain["memory"]["geometry"].update(types=[]), "memory.geometry.types"),
+        (lambda plain: plain["memory"]["geometry"]["types"][0].update(page_size=0), "types.0.page_size=0"),
+        (lambda plain: plain["fingerprint"].update(torch=[1]), "fingerprint.torch=[1]: expected text"),
+        (lambda plain: plain.update(is_complete="no"), "is_complete='no': expected true or false"),
+        (lambda plain: plain.update(table="abc"), "table='abc': expected a list"),
+        (lambda plain: plain.update(table=["abc"]), "table.0='abc': expected a mapping"),
+        (lambda plain: plain.update(zzz=1), "zzz: there is no such field"),
+        (lambda plain: plain["memory"].update(zzz=1), "memory.zzz: there is no such field"),
+        (lambda plain: plain.pop("sampling"), "sampling is missing"),
+        (lambda plain: plain.update(version=2.0), "version=2.0 is not allowed"),
+        (lambda plain: plain.update(version=True), "version=True is not allowed"),
+    ],
+)
+def test_a_damaged_record_is_refused_in_a_line_that_names_the_field(
+    tmp_path: Path, change: Callable[[dict], None], flaw: str
+) -> None:
+    path = tmp_path / "record.yaml"
+    layer_record().save(path)
+    plain = yaml.safe_load(path.read_text())
+    change(plain)
+    path.write_text(yaml.safe_dump(plain))
+    with pytest.raises(RecordRefused) as error:
+        PerformanceRecord.load(path)
+    assert flaw in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_record_of_other_units_is_refused_and_measured_again(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same fingerprint, and units that differ in number or bytes from those that run."""
+    record, num_units = performance_record(engine, budget_s=0.01), len(engine.units)
+    kind = record.kinds[0]
+    others = {
+        f"the record has {num_units - 1} units, running are {num_units}": replace(
+            record, unit_kinds=record.unit_kinds[:-1]
+        ),
+        f"the record has {num_units + 1} units, running are {num_units}": replace(
+            record, unit_kinds=(*record.unit_kinds, 0)
+        ),
+        f"kinds.0.num_bytes: in the record unit 0 has 1 bytes, running it has {kind.num_bytes}": replace(
+            record, kinds=(replace(kind, num_bytes=1), *record.kinds[1:])
+        ),
+    }
+    path = record_path(fingerprint_of(engine))
+    for flaw, other in others.items():
+        with pytest.raises(RecordRefused, match=flaw):
+            engine.steer(other)
+        other.save(path)
+        assert performance_record(engine, budget_s=0.01).unit_bytes == record.unit_bytes
+        assert f"measuring again: {path} is of other units: " in caplog.text
+        assert flaw in caplog.text
 
 
 def test_a_damaged_record_in_the_cache_is_measured_again(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
