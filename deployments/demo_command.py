@@ -102,7 +102,11 @@ def _serve_and_ask(app_args: AppArgs) -> tuple[list[Answer], dict[str, Any], dic
     document = _document(app_args)
     resolve_local_models(document)
     _say("starting a local Ray")
-    with cleaned_up(document), local_cluster(ClusterConfig(address="local")), deployed(document):
+    with (
+        cleaned_up(document),
+        local_cluster(ClusterConfig(address="local")) as cluster,
+        deployed(document, is_gone=cluster.is_gone),
+    ):
         interrupt_on_first_signal()  # Ray has put its own handler of SIGTERM in place
         _say(f"loading {app_args.model.source}; the first start on a machine measures it for about a minute")
         wait_until_serving(document, lambda elapsed_s: None)

@@ -25,6 +25,7 @@ LOOPBACK = "127.0.0.1"
 # Ray rewrites 127.0.0.1 to the machine's address, and listens on all interfaces, unless it is told that this
 # is no cluster.
 LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+CONTROL_PROCESSES = ("gcs_server", "raylet")
 EXIT_GRACE_S = CONNECT_TIMEOUT_S = 5.0
 
 
@@ -57,11 +58,17 @@ class Cluster:
     """A connected Ray. `is_own`: started here, and gone when the `with` block ends.
 
     `token` is what its dashboard asks for; None: what Ray keeps for its user, if anything (`ray get-auth-token`).
+    `control` are the processes of a cluster of our own that all calls go to.
     """
 
     is_own: bool
     dashboard_url: str | None
     token: str | None = None
+    control: tuple[psutil.Process, ...] = ()
+
+    def is_gone(self) -> bool:
+        """Whether one of the processes has ended without which this cluster does nothing; unknown of one joined."""
+        return any(_has_ended(process) for process in self.control)
 
 
 @contextlib.contextmanager
@@ -111,7 +118,11 @@ def _started(config: ClusterConfig) -> Iterator[Cluster]:
             _node_ip_address=LOOPBACK,
         )
         _require_loopback(context.address_info["node_ip_address"])
-        yield Cluster(is_own=True, dashboard_url=_dashboard_url(context.dashboard_url), token=token)
+        control = tuple(each for each in psutil.Process().children() if _is_control(each))
+        cluster = Cluster(
+            is_own=True, dashboard_url=_dashboard_url(context.dashboard_url), token=token, control=control
+        )
+        yield cluster
     finally:
         _shut_down()
 
@@ -122,6 +133,19 @@ def _shut_down() -> None:
     processes = psutil.Process().children(recursive=True)
     ray.shutdown()
     end_processes(processes)
+
+
+def _is_control(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.name() in CONTROL_PROCESSES
+    return False
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def end_processes(processes: list[psutil.Process]) -> None:

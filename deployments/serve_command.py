@@ -178,7 +178,7 @@ def _serve(document: dict[str, Any], config: ClusterConfig, asked: set[str]) -> 
         interrupt_on_first_signal()  # again: Ray has put its own handler of SIGTERM in place
         if cluster.is_own and (missing := why_not_placed(document)):
             raise ConfigError(missing)  # it will not grow
-        with deployed(document, asked) as served:
+        with deployed(document, asked, is_gone=cluster.is_gone) as served:
             print(f"loading {', '.join(model_sources(document))} ...", flush=True)
             wait_until_serving(served, _Progress(served))
             for url in base_urls(served):

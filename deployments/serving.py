@@ -11,12 +11,14 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from deployments.config import AppArgs, app_args, parse, select_n_applications
 from deployments.neighbours import missing_resources, with_neighbours
+from deployments.ray_calls import RayIsGone, answer, never
 from deployments.ray_private import begin_to_delete, running_serve, start_serve
 from selectn_core.errors import ConfigError, SelectNError
 from selectn_core.host_memory import SHARED_MEMORY
@@ -67,11 +69,17 @@ def free_port(host: str) -> int:
 
 
 @contextlib.contextmanager
-def deployed(document: dict[str, Any], asked: Collection[str] = ("host", "port")) -> Iterator[dict[str, Any]]:
+def deployed(
+    document: dict[str, Any],
+    asked: Collection[str] = ("host", "port"),
+    *,
+    is_gone: Callable[[], bool] = never,
+) -> Iterator[dict[str, Any]]:
     """Starts Serve and submits the config; deletes its applications at the end. Yields it as it is served.
 
     Where Serve runs already, what runs there stays, and its HTTP options count: `asked` are those that must be as in
-    `document`. An application that was there before is updated, and stays at the end.
+    `document`. An application that was there before is updated, and stays at the end. `is_gone`: whether the cluster
+    has ended, so that there is nothing to delete.
 
     Raises ConfigError for what is in the way.
     """
@@ -88,7 +96,7 @@ def deployed(document: dict[str, Any], asked: Collection[str] = ("host", "port")
         yield {**document, "http_options": whole.get("http_options") or {}}
     finally:
         names = [app.get("name", "default") for app in document["applications"]]
-        _delete([name for name in names if name not in before], _longest_grace_s(document) + DELETE_S)
+        _delete([name for name in names if name not in before], _longest_grace_s(document) + DELETE_S, is_gone)
 
 
 @contextlib.contextmanager
@@ -107,18 +115,24 @@ def cleaned_up(document: dict[str, Any]) -> Iterator[None]:
                 remove_abandoned(directory)
 
 
-def _delete(names: list[str], at_most_s: float) -> None:
-    """Deletes applications, and returns when what runs in them has stopped, or should have."""
+def _delete(names: list[str], at_most_s: float, is_gone: Callable[[], bool]) -> None:
+    """Deletes applications, and returns when what runs in them has stopped, or should have; or there is no Ray."""
     from ray import serve
 
-    for name in names:
-        begin_to_delete(name)  # all of them: or the second would be told when the first has stopped
+    def left() -> set[str]:
+        return serve.status().applications.keys() & set(names)
+
     ends_s = time.monotonic() + at_most_s
-    while left := serve.status().applications.keys() & set(names):
-        if time.monotonic() >= ends_s:  # Serve goes on with it
-            logger.warning("not deleted yet: %s", ", ".join(sorted(left)))
-            return
-        time.sleep(POLL_PERIOD_S)
+    try:
+        for name in names:  # all of them: or the second would be told when the first has stopped
+            answer(partial(begin_to_delete, name), is_gone=is_gone, at_most_s=DELETE_S)
+        while still := answer(left, is_gone=is_gone, at_most_s=DELETE_S):
+            if time.monotonic() >= ends_s:  # Serve goes on with it
+                logger.warning("not deleted yet: %s", ", ".join(sorted(still)))
+                return
+            time.sleep(POLL_PERIOD_S)
+    except RayIsGone:
+        logger.info("Ray has ended already: there is nothing to delete")
 
 
 def _longest_grace_s(document: dict[str, Any]) -> float:
@@ -156,7 +170,7 @@ def why_not_placed(document: dict[str, Any]) -> str | None:
     """The resources that this cluster, as large as it is now, lacks for the config; None: it has them all."""
     import ray
 
-    return missing_resources(document, ray.cluster_resources())
+    return missing_resources(document, answer(ray.cluster_resources))
 
 
 def why_waiting(document: dict[str, Any]) -> str:
@@ -170,7 +184,7 @@ def why_waiting(document: dict[str, Any]) -> str:
 def _states(document: dict[str, Any]) -> list[Any]:
     from ray import serve
 
-    applications = serve.status().applications
+    applications = answer(serve.status).applications
     names = [app.get("name", "default") for app in select_n_applications(document)]
     return [applications[name] for name in names if name in applications]
 

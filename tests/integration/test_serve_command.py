@@ -49,7 +49,8 @@ def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
     raise AssertionError(f"{text!r} was not printed:\n" + "\n".join(lines))
 
 
-def test_it_answers_and_ctrl_c_leaves_nothing_behind(server, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_it_answers_and_a_signal_to_its_group_leaves_nothing_behind(server, tmp_path, signum):
     lines = read_until(server, "Ctrl-C stops the server.")
     (curl,) = [line for line in lines if line.startswith("curl ")]
     answer = json.loads(subprocess.check_output(["bash", "-c", f"{curl} --silent --noproxy '*'"]))
@@ -58,7 +59,8 @@ def test_it_answers_and_ctrl_c_leaves_nothing_behind(server, tmp_path):
     assert len(processes) > 5
     assert {each for each in listening_addresses(processes) if not is_loopback(each)} == set()
 
-    os.killpg(server.pid, signal.SIGINT)  # what a terminal sends on Ctrl-C
+    # As a terminal on Ctrl-C, and as `timeout` or systemd, which end Ray's processes too before anything else.
+    os.killpg(server.pid, signum)
 
     assert server.stdout.read() == "stopped\n"
     assert server.wait(STOP_TIMEOUT_S) == 0
