@@ -7,6 +7,7 @@ are refused at every level, naming the nearest known one.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.services import CoordinationConfig
 from cluster.telemetry import TelemetryConfig
-from selectn_core.bounds import Bounds, require, require_number
+from selectn_core.bounds import MOST_WHOLE, Bounds, require, require_number
 from selectn_core.config import (
     BatchConfig,
     DeviceConfig,
@@ -38,6 +39,20 @@ NUM_CONTROL_CALLS = 16
 MOST_HEADROOM_PERIOD_S = 2.5
 _COUNT = Bounds(at_least=1, at_most=1 << 20)
 _SECONDS = Bounds(at_least=0, at_most=86_400)
+_PERIOD_S = Bounds(above=0, at_most=86_400)
+_AMOUNT = Bounds(at_least=0, at_most=1 << 20)
+# Of Serve's own settings, wherever they are.
+_SERVE_NUMBERS = {
+    "port": PORT,
+    "num_replicas": _COUNT,
+    "request_timeout_s": _SECONDS,
+    "keep_alive_timeout_s": _SECONDS,
+    "graceful_shutdown_timeout_s": _SECONDS,
+    "graceful_shutdown_wait_loop_s": _PERIOD_S,
+    "health_check_period_s": _PERIOD_S,
+    "health_check_timeout_s": _PERIOD_S,
+}
+_RESOURCES = {"num_cpus": _AMOUNT, "num_gpus": _AMOUNT, "memory": Bounds(at_least=0, at_most=1 << 60)}
 # What objectives that a server finds for itself are taken for where its grace is derived: more than on a small machine.
 GRACE_TTFT_S, GRACE_TPOT_S = 10.0, 0.25
 LEAST_GRACE_S, MOST_GRACE_S = 10.0, 600.0
@@ -76,6 +91,13 @@ class RequestLimits(Strict):
     refuse_late: bool = True
     api_keys_file: str | None = None
     api_keys_env: str | None = None
+
+    @model_validator(mode="after")
+    def _require_names(self) -> RequestLimits:
+        for name in ("api_keys_file", "api_keys_env"):
+            value = getattr(self, name)
+            require(value is None or bool(value.strip()), f"limits.{name}", value, "some text, or null: no keys")
+        return self
 
 
 class AppArgs(Strict):
@@ -205,10 +227,31 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     document = read_yaml(Path(path), ConfigError)
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a mapping with the key 'applications'")
+    refuse_unusable_values(document, where=str(path))
     for app in select_n_applications(document):
         check_application(app, where=str(path))
     _check_serve_schema(document, path)
     return document
+
+
+def refuse_unusable_values(document: Any, *, where: str) -> None:
+    """Raises ConfigError, naming the place, for a value that no setting means: endless, immense, text with NUL."""
+    left: list[tuple[str, Any]] = [("", document)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, Mapping):
+            left.extend((f"{name}.{key}".removeprefix("."), each) for key, each in value.items())
+            texts = [key for key in value if isinstance(key, str)]
+        elif isinstance(value, list | tuple):
+            left.extend((f"{name}.{index}".removeprefix("."), each) for index, each in enumerate(value))
+            continue
+        else:
+            texts = [value] if isinstance(value, str) else []
+        for text in texts:
+            require("\0" not in text, f"{where}: {name}", text, "text without NUL")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            is_sound = abs(value) <= MOST_WHOLE if isinstance(value, int) else math.isfinite(value)
+            require(is_sound, f"{where}: {name}", value, "a finite number, less than 2^63 where it is whole")
 
 
 def select_n_applications(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -225,6 +268,9 @@ def select_n_applications(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def check_application(app: Mapping[str, Any], *, where: str) -> None:
     """Raises ConfigError for what is wrong with a Select-N application's `args:` and `deployments:`."""
     args = parse(AppArgs, app_args(app), where=f"{where}: args")
+    route = app.get("route_prefix")  # of another type: Serve says so
+    is_route = not isinstance(route, str) or route.startswith("/")
+    require(is_route, f"{where}: route_prefix", route, "a path that begins with /, or null")
     for deployment in _deployments(app):
         _check_deployment(deployment, args, where=where)
 
@@ -276,15 +322,34 @@ def _check_serve_schema(document: Mapping[str, Any], path: str | Path) -> None:
 
     try:
         refuse_unknown_keys(ServeDeploySchema, document)  # Serve itself would drop them silently
-        ServeDeploySchema.model_validate(dict(document))
+        schema = ServeDeploySchema.model_validate(dict(document))
     except ValidationError as error:
         raise ConfigError(describe(error, where=str(path))) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except Exception as error:  # of Serve's own validators, which import what the file names
         raise ConfigError(f"{path}: Serve cannot read it: {error}") from None
-    port = (document.get("http_options") or {}).get("port")
-    require_number(f"{path}: http_options.port", port, bounds=PORT, is_whole=True)
+    _check_serve_numbers(schema.model_dump(exclude_unset=True), str(path))
+
+
+def _check_serve_numbers(values: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for a number that Serve would take, and nobody can mean. `values` are what is set."""
+    for section in ("http_options", "grpc_options"):
+        _check_each(values.get(section), _SERVE_NUMBERS, f"{where}: {section}")
+    for app in values["applications"]:
+        for deployment in app.get("deployments") or ():
+            name, options = deployment["name"], deployment.get("ray_actor_options") or {}
+            _check_each(deployment, _SERVE_NUMBERS, f"{where}: {name}")
+            _check_each(options, _RESOURCES, f"{where}: {name}.ray_actor_options")
+            resources = options.get("resources") or {}
+            _check_each(resources, dict.fromkeys(resources, _AMOUNT), f"{where}: {name}.ray_actor_options.resources")
+
+
+def _check_each(values: Mapping[str, Any] | None, bounds: Mapping[str, Bounds], where: str) -> None:
+    for name, each in bounds.items():
+        value = (values or {}).get(name)
+        if not isinstance(value, str):  # "auto"
+            require_number(f"{where}.{name}", value, bounds=each, is_whole=each in (PORT, _COUNT))
 
 
 def _field_types(section: type) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from deployments.chat_client import Answer, stream_chat
 from deployments.config import IMPORT_PATH, REPLICA_NAME, AppArgs, parse
 from deployments.demo_report import build_report, render
+from deployments.file_options import file_name
 from deployments.local_cluster import ClusterConfig, keep_ray_on_loopback, local_cluster
 from deployments.profile_command import require_writable
 from deployments.serve_command import interrupt_on_first_signal, resolve_local_models
@@ -56,7 +57,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument(
         "--json",
-        type=Path,
+        type=file_name,
         default=Path("build/demo-report.json"),
         help="where the report goes (%(default)s)",
     )

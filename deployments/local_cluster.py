@@ -26,6 +26,7 @@ LOOPBACK = "127.0.0.1"
 # is no cluster.
 LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 CONTROL_PROCESSES = ("gcs_server", "raylet")
+MOST_PORT = 65_535
 EXIT_GRACE_S = CONNECT_TIMEOUT_S = 5.0
 
 
@@ -186,8 +187,10 @@ def _is_loopback(address: str) -> bool:
 def _require_reachable(address: str) -> None:
     """Raises ClusterError if nothing listens at host:port: Ray itself would go on trying for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():  # "auto", which Ray looks up
+    if not port.isdecimal():  # "auto", which Ray looks up
         return
+    if not 1 <= int(port) <= MOST_PORT:
+        raise ClusterError(f"cannot join the Ray cluster at {address}: expected a port from 1 to {MOST_PORT:,}")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:

@@ -14,6 +14,8 @@ from selectn_core.errors import ConfigError
 
 # A share for Ray's placement, not a limit: a replica's arithmetic is bounded by device.compute_threads.
 NUM_CPUS = 0.1
+# Never in a message.
+SECRET_OPTIONS = ("ssl_keyfile_password",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +66,15 @@ def with_neighbours(document: Mapping[str, Any], running: RunningServe, asked: C
 
 def _other_options(document: Mapping[str, Any], running: RunningServe, asked: Collection[str]) -> list[str]:
     wanted, have = document.get("http_options") or {}, running.http_options
-    return [
-        f"http_options.{key}={wanted[key]!r}, but Serve runs with {have[key]!r} and cannot change it: leave it out"
-        for key in sorted(asked)
-        if key in wanted and key in have and wanted[key] != have[key]
-    ]
+    problems = []
+    for key in sorted(asked):
+        if key in wanted and key not in have:
+            problems.append(f"http_options.{key} cannot be looked up of the Serve that runs: leave it out")
+        elif key in wanted and wanted[key] != have[key]:
+            values = f"={wanted[key]!r}, but Serve runs with {have[key]!r}"
+            differs = " is not what Serve runs with: it" if key in SECRET_OPTIONS else values
+            problems.append(f"http_options.{key}{differs} and cannot change it: leave it out")
+    return problems
 
 
 def missing_resources(document: Mapping[str, Any], total: Mapping[str, float]) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 from cluster.node_messages import BusReport, GpuReport, HostReport, NodeTelemetry, Unavailable
 from cluster.telemetry import Telemetry, TelemetryConfig
 from deployments.config import AppArgs, app_args, load_yaml, parse, select_n_applications
+from deployments.file_options import file_name
 from deployments.serve_command import DEFAULT_CONFIG
 from selectn_core.bounds import Bounds, require_number
 from selectn_core.host_memory import SHARED_MEMORY
@@ -44,7 +45,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--config", type=Path, help=f"Serve config whose `telemetry` applies (default: {DEFAULT_CONFIG} if there)"
+        "--config", type=file_name, help=f"Serve config whose `telemetry` applies (default: {DEFAULT_CONFIG} if there)"
     )
     parser.add_argument(
         "--timeout-s",

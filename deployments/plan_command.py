@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deployments.file_options import file_name
 from selectn_core.bounds import Bounds, require_number
 from selectn_core.config import MAX_SLOTS, MOST_GB_PER_S, MOST_GIB, MOST_MS, MOST_TOKENS
 from selectn_core.errors import ConfigError, Infeasible
@@ -46,7 +47,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument(
         "--record",
-        type=Path,
+        type=file_name,
         action="append",
         metavar="FILE",
         help="a performance record, one per granularity of units (default: the only one in the cache)",

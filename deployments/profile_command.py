@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deployments.file_options import file_name
 from selectn_core.bounds import Bounds, require_number
 from selectn_core.config import DEVICE_KINDS, MOST_MS, MOST_TOKENS
 from selectn_core.errors import ConfigError
@@ -40,16 +41,18 @@ def register(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, help="Serve config file (default: serve_config.yaml if there)")
+    parser.add_argument("--config", type=file_name, help="Serve config file (default: serve_config.yaml if there)")
     parser.add_argument("--model", help="directory, .gguf file, hub id, or 'embedded'")
     parser.add_argument("--device", choices=DEVICE_KINDS, help="auto: CUDA where there is a GPU")
     parser.add_argument("--link-gb-per-s", type=float, help="speed of the emulated link")
     parser.add_argument("--unit", choices=("layer", "block"), help="what is offloaded as one")
     parser.add_argument("--budget-s", type=float, default=120.0, help="seconds it may take (%(default)g)")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of the longest request (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the record goes (default: the cache)")
+    parser.add_argument("--out", type=file_name, metavar="FILE", help="where the record goes (default: the cache)")
     parser.add_argument("--again", action="store_true", help="measure everything again, whatever is known")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw step time and host bytes against the interval")
+    parser.add_argument(
+        "--plot", type=file_name, metavar="FILE", help="draw step time and host bytes against the interval"
+    )
     parser.add_argument("--tpot-ms", type=float, help="the objective in the plot (default: as served)")
     parser.set_defaults(run=run)
 

@@ -37,6 +37,7 @@ def start_serve(schema: Any) -> Any:
 def running_serve() -> RunningServe | None:
     """The Serve that runs in this cluster, with what it runs; None where there is none."""
     from ray.serve import context
+    from ray.serve.schema import HTTPOptionsSchema
 
     client = context._get_global_client(raise_if_no_controller_running=False)
     if client is None:
@@ -44,7 +45,11 @@ def running_serve() -> RunningServe | None:
     details = client.get_serve_details()
     apps = details["applications"]
     return RunningServe(
-        http_options={key: getattr(client.http_config, key) for key in ("host", "port", "root_path")},
+        http_options={
+            key: getattr(client.http_config, key)
+            for key in HTTPOptionsSchema.model_fields
+            if hasattr(client.http_config, key)
+        },
         target_capacity=details["target_capacity"],
         apps=tuple(
             RunningApp(name=name, route_prefix=app["route_prefix"], config=app["deployed_app_config"])

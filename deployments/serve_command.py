@@ -10,10 +10,12 @@ import os
 import shlex
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deployments.config import IMPORT_PATH, PORT, AppArgs, app_args, load_yaml, parse, select_n_applications
+from deployments.file_options import file_name
 from deployments.local_cluster import ClusterConfig, local_cluster
 from deployments.serving import (
     DEFAULT_HOST,
@@ -28,8 +30,8 @@ from deployments.serving import (
     why_not_placed,
     why_waiting,
 )
-from selectn_core.bounds import require_number
-from selectn_core.config import DEVICE_KINDS, OFFLOAD_UNITS
+from selectn_core.bounds import require, require_number
+from selectn_core.config import DEVICE_KINDS, OFFLOAD_UNITS, ModelConfig
 from selectn_core.embedded import cache_directory, embedded_weights, made_directory
 from selectn_core.errors import ConfigError
 
@@ -74,7 +76,7 @@ def register(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, help=f"Serve config file (default: {DEFAULT_CONFIG} if there)")
+    parser.add_argument("--config", type=file_name, help=f"Serve config file (default: {DEFAULT_CONFIG} if there)")
     parser.add_argument("--port", type=int, help="HTTP port; 0: any free one (default: 8000)")
     for option, path, settings in OVERRIDES:
         parser.add_argument(option, dest=".".join(path), default=None, **settings)
@@ -86,6 +88,7 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM. Raises SelectNError for whatever the user can put right."""
     interrupt_on_first_signal()
+    require(args.address is None or bool(args.address.strip()), "--address", args.address, "host:port, or auto")
     try:
         cluster = ClusterConfig(address=args.address, dashboard=args.dashboard)
         document = configured_document(args)
@@ -141,9 +144,19 @@ def resolve_local_models(document: dict[str, Any]) -> None:
         if source == "embedded":
             embedded_weights()
         elif _exists(path):
+            _require_checkpoint(path, args.model)
             app["args"]["model"]["source"] = str(path.resolve())
         elif source.startswith(("/", ".", "~")):
             raise ConfigError(f"model.source={source!r}: there is no such file or directory")
+
+
+def _require_checkpoint(path: Path, model: ModelConfig) -> None:
+    """Raises ConfigError for what loading would refuse at a look, some time after Ray has started."""
+    wanted = model.gguf_file or "config.json"
+    if path.is_dir() and not os.path.lexists(path / wanted):
+        from selectn_core.checkpoint_files import CheckpointFiles  # late: it imports torch, and says what is there
+
+        CheckpointFiles(replace(model, source=str(path.resolve()))).get(wanted)
 
 
 def _exists(path: Path) -> bool:

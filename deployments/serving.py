@@ -51,20 +51,25 @@ def http_address(document: dict[str, Any]) -> tuple[str, int]:
 
 def require_free_port(host: str, port: int) -> None:
     """Raises ConfigError when `port` is taken: the proxy itself would fail late, and at length."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, UnicodeError) as error:  # UnicodeError: of a name that is no host's
-            in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-            reason = "is in use" if in_use else f"cannot be used: {getattr(error, 'strerror', None) or error}"
-            raise ConfigError(f"port {port} on {host} {reason}; choose another with --port") from None
+    _bound_port(host, port, reuse=True)
 
 
 def free_port(host: str) -> int:
-    """A port that is free now."""
+    """A port that is free now. Raises ConfigError for a host that is none of this machine's."""
+    return _bound_port(host, 0, reuse=False)
+
+
+def _bound_port(host: str, port: int, *, reuse: bool) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
+        if reuse:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, ValueError, TypeError) as error:  # but OSError: of a name that is no host's
+            in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            reason = "is in use" if in_use else f"cannot be used: {getattr(error, 'strerror', None) or error}"
+            shown = host if host.isprintable() else repr(host)
+            raise ConfigError(f"port {port} on {shown} {reason}; choose another with --port") from None
         return int(probe.getsockname()[1])
 
 

@@ -40,6 +40,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.source.strip()), "model.source", self.source, "a directory, a hub id or 'embedded'")
+        for name in ("revision", "gguf_file", "served_name"):
+            value = getattr(self, name)
+            require(value is None or bool(value.strip()), f"model.{name}", value, "some text, or null")
         require(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
 
 
@@ -60,6 +63,7 @@ class DeviceConfig:
     compute_threads: Annotated[int | None, Bounds(at_least=1, at_most=4096)] = None
 
     def __post_init__(self) -> None:
+        require(self.bus is None or bool(self.bus.strip()), "device.bus", self.bus, "some text, or null")
         require(self.kind in DEVICE_KINDS, "device.kind", self.kind, f"one of {', '.join(DEVICE_KINDS)}")
         check_numbers(self, "device")
 

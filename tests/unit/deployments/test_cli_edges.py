@@ -85,6 +85,11 @@ def test_a_file_that_cannot_be_read_is_named(command, tmp_path, capsys):
         (["serve", "--link-gb-per-s", "nan"], "device.link_gb_per_s=nan is not allowed"),
         (["serve", "--kv-tokens", "9" * 30], "batch.kv_tokens=9999"),
         (["serve", "--model", "./" + "a" * 300], "there is no such file or directory"),
+        (["serve", "--model", "."], "has no config.json: it has cache, notes.txt"),
+        (["serve", "--address", ""], "--address='' is not allowed: expected host:port"),
+        (["serve", "--address", "127.0.0.1:99999"], "127.0.0.1:99999: expected a port from 1 to 65,535"),
+        (["serve", "--config", ""], "a file's name is '': expected a path"),
+        (["plan", "--record", ""], "a file's name is '': expected a path"),
         (["demo", "--device-memory-gib", "0"], "device.memory_gib=0.0 is not allowed"),
         (["demo", "--link-gb-per-s", "inf"], "device.link_gb_per_s=inf is not allowed"),
         (["demo", "--device", "emulated", "--model", "./nowhere"], "there is no such file or directory"),
@@ -104,7 +109,8 @@ def test_a_file_that_cannot_be_read_is_named(command, tmp_path, capsys):
         (["node-report", "--timeout-s", "nan"], "--timeout-s=nan is not allowed"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_named_before_anything_starts(argv, message, capsys):
+def test_a_value_that_is_not_allowed_is_named_before_anything_starts(argv, message, tmp_path, capsys):
+    (tmp_path / "notes.txt").touch()
     assert message in short_error(capsys, argv)
 
 

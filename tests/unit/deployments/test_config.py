@@ -189,6 +189,55 @@ class TestYaml:
         with pytest.raises(ConfigError, match=message):
             load_yaml(path)
 
+    @pytest.mark.parametrize(
+        ("replica", "message"),
+        [
+            (
+                {"health_check_period_s": math.inf},
+                "deployments.0.health_check_period_s=inf .* a finite number",
+            ),
+            ({"user_config": {"slo": {"ttft_ms": math.nan}}}, "user_config.slo.ttft_ms=nan .* expected a finite"),
+            ({"num_replicas": 10**400}, "deployments.0.num_replicas=1000.* expected a finite number, less than 2.63"),
+            ({"num_replicas": 1 << 40}, "SelectNReplica.num_replicas=.* expected at least 1, at most 1,048,576"),
+            ({"health_check_period_s": 1e30}, "SelectNReplica.health_check_period_s=1e.30 is not .* at most 86,400"),
+            ({"health_check_timeout_s": 1e30}, "SelectNReplica.health_check_timeout_s"),
+            ({"graceful_shutdown_timeout_s": 1e30}, "SelectNReplica.graceful_shutdown_timeout_s"),
+            ({"ray_actor_options": {"num_cpus": 1e30}}, "ray_actor_options.num_cpus=1e.30 is not allowed"),
+            ({"ray_actor_options": {"memory": 1e30}}, "ray_actor_options.memory=1e.30 is not allowed"),
+            ({"ray_actor_options": {"resources": {"lab": -1}}}, "ray_actor_options.resources"),
+            ({"ray_actor_options": {"resources": {"lab": 1e30}}}, "ray_actor_options.resources.lab=1e.30"),
+            (
+                {"ray_actor_options": {"accelerator_type": "a\0"}},
+                "accelerator_type='a.x00' .* text without NUL",
+            ),
+            ({"ray_actor_options": {"resources": {"a\0": 1}}}, "resources='a.x00' .* expected text without NUL"),
+        ],
+    )
+    def test_values_that_no_deployment_can_mean_are_found(self, tmp_path, replica, message):
+        path = self.write(tmp_path / "c.yaml", {"deployments": [{"name": "SelectNReplica", **replica}]})
+        with pytest.raises(ConfigError, match=f"c.yaml: .*{message}"):
+            load_yaml(path)
+
+    @pytest.mark.parametrize(
+        ("application", "top", "message"),
+        [
+            ({}, {"http_options": {"request_timeout_s": -1}}, "http_options.request_timeout_s=-1.* is not allowed"),
+            ({}, {"http_options": {"request_timeout_s": math.inf}}, "http_options.request_timeout_s=inf is not"),
+            ({}, {"http_options": {"host": "a\0b"}}, "http_options.host='a.x00b' is not allowed"),
+            ({}, {"grpc_options": {"port": 99_999}}, "grpc_options.port=99999 is not allowed: .* at most 65,535"),
+            ({"route_prefix": ""}, {}, "route_prefix"),
+            ({"args": {"model": {"served_name": ""}}}, {}, "model.served_name='' is not allowed: expected some text"),
+            ({"args": {"model": {"revision": " "}}}, {}, "model.revision=' ' is not allowed"),
+            ({"args": {"device": {"bus": ""}}}, {}, "device.bus='' is not allowed"),
+            ({"args": {"limits": {"api_keys_file": ""}}}, {}, "limits.api_keys_file='' is not allowed"),
+            ({"args": {"limits": {"api_keys_env": ""}}}, {}, "limits.api_keys_env='' is not allowed"),
+        ],
+    )
+    def test_values_that_nobody_can_mean_are_found(self, tmp_path, application, top, message):
+        path = self.write(tmp_path / "c.yaml", application, **top)
+        with pytest.raises(ConfigError, match=message):
+            load_yaml(path)
+
     @pytest.mark.parametrize("port", [99_999, -1])
     def test_ports_are_ports(self, tmp_path, port):
         path = self.write(tmp_path / "c.yaml", {}, http_options={"port": port})

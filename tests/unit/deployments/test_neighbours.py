@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from deployments import serving
 from deployments.config import IMPORT_PATH
 from deployments.neighbours import RunningApp, RunningServe, missing_resources, with_neighbours
-from deployments.serving import cleaned_up, require_free_port
+from deployments.serving import cleaned_up, free_port, require_free_port
 from selectn_core.errors import ConfigError
 from tests.unit.store_users import StoreUser, names
 
@@ -61,6 +62,27 @@ def test_everything_in_the_way_is_named(app, asked, message):
 
 
 @pytest.mark.parametrize(
+    ("option", "wanted", "message"),
+    [
+        ("request_timeout_s", 5.0, "http_options.request_timeout_s=5.0, but Serve runs with None and cannot change it"),
+        ("keep_alive_timeout_s", 90, None),
+        ("ssl_certfile", "cert.pem", "http_options.ssl_certfile cannot be looked up"),
+        ("ssl_keyfile_password", "wanted-pass", "http_options.ssl_keyfile_password is not what Serve runs with"),
+    ],
+)
+def test_no_option_that_is_asked_for_is_dropped_silently(option, wanted, message):
+    have = {**RUNNING.http_options, "request_timeout_s": None, "keep_alive_timeout_s": 90, "ssl_keyfile_password": "p"}
+    running, mine = replace(RUNNING, http_options=have), document()
+    mine["http_options"][option] = wanted
+    if message is None:
+        assert with_neighbours(mine, running, (option,))["http_options"] == have
+        return
+    with pytest.raises(ConfigError, match=message) as error:
+        with_neighbours(mine, running, (option,))
+    assert "wanted-pass" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("app", "total", "missing"),
     [
         ({"args": {"device": {"kind": "cuda"}}}, {"CPU": 8.0}, "1 replica.s. need 1 GPU each and the cluster has 0"),
@@ -82,10 +104,12 @@ def test_what_a_cluster_lacks_is_named(app, total, missing):
     assert found is None if missing is None else re.search(missing, found)
 
 
-@pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 300])
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 300, "a\0b", "ü" * 70])
 def test_a_host_that_is_none_is_a_short_error(host):
     with pytest.raises(ConfigError, match="port 0 on .* cannot be used"):
         require_free_port(host, 0)
+    with pytest.raises(ConfigError, match="port 0 on .* cannot be used"):
+        free_port(host)
 
 
 @pytest.mark.parametrize("phase", ["building", "built"])
