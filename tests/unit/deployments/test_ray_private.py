@@ -13,7 +13,8 @@ from ray.serve import context
 from ray.serve._private import api, replica
 from ray.serve._private.client import ServeControllerClient
 from ray.serve._private.config import DeploymentConfig
-from ray.serve.schema import ApplicationDetails, ServeInstanceDetails
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import ApplicationDetails, HTTPOptionsSchema, ServeInstanceDetails
 
 from deployments.ray_private import ADD_PORT, GRACEFUL_SHUTDOWN, when_told_to_stop
 
@@ -34,6 +35,11 @@ def test_what_serve_runs_can_be_asked() -> None:
     assert "raise_if_no_controller_running" in wanted, PLACE
     assert callable(ServeControllerClient.get_serve_details), PLACE
     assert {"http_options", "target_capacity", "applications"} <= set(ServeInstanceDetails.model_fields), PLACE
+    assert set(HTTPOptionsSchema.model_fields) <= set(HTTPOptions.model_fields), PLACE
+    same = HTTPOptions(request_timeout_s=3, keep_alive_timeout_s=7).model_dump(
+        include=set(HTTPOptionsSchema.model_fields)
+    )
+    assert HTTPOptionsSchema.model_validate(same).model_dump() == same, "what runs is deployed again as it is"
     assert {"route_prefix", "deployed_app_config"} <= set(ApplicationDetails.model_fields), PLACE
 
 
