@@ -130,6 +130,7 @@ def test_a_server_stays_on_this_machine_unless_told_otherwise(tmp_path):
 
 def test_model_paths_are_made_absolute_and_must_exist(tmp_path):
     (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
     document = serve_command.configured_document(parse_serve("--model", "./m"))
     serve_command.resolve_local_models(document)
     assert document["applications"][0]["args"]["model"]["source"] == str(tmp_path / "m")
