@@ -14,6 +14,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 POLL_PERIOD_S = 0.05
+# Between the first call that fails because Ray is ending and the end of its processes.
+ENDING_S = 3.0
 
 
 class RayIsGone(Exception):
@@ -49,7 +51,17 @@ def answer(call: Callable[[], T], *, is_gone: Callable[[], bool] = never, at_mos
         if thread.is_alive() and (is_gone() or time.monotonic() >= ends_s):
             raise RayIsGone
     if errors:
-        if is_gone():
+        if _is_ending(is_gone):
             raise RayIsGone from errors[0]
         raise errors[0]
     return results[0]
+
+
+def _is_ending(is_gone: Callable[[], bool]) -> bool:
+    """Whether the cluster is gone in a moment: its parts end one after the other, and the others fail meanwhile."""
+    ends_s = time.monotonic() + (ENDING_S if is_gone is not never else 0.0)
+    while not is_gone():
+        if time.monotonic() >= ends_s:
+            return False
+        time.sleep(POLL_PERIOD_S)
+    return True

@@ -56,3 +56,16 @@ def test_an_error_of_a_cluster_that_is_gone_is_that_it_is_gone():
 
     with pytest.raises(RayIsGone):
         answer(call, is_gone=gone.is_set)
+
+
+def test_so_is_one_of_a_cluster_whose_parts_are_still_ending():
+    """The store of Serve's controller fails before the process that keeps it is found to have ended."""
+    asked = 0
+
+    def is_gone() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 4
+
+    with pytest.raises(RayIsGone):
+        answer(lambda: {}["it"], is_gone=is_gone)
