@@ -190,7 +190,7 @@ def _arrivals(cell: Cell, seconds: float) -> list[float]:
 OTHER = """
 import sys, time
 from selectn_core.device.emulated import EmulatedDevice
-device = EmulatedDevice(64 << 20, bytes_per_s=1.0, bus_name=sys.argv[1])
+device = EmulatedDevice(64 << 20, bytes_per_s=float(sys.argv[2]), bus_name=sys.argv[1])
 source, target = device.allocate_host(16 << 20), device.allocate(16 << 20, "what the other copies")
 print("copying", flush=True)
 while True:
@@ -202,7 +202,8 @@ class _Other:
     """A second process that copies over the same bus, without a pause, while it lives."""
 
     def __init__(self, bus_name: str) -> None:
-        self._process = subprocess.Popen([sys.executable, "-c", OTHER, bus_name], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", OTHER, bus_name, str(LINK_GB_PER_S * 1e9)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self._process.stdout.readline()
         self._process.send_signal(signal.SIGSTOP)

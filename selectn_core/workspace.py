@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +14,7 @@ from selectn_core.device import Device
 from selectn_core.kv_geometry import KvGeometry
 from selectn_core.sampling import SamplingParams
 from selectn_core.transformers_cb import Callbacks, ContinuousBatching, KvShape
+from selectn_core.transformers_cb.probe import Enough, stopping_after
 from selectn_core.units import Unit, last_of_a_new_kind
 
 # Of the free sectors, what the cache of the measurement has: the rest is room for what is to be measured.
@@ -67,7 +67,7 @@ def measure_workspace(
     try:
         requests = _requests(config, geometry, num_sectors, limit, 0)
         step_bytes = device.peak_bytes(partial(_run, batching, requests, _LARGEST_SAMPLING))
-        with _stopping_after(last):
+        with stopping_after(last):
             alone, half, full = (
                 device.peak_bytes(partial(_run, batching, _requests(config, geometry, sectors, limit, past)))
                 for sectors, past in ((num_sectors, 0), (num_sectors // 2, limit), (num_sectors, limit))
@@ -102,28 +102,12 @@ def _requests(config: BatchConfig, geometry: KvGeometry, num_sectors: int, limit
     return requests
 
 
-class _Enough(Exception):
-    """The units that matter have run."""
-
-
-@contextmanager
-def _stopping_after(module: nn.Module) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise _Enough
-
-    handle = module.register_forward_hook(stop)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _run(batching: ContinuousBatching, requests: Sequence[Request], params: SamplingParams | None = None) -> None:
     if not requests:
         return
     try:
         batching.run_step(requests, params)
-    except _Enough:
+    except Enough:
         batching.drop_requests()
 
 

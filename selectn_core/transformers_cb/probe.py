@@ -89,7 +89,7 @@ def kv_shapes(model: PreTrainedModel, last: nn.Module) -> dict[str, KvShape]:
                 f"({shape} in layer {layer}, {shapes[type_of[layer]]} before)"
             )
 
-    with _attending_by(model, PROBE_NAME), _stopping_after(last), torch.no_grad():
+    with _attending_by(model, PROBE_NAME), suppress(Enough), stopping_after(last), torch.no_grad():
         input_ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         model(input_ids=input_ids, use_cache=False, **{_OBSERVER: observe})
     if missing := sorted(set(type_of.values()) - set(shapes)):
@@ -131,19 +131,20 @@ def _attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
-class _Enough(Exception):
-    """What matters has run."""
+class Enough(Exception):
+    """What matters of a forward has run."""
 
 
 @contextmanager
-def _stopping_after(module: nn.Module) -> Iterator[None]:
+def stopping_after(module: nn.Module) -> Iterator[None]:
+    """A forward within the block ends with Enough when it has come through `module`."""
+
     def stop(*_: object) -> None:
-        raise _Enough
+        raise Enough
 
     handle = module.register_forward_hook(stop)
     try:
-        with suppress(_Enough):
-            yield
+        yield
     finally:
         handle.remove()
 
