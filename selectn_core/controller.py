@@ -8,8 +8,9 @@ as much as possible lives in host memory. It decides; the executor moves the byt
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from selectn_core.device import LinkUsage
 from selectn_core.in_flight import PLANNED_SHARE, TTFT_SHARE, Chunk, Load, in_turn
@@ -26,7 +27,7 @@ from selectn_core.steps import StepRecord, StepShape
 _BUSY_STRETCH = 1.1
 # For so many steps after the last one that waited: more are likely to follow, and moving weights costs steps.
 _BUSY_STEPS = 24
-_RAISE_AFTER_STEPS = 4
+_RAISE_AFTER_LOOKS = 2  # at every other step
 # By how much a step may exceed its limit before weights come home for it (predictions are rounded to a few percent),
 # and by how much more must be freed before others move.
 _TOLERANCE, _GAIN = 0.04, 0.1
@@ -35,6 +36,8 @@ _PAYS_OFF_STEPS = 16
 # Steps longer than this many objectives are reason to take memory from running requests.
 _URGENT_SHARE = 1.25
 _FEWEST_COPIED = 2
+# How much slower than recorded steps are rehearsed.
+_REHEARSED = (0.95, 1.05, 1.15)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,7 @@ class Controller:
         self._is_prefill_held = False  # there is a prompt to compute, and no room for any of it beside who decodes
         self._is_broken = False  # the link gives less than is guaranteed, and steps are too long for it
         self._may_raise = 0
+        self._looks = False  # whether another plan was looked for in the last step
         self._last_usage: LinkUsage | None = None
         self._remembered = Remembered()
 
@@ -112,6 +116,18 @@ class Controller:
         self.policy, self.ttft_s, self.percentile = policy, ttft_s, percentile
         for scale in self._scales.values():
             scale.percentile = percentile
+
+    def rehearse(self, shapes: Iterable[StepShape], tpot_s: float) -> None:
+        """Has the policy choose for these steps as if they were next, so that what is asked later is mostly known.
+
+        At the bandwidth that is there and that is guaranteed, and for compute as fast as recorded and slower.
+        """
+        if not self.policy.adapts:
+            return
+        links = {self.link.link, self.link.guaranteed}
+        for shape, link, slower in product(shapes, links, _REHEARSED):
+            factor = (1 + self._slowdown) * slower
+            self._wanted(shape, factor, link, PLANNED_SHARE * tpot_s, self.min_freed_bytes, self.max_offloaded_bytes)
 
     def admit(self, load: Load, plan: OffloadPlan) -> Admission:
         """What may join the next step, while `plan` holds."""
@@ -164,17 +180,28 @@ class Controller:
 
     def _guaranteed_within(self, load: Load, limit_s: float) -> OffloadPlan:
         shape = load.decode_step(len(load.decoding) + 1, rounded_up(load.mean_kv_tokens))
-        scale = math.ceil((1 + self._slowdown) * self._scales[True].high / _ROUNDING) * _ROUNDING
-        link = self.link.guaranteed
-        asked = (shape, scale, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
-        situation = Situation(
-            costs=self.times.expected(shape),
-            link=link.beside(scale),
-            limit_s=limit_s / scale,
-            min_freed_bytes=self.min_freed_bytes,
-            max_offloaded_bytes=self.max_offloaded_bytes,
+        factor, link = (1 + self._slowdown) * self._scales[True].high, self.link.guaranteed
+        factor = math.ceil(factor / _ROUNDING) * _ROUNDING
+        asked = (shape, factor, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
+        least, most = self.min_freed_bytes, self.max_offloaded_bytes
+        return self._remembered.get(asked, lambda: self._wanted(shape, factor, link, limit_s, least, most))
+
+    def _wanted(
+        self, shape: StepShape, factor: float, link: Link, limit_s: float, least_bytes: int, most_bytes: float | None
+    ) -> OffloadPlan:
+        """What the policy chooses for a step whose compute takes `factor` times what the record expects.
+
+        `least_bytes` are to be freed, `most_bytes` may be offloaded.
+        """
+        return self.policy.choose(
+            Situation(
+                costs=self.times.expected(shape),
+                link=link.beside(factor),
+                limit_s=limit_s / factor,
+                min_freed_bytes=least_bytes,
+                max_offloaded_bytes=most_bytes,
+            )
         )
-        return self._remembered.get(asked, lambda: self.policy.choose(situation))
 
     # -- before the step ----------------------------------------------------------------------------------------
 
@@ -184,7 +211,7 @@ class Controller:
         late_s = _URGENT_SHARE * self._joining.tpot_s
         self._is_broken = self.link.is_below_guarantee and self._predict(self._following, current) > late_s
         goals = self._goals(limit_s)
-        plan = self._settle(goals, current, self._choose(goals, current))
+        plan = self._settle(goals, current)
         predicted_s = self._predict_first(shape, current, plan)
         self.is_feasible = self._joining.unloaded_s(self._following) <= self._joining.tpot_s
         return Decision(
@@ -249,16 +276,9 @@ class Controller:
     def _choose_beside(
         self, shape: StepShape, copying: OffloadPlan, current: OffloadPlan, limit_s: float
     ) -> OffloadPlan:
+        least = self.min_freed_bytes if self._is_broken else self.held_freed_bytes
         factor = self._factor(shape, copying, careful=True)
-        return self.policy.choose(
-            Situation(
-                costs=self.times.expected(shape),
-                link=self.link.link.beside(factor),
-                limit_s=limit_s / factor,
-                min_freed_bytes=self.min_freed_bytes if self._is_broken else self.held_freed_bytes,
-                max_offloaded_bytes=self._most_offloaded_bytes(current),
-            )
-        )
+        return self._wanted(shape, factor, self.link.link, limit_s, least, self._most_offloaded_bytes(current))
 
     def _most_offloaded_bytes(self, current: OffloadPlan) -> float | None:
         """While nothing is copied the link is not known: then it is tried with two units before more depend on it."""
@@ -267,14 +287,19 @@ class Controller:
         most = _FEWEST_COPIED * max(self.times.unit_bytes)
         return most if self.max_offloaded_bytes is None else min(most, self.max_offloaded_bytes)
 
-    def _settle(self, goals: Sequence[_Goal], current: OffloadPlan, wanted: OffloadPlan) -> OffloadPlan:
+    def _settle(self, goals: Sequence[_Goal], current: OffloadPlan) -> OffloadPlan:
         """Between the plan that holds and the one that is wanted: no moving to and fro for a hair's breadth."""
         if not self.policy.adapts:
-            return wanted
-        if self._exceeds_range(current) and not self._exceeds_range(wanted):
+            return self._choose(goals, current)
+        exceeds_range = self._exceeds_range(current)
+        missed = next((g for g in goals if self._predict(g.shape, current) > g.limit_s * (1 + _TOLERANCE)), None)
+        self._looks = exceeds_range or missed is not None or not self._looks
+        if not self._looks:  # nothing presses: what more could be offloaded is asked at every other step
+            return current
+        wanted = self._choose(goals, current)
+        if exceeds_range and not self._exceeds_range(wanted):
             self._may_raise = 0
             return self._with_few_moves(goals, current, wanted)
-        missed = next((g for g in goals if self._predict(g.shape, current) > g.limit_s * (1 + _TOLERANCE)), None)
         if missed is not None:
             self._may_raise = 0
             plan = self._with_few_moves(goals, current, wanted)
@@ -282,7 +307,7 @@ class Controller:
         # weights come home over the link, and other ones go for a reason: neither is free
         gains = self._freed_bytes(wanted) > (1 + _GAIN) * self._freed_bytes(current)
         self._may_raise = self._may_raise + 1 if gains else 0
-        if self._may_raise < _RAISE_AFTER_STEPS:
+        if self._may_raise < _RAISE_AFTER_LOOKS:
             return current
         return self._with_few_moves(goals, current, wanted)
 
@@ -366,7 +391,8 @@ class Controller:
         if plan == current:
             return self._predicted_s(shape, plan, factor)
         promoted = sorted(set(current.offloaded) - set(plan.offloaded))
-        kept = [unit for unit in plan.offloaded if unit in set(current.offloaded[: current.num_slots])]
+        in_slots = set(current.offloaded[: current.num_slots])
+        kept = [unit for unit in plan.offloaded if unit in in_slots]
         costs, link = scaled(self.times.expected(shape), factor), self.link.link
         return simulate_steps_s(costs, plan.offloaded, plan.num_slots, link, 1, promoted=promoted, in_slots=kept)[0]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selectn_core.latency import Link, StepCosts, predict_step_s
+from selectn_core.latency import Link, StepCosts, bound_s, predict_step_s
 from selectn_core.placement import OffloadPlan, even_placements, place_integer_interval
 from selectn_core.remembered import Remembered, alike, alike_in_time
 from selectn_core.unit_sets import size_sets, unequal_few
@@ -20,7 +20,7 @@ from selectn_core.unit_sets import size_sets, unequal_few
 MOST_SLOTS = 4
 _ROUNDING = 1e-9
 # Placements follow the units' times, and what is known of their steps the link's too.
-_MOST_LAYOUTS, _MOST_SITUATIONS = 16, 32
+_MOST_LAYOUTS, _MOST_SITUATIONS = 16, 64
 # Of plans alike in bytes the fastest is taken, of so many at most.
 _MOST_ALIKE = 4
 
@@ -148,9 +148,8 @@ class _Excess:
 
     def __init__(self, candidates: _Candidates, like: Situation) -> None:
         self._candidates, self._costs, self._link = candidates, like.costs, like.link
-        self._bounds_s = candidates.bounds_s(like.costs, like.link)
-        self._least = np.ones(len(self._bounds_s))
-        self._is_known = np.zeros(len(self._bounds_s), dtype=bool)
+        self._least = np.ones(len(candidates.bytes))
+        self._is_known = np.zeros(len(candidates.bytes), dtype=bool)
 
     def freest(self, situation: Situation) -> int | None:
         """The first candidate that is within range and limit; the fastest of those alike."""
@@ -181,5 +180,6 @@ class _Excess:
             candidates = self._candidates
             offloaded, num_slots = candidates.placements[candidates.placement[i]], int(candidates.num_slots[i])
             step_s = predict_step_s(self._costs, offloaded, num_slots, self._link)
-            self._least[i], self._is_known[i] = step_s / self._bounds_s[i], True
+            excess = step_s / bound_s(self._costs, offloaded, num_slots, self._link)
+            self._least[i], self._is_known[i] = excess, True
         return float(self._least[i])

@@ -129,11 +129,18 @@ def predict_step_s(costs: StepCosts, offloaded: Sequence[int], num_slots: int, l
         durations.append(walk.step())
         state = walk.relative_state()
         for period, earlier in enumerate(reversed(states), start=1):
-            if all(abs(a - b) <= _SAME_STATE_S for a, b in zip(state, earlier, strict=True)):
+            if _is_same(state, earlier):
                 return sum(durations[-period:]) / period
         states.append(state)
     tail = durations[len(durations) // 2 :]
     return sum(tail) / len(tail)
+
+
+def _is_same(state: tuple[float, ...], earlier: tuple[float, ...]) -> bool:
+    for now_s, before_s in zip(state, earlier, strict=True):
+        if not -_SAME_STATE_S <= now_s - before_s <= _SAME_STATE_S:
+            return False
+    return True
 
 
 class _Walk:
@@ -144,7 +151,6 @@ class _Walk:
             raise ValueError(f"num_slots={num_slots}: offloaded units need at least one slot")
         self.costs, self.offloaded, self.link = costs, tuple(offloaded), link
         self.num_slots = min(num_slots, len(self.offloaded))
-        self.is_offloaded = set(self.offloaded)
         # For each offloaded unit, in order: compute of the resident ones before it, and its own. Then what follows.
         self.stretches: list[tuple[float, float]] = []
         before, starts_s = 0, costs.starts_s
@@ -152,7 +158,7 @@ class _Walk:
             self.stretches.append((starts_s[unit] - starts_s[before], costs.compute_s[unit]))
             before = unit + 1
         self.tail_s = starts_s[-1] - starts_s[before] + costs.rest_s
-        copy_s = {size: link.seconds(size) for size in set(costs.unit_bytes)}
+        copy_s = {size: link.seconds(size) for _, size in costs.distinct}
         self.copy_s = [copy_s[costs.unit_bytes[unit]] for unit in self.offloaded]
         self.copies_every_step = len(self.offloaded) > self.num_slots
         self.clock_s = 0.0
@@ -213,9 +219,9 @@ class _Walk:
         return self.clock_s - start_s
 
     def _step_with_promotions(self) -> float:
-        start_s = self.clock_s
+        start_s, is_offloaded = self.clock_s, set(self.offloaded)
         for unit, compute_s in enumerate(self.costs.compute_s):
-            if unit in self.is_offloaded:
+            if unit in is_offloaded:
                 self._offloaded_unit(compute_s)
             else:
                 self.clock_s = max(self.clock_s, self.home_copied_s.pop(unit, 0.0)) + compute_s

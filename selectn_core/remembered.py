@@ -13,26 +13,37 @@ from selectn_core.placement import OffloadPlan
 Answer = TypeVar("Answer")
 
 _BUCKET, _COARSE_BUCKET = math.log(1.1), math.log(1.25)
+_SHARES, _COARSE_SHARES = 32, 16
 _CAPACITY = 4096
+_UNKNOWN = object()
 
 
 def alike(costs: StepCosts, link: Link) -> Hashable:
-    """A key that costs and links share if all their ratios to the first unit's compute time are alike to within 10 %.
+    """A key that costs and links share if their times are to one another as nearly as a predicted step need be.
 
-    The recurrence is linear in time, so nothing else about them matters. What is remembered under it is by how much a
-    step exceeds its bound, which is known exactly and moves much more than the excess does.
+    Other units' compute and what the link copies meanwhile are to the first unit's compute to within 10 %, and the rest
+    is the same share of the step to within a thirtieth of it. The recurrence is linear in time, so nothing else about
+    the costs of the same units matters. What is remembered under it is by how much a step exceeds its bound, which is
+    known exactly and moves much more than the excess does.
     """
-    unit_s = costs.compute_s[0]
-    kinds = costs.distinct
-    times_s = [costs.rest_s, *(t for t, _ in kinds), *(link.seconds(size) for _, size in kinds)]
-    return tuple(round(math.log(max(t / unit_s, 1e-9)) / _BUCKET) for t in times_s)
+    first_s = costs.compute_s[0]
+    return (
+        round(_SHARES * costs.rest_s / costs.unloaded_s),
+        *[_bucket(compute_s / first_s, _BUCKET) for compute_s, _ in costs.distinct[1:]],
+        _bucket(link.bytes_per_s * first_s, _BUCKET),
+        round(link.copy_s / first_s / _BUCKET),
+    )
 
 
 def alike_in_time(costs: StepCosts) -> Hashable:
-    """A key that costs share if the ratios of their times to the first unit's are alike to within 25 %."""
-    unit_s = costs.compute_s[0]
-    times_s = [costs.rest_s, *(t for t, _ in costs.distinct)]
-    return tuple(round(math.log(max(t / unit_s, 1e-9)) / _COARSE_BUCKET) for t in times_s)
+    """As `alike`, without the link, to within 25 % and a sixteenth of the step."""
+    first_s = costs.compute_s[0]
+    others = [_bucket(compute_s / first_s, _COARSE_BUCKET) for compute_s, _ in costs.distinct[1:]]
+    return (round(_COARSE_SHARES * costs.rest_s / costs.unloaded_s), *others)
+
+
+def _bucket(value: float, width: float) -> int:
+    return round(math.log(max(value, 1e-9)) / width)
 
 
 class Remembered:
@@ -50,9 +61,10 @@ class Remembered:
 
     def get(self, key: Hashable, compute: Callable[[], Answer]) -> Answer:
         """The answer to `key`, computed if it is not known."""
-        if key in self._answers:
+        answer = self._answers.get(key, _UNKNOWN)
+        if answer is not _UNKNOWN:
             self._answers.move_to_end(key)
-            return self._answers[key]  # type: ignore[return-value]
+            return answer  # type: ignore[return-value]
         answer = self._answers[key] = compute()
         if len(self._answers) > self._capacity:
             self._answers.popitem(last=False)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from selectn_core.config import SloConfig
@@ -60,11 +61,12 @@ class Steering:
     def __init__(self, engine: Engine, record: PerformanceRecord) -> None:
         self.record, self._engine = record, engine
         self._times = record.step_times()
+        self._frontier = Frontier(record.unit_bytes, _unit_sets_of(engine.config.offload.policy, record))
         self.objectives = resolve_objectives(engine.config.slo, self._times, engine.config.batch)
         self.controller = Controller(
             self._times,
             record.link.link,
-            make_policy(engine, self._times, record, self.objectives),
+            make_policy(engine, self._times, record, self.objectives, self._frontier),
             slowdown=record.link.slowdown,
             max_tokens=engine.config.batch.max_batch_tokens,
             guaranteed_share=1 / engine.config.offload.num_sharing,
@@ -80,11 +82,24 @@ class Steering:
         self._num_decoding = 0
         self._lock = threading.Lock()
         self.spent_s = self.stepped_s = 0.0
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Has the policy choose for the steps that may come: the first choice of its kind takes ten times as long.
+
+        They are of all batches, as long as requests were that the record has measured, and of full chunks of prefill.
+        """
+        batch = self._engine.config.batch
+        measured = [step.shape.decodes[0] for step in self._times.steps if step.shape.decodes] or [1]
+        sizes, lengths = _between(1, batch.max_requests, 1.3), _between(min(measured), max(measured), 1.5)
+        steps = [StepShape.decode(size, length) for size, length in product(sizes, lengths)]
+        beside = [StepShape.of([(batch.max_batch_tokens, 0)], each.decodes) for each in steps]
+        self.controller.rehearse([*steps, *(each.sampling() for each in steps), *beside], self.objectives.tpot_s)
 
     def set_objectives(self, slo: SloConfig) -> None:
         """Aims at other objectives from the next step on; what was learned of the machine stays."""
         objectives = resolve_objectives(slo, self._times, self._engine.config.batch)
-        policy = make_policy(self._engine, self._times, self.record, objectives)
+        policy = make_policy(self._engine, self._times, self.record, objectives, self._frontier)
         with self._lock:
             self.objectives = objectives
             self.controller.aim_at(policy, objectives.ttft_s, slo.percentile)
@@ -198,8 +213,13 @@ class Steering:
         }
 
 
-def make_policy(engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives) -> Policy:
-    """The configured policy for this engine. Raises ConfigError for one whose plan leaves too much on the device."""
+def make_policy(
+    engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives, frontier: Frontier
+) -> Policy:
+    """The configured policy for this engine. Raises ConfigError for one whose plan leaves too much on the device.
+
+    `frontier` is kept while objectives change: what it knows of steps has nothing to do with them.
+    """
     num_units, config = len(engine.units), engine.config.offload
 
     def by_name(plan: OffloadPlan) -> Fixed:
@@ -207,8 +227,8 @@ def make_policy(engine: Engine, times: StepTimes, record: PerformanceRecord, obj
         return Fixed(config.policy, engine.target.checked(f"offload.policy={config.policy}{interval}", plan))
 
     makers: dict[str, Callable[[], Policy]] = {
-        "select-n": lambda: SelectN(Frontier(record.unit_bytes, unit_sets(record))),
-        "paper": lambda: Paper(Frontier(record.unit_bytes)),
+        "select-n": lambda: SelectN(frontier),
+        "paper": lambda: Paper(frontier),
         "static": lambda: Fixed("static", _static_plan(engine, times, record, objectives)),
         "group": lambda: by_name(last_of_every_group(config.interval or num_units, num_units)),
         "all": lambda: by_name(every_unit_one_ahead(num_units)),
@@ -226,6 +246,16 @@ def _static_plan(engine: Engine, times: StepTimes, record: PerformanceRecord, ob
     plan = worst_case_share(costs, link, num_sharing, limit_s)
     least = engine.target.fewest(plan.num_slots)
     return plan if plan.num_offloaded >= least.num_offloaded else least
+
+
+def _between(least: int, most: int, ratio: float) -> list[int]:
+    """Numbers that grow by about this ratio, both ends included."""
+    num = math.ceil(math.log(most / least, ratio)) if most > least else 0
+    return sorted({round(least * (most / least) ** (i / max(1, num))) for i in range(num + 1)})
+
+
+def _unit_sets_of(policy: str, record: PerformanceRecord) -> list[tuple[int, ...]]:
+    return unit_sets(record) if policy == "select-n" else []
 
 
 def unit_sets(record: PerformanceRecord) -> list[tuple[int, ...]]:

@@ -86,7 +86,6 @@ class StepTimes:
         self._sizes = np.array([step.shape.sizes(self._windows) for step in steps])
         self._knots = sorted({step.shape.num_tokens for step in steps})
         self._coefficients = self._fit()  # [num_features, num_kinds + 1]
-        self._total = self._coefficients @ np.array([*self._num_of_kind, 1.0])  # [num_features], of the whole step
         self._known = Remembered(_MOST_SHAPES)
         high_s = np.array([step.high_s for step in steps])
         self._promised_s = [float(high_s[(self._sizes <= sizes).all(axis=1)].max()) for sizes in self._sizes]
@@ -101,9 +100,7 @@ class StepTimes:
 
     def expected_s(self, shape: StepShape) -> float:
         """Seconds of the whole step with every unit resident, as `expected`."""
-        return self._known.get(
-            ("total", shape), lambda: float(self._features(shape) @ self._total) + self.sampling.seconds(shape)
-        )
+        return self.expected(shape).unloaded_s
 
     def conservative(self, shape: StepShape) -> StepCosts:
         """The costs of the cheapest measured step that covers `shape`, at the worst of all that it covers itself.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from statistics import mean, median
 
@@ -104,10 +104,9 @@ class StepShape:
 
     def sampling(self, num_sampled: int | None = None, num_truncated: int = 0) -> StepShape:
         """The same with so many requests that draw their token; None: all that decode, as clients do by default."""
-        return replace(
-            self,
-            num_sampled=self.num_decodes if num_sampled is None else num_sampled,
-            num_truncated=num_truncated,
+        num_sampled = self.num_decodes if num_sampled is None else num_sampled
+        return StepShape(
+            prefills=self.prefills, decodes=self.decodes, num_sampled=num_sampled, num_truncated=num_truncated
         )
 
     @property

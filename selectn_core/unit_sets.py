@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import combinations, pairwise
+
+import numpy as np
 
 from selectn_core.latency import StepCosts
 
 _MOST_SIZES = 6
 _MOST_FEW = 2048
-_DIGITS = 9
+# Distances that differ by less of a step are equal.
+_RESOLUTION = 1e9
 
 
 def size_sets(unit_bytes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -39,20 +43,29 @@ def unequal_few(costs: StepCosts) -> list[tuple[int, ...]]:
     if len(costs.distinct) < 2:
         return []
     num_units = len(costs.compute_s)
-    chosen = _distinct(costs, combinations(range(num_units), 2))
+    chosen = _distinct(costs, 2)
     if math.comb(num_units, 3) <= _MOST_FEW:
-        chosen += _distinct(costs, combinations(range(num_units), 3))
+        chosen += _distinct(costs, 3)
     return chosen
 
 
-def _distinct(costs: StepCosts, several: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    kinds, starts_s = list(zip(costs.compute_s, costs.unit_bytes, strict=True)), costs.starts_s
-    alike: dict[object, tuple[int, ...]] = {}
-    for units in several:
-        distances = [round((starts_s[b] - starts_s[a]) / costs.unloaded_s, _DIGITS) for a, b in pairwise(units)]
-        alike.setdefault((*[kinds[unit] for unit in units], *distances), units)
-    found = list(alike.values())
-    return found[:: -(-len(found) // _MOST_FEW)] if found else []
+def _distinct(costs: StepCosts, count: int) -> list[tuple[int, ...]]:
+    kind_of = {kind: i for i, kind in enumerate(costs.distinct)}
+    kinds = np.array([kind_of[kind] for kind in zip(costs.compute_s, costs.unit_bytes, strict=True)])
+    several = _several(len(kinds), count)  # [num_choices, count]
+    if not len(several):
+        return []
+    gaps_s = np.diff(np.array(costs.starts_s)[several], axis=1)
+    keys = np.hstack([kinds[several], np.rint(gaps_s / costs.unloaded_s * _RESOLUTION)])
+    order = np.lexsort(keys.T)  # stable: of those alike the first comes first
+    is_new = np.append(True, (np.diff(keys[order], axis=0) != 0).any(axis=1))
+    found = several[np.sort(order[is_new])]
+    return [tuple(units) for units in found[:: -(-len(found) // _MOST_FEW)].tolist()]
+
+
+@lru_cache(maxsize=8)
+def _several(num_units: int, count: int) -> np.ndarray:  # [num_choices, count]
+    return np.array([*combinations(range(num_units), count)], dtype=np.intp).reshape(-1, count)
 
 
 def _groups(sizes: Sequence[int]) -> list[tuple[int, int]]:
