@@ -24,8 +24,8 @@ from typing import Any
 from benchmarks.common import Check, finish, parse_arguments, table
 from benchmarks.contention import BUS_GB_PER_S, LOAD_SHARES, MULTIPLES, NEW_TOKENS, PROMPT_TOKENS, contention
 from benchmarks.noise import NoiseWatch
-from cluster.bus_allocation import BusAllocation, allocate_bus, unit_cost_bytes_per_s
-from cluster.messages import LinkDemand
+from cluster.bus.allocation import BusAllocation, allocate_bus, unit_cost_bytes_per_s
+from cluster.protocol.messages import LinkDemand
 
 UNIT_BYTES = (14_160_384, 404_766_720, 634_388_480, 466_115_584)
 STEP_S = (0.03, 0.05, 0.1, 0.2)

@@ -46,12 +46,12 @@ from selectn_core.config import (
     ModelConfig,
     OffloadConfig,
 )
-from selectn_core.engine import Engine
-from selectn_core.latency import Link, StepCosts, predict_step_s
-from selectn_core.placement import OffloadPlan, best_slots, place_integer_interval
-from selectn_core.planner import unmeasured_plan
-from selectn_core.profile import UnitTimer
-from selectn_core.sampling import SamplingParams
+from selectn_core.engine.engine import Engine
+from selectn_core.latency.placement import OffloadPlan, best_slots, place_integer_interval
+from selectn_core.latency.recurrence import Link, StepCosts, predict_step_s
+from selectn_core.memory.plan_memory import unmeasured_plan
+from selectn_core.profiling.unit_timer import UnitTimer
+from selectn_core.requests.sampling import SamplingParams
 
 WANTED = 24
 SHARE = 4

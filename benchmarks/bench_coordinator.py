@@ -22,11 +22,11 @@ import psutil
 import ray
 
 from benchmarks.common import Check, finish, parse_arguments, table
-from cluster.coordinator import Coordinator, CoordinatorConfig
-from cluster.coordinator_actor import CoordinatorActor, open_coordinator
-from cluster.messages import BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
-from cluster.range_holder import RangeHolder
-from deployments.local_cluster import ClusterConfig, local_cluster
+from cluster.coordinator.actor import CoordinatorActor, open_coordinator
+from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig
+from cluster.protocol.messages import BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
+from cluster.replica.lease import RangeHolder
+from deployments.commands.local_cluster import ClusterConfig, local_cluster
 
 NUM_REPLICAS, REPLICAS_PER_BUS = 1000, 8
 NUM_PROCESSES = 2

@@ -19,17 +19,17 @@ from typing import Any
 from torch import nn
 
 from benchmarks.common import Check, finish, parse_arguments, table
-from selectn_core.controller import Controller
+from selectn_core.control.controller import Controller
+from selectn_core.control.load import Decoding, Load, Waiting
+from selectn_core.control.policies import Frontier, SelectN
 from selectn_core.device import LinkUsage, align_up
-from selectn_core.in_flight import Decoding, Load, Waiting
-from selectn_core.latency import Link, predict_step_s
-from selectn_core.placement import OffloadPlan
-from selectn_core.planner import UnmeasuredPlans
-from selectn_core.policies import Frontier, SelectN
-from selectn_core.record import PerformanceRecord
-from selectn_core.step_times import MeasuredStep, StepTimes, scaled
-from selectn_core.steps import StepRecord, StepShape
-from selectn_core.units import Unit
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.latency.recurrence import Link, predict_step_s
+from selectn_core.latency.step_times import MeasuredStep, StepTimes, scaled
+from selectn_core.latency.steps import StepRecord, StepShape
+from selectn_core.memory.plan_memory import UnmeasuredPlans
+from selectn_core.planning.record import PerformanceRecord
+from selectn_core.weights.units import Unit
 
 RECORD = Path(__file__).parents[1] / "tests" / "data" / "smollm2-135m.yaml"
 BATCH, MAX_TOKENS = 16, 256

@@ -20,11 +20,11 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import Check, finish, parse_arguments, table
-from cluster.board import Board
-from cluster.door import Door, Visit
-from cluster.headroom import MAX_ORIGINS, Ask, Promise, ReplicaReport
-from deployments.admission import Admission, AdmissionConfig
-from deployments.board import SharedBoard
+from deployments.replica.door import Door, Visit
+from deployments.routing.admission import Admission, AdmissionConfig
+from deployments.routing.board import Board
+from deployments.routing.headroom_report import MAX_ORIGINS, Ask, Promise, ReplicaReport
+from deployments.routing.shared_board import SharedBoard
 
 NUM_INSIDE, NUM_REPLICAS = (64, 128, 256, 512), (16, 32, 64, 128)
 NUM_QUEUED, OWN_PER_REPLICA, PAGE = 256, 8, 16

@@ -32,9 +32,9 @@ import aiohttp
 
 from benchmarks.common import Check, finish, parse_arguments, table
 from benchmarks.http_load import client_session
+from deployments.commands.local_cluster import ClusterConfig, local_cluster
+from deployments.commands.serving import base_urls, deployed, free_port, wait_until_serving
 from deployments.config import IMPORT_PATH, RequestLimits
-from deployments.local_cluster import ClusterConfig, local_cluster
-from deployments.serving import base_urls, deployed, free_port, wait_until_serving
 
 MODEL, KEY = "bench", secrets.token_hex(16)
 MAX_BODY_BYTES = RequestLimits().max_body_bytes

@@ -22,9 +22,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from benchmarks.common import Check, finish, parse_arguments, random_prompts, table
 from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig
 from selectn_core.device import resolve_kind
-from selectn_core.engine import Engine
-from selectn_core.loading import load_model
-from selectn_core.sampling import SamplingParams
+from selectn_core.engine.engine import Engine
+from selectn_core.requests.sampling import SamplingParams
+from selectn_core.weights.checkpoint import load_model
 
 CONTEXT_TOKENS = 256
 PAGE_SIZE = 16

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import Check, finish, parse_arguments, random_prompts, table
 from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, HostConfig, ModelConfig, OffloadConfig
-from selectn_core.engine import Engine
-from selectn_core.loading import LoadedModel, load_weights, resolve_source
-from selectn_core.sampling import SamplingParams
-from selectn_core.shared_model import open_shared
-from selectn_core.shared_store import SharedStore
-from selectn_core.units import find_units
+from selectn_core.engine.engine import Engine
+from selectn_core.requests.sampling import SamplingParams
+from selectn_core.weights.checkpoint import LoadedModel, load_weights, resolve_source
+from selectn_core.weights.shared_model import open_shared
+from selectn_core.weights.shared_store import SharedStore
+from selectn_core.weights.units import find_units
 
 NUM_PROCESSES = 4
 NUM_ROUNDS, NUM_ROUNDS_QUICK = 9, 2

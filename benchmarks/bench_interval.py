@@ -21,12 +21,12 @@ from tqdm import tqdm
 from benchmarks.common import Check, StepReader, finish, parse_arguments, random_prompts, table
 from selectn_core.config import DEVICE_KINDS, BatchConfig, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig
 from selectn_core.device import resolve_kind
-from selectn_core.engine import Engine
-from selectn_core.latency import Link, StepCosts, bound_s, predict_step_s
-from selectn_core.loading import load_model
-from selectn_core.placement import OffloadPlan, best_slots
-from selectn_core.profile import UnitTimer
-from selectn_core.sampling import SamplingParams
+from selectn_core.engine.engine import Engine
+from selectn_core.latency.placement import OffloadPlan, best_slots
+from selectn_core.latency.recurrence import Link, StepCosts, bound_s, predict_step_s
+from selectn_core.profiling.unit_timer import UnitTimer
+from selectn_core.requests.sampling import SamplingParams
+from selectn_core.weights.checkpoint import load_model
 
 BANDWIDTHS_GB_PER_S = (0.5, 1.0)
 BATCH_SIZES = (1, 4, 16)

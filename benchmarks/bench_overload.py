@@ -39,10 +39,10 @@ from ray import serve
 
 from benchmarks.common import Check, finish, parse_arguments, table
 from benchmarks.http_load import Ask, Load, Outcome, client_session
+from deployments.commands.local_cluster import ClusterConfig, local_cluster
+from deployments.commands.serving import base_urls, deployed, free_port, wait_until_serving
 from deployments.config import IMPORT_PATH, REPLICA_NAME
-from deployments.local_cluster import ClusterConfig, local_cluster
-from deployments.serving import base_urls, deployed, free_port, wait_until_serving
-from selectn_core.objectives import Objectives
+from selectn_core.requests.objectives import Objectives
 
 APP_NAME, MODEL = "selectn", "bench"
 MAX_REQUESTS = 8
@@ -92,7 +92,7 @@ class Part:
 
     @property
     def offered(self) -> list[Outcome]:
-        """What counts for attainment (`selectn_core.attainment`)."""
+        """What counts for attainment (`selectn_core.requests.attainment`)."""
         return [each for each in self.outcomes if each.outcome is not None]
 
 

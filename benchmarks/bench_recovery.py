@@ -4,7 +4,7 @@ The cluster of tests/integration/test_cluster.py: three raylets, three replicas 
 with the periods of a configuration that says nothing of them (--quick: the tests' own, shorter ones). Each loss is a
 SIGKILL, of all processes of a node at once, or a SIGSTOP for longer than a lease. Back to full: every replica runs, has
 the range that the allocation gives it, and is in its node's ledger. A lost node is replaced as soon as Ray counts it as
-dead. `bound` is what docs/operations.md states (deployments/recovery.py).
+dead. `bound` is what docs/operations.md states (deployments/commands/recovery.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Check, finish, parse_arguments, table
-from deployments.recovery import LOSSES, Loss, Surroundings
+from deployments.commands.recovery import LOSSES, Loss, Surroundings
 from tests.integration.load import NUM_CLIENTS, Answer
 from tests.integration.serving_cluster import DEFAULT_PACE, IMPATIENT
 from tests.integration.tiny_checkpoint import save_tiny_llama

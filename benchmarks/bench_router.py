@@ -40,18 +40,18 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from benchmarks.common import Check, finish, parse_arguments, table
-from cluster.door import Visit
+from cluster.node.telemetry import TelemetryConfig
 from cluster.services import CoordinationConfig
-from cluster.telemetry import TelemetryConfig
-from deployments.admission import Admission, AdmissionConfig
+from deployments.api.errors import ApiError
 from deployments.app import ROUTER
-from deployments.board import board_of
-from deployments.errors import ApiError
-from deployments.generation import Generation, ReplicaClient
-from deployments.local_cluster import ClusterConfig, local_cluster
+from deployments.commands.local_cluster import ClusterConfig, local_cluster
 from deployments.messages import Accepted, Delta, Finished, GenerateRequest, Refused, Sampling
-from deployments.replica import SelectNReplica
-from deployments.sizing import PromptSizes
+from deployments.replica.door import Visit
+from deployments.replica.replica import SelectNReplica
+from deployments.routing.admission import Admission, AdmissionConfig
+from deployments.routing.replica_client import Generation, ReplicaClient
+from deployments.routing.shared_board import board_of
+from deployments.routing.sizing import PromptSizes
 from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
 from tests.integration.tiny_checkpoint import NUM_LAYERS, save_tiny_llama
 

@@ -38,11 +38,11 @@ from benchmarks.noise import NoiseWatch
 from benchmarks.small_device import BATCH, FULL_STEP, NEW_TOKENS, PROMPT_TOKENS, capacity, device_gib, roomy_record
 from selectn_core.config import DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
 from selectn_core.device.bus import Bus
-from selectn_core.engine import Engine
-from selectn_core.objectives import Objectives
-from selectn_core.record import PerformanceRecord
-from selectn_core.sampling import SamplingParams
-from selectn_core.steps import StepRecord
+from selectn_core.engine.engine import Engine
+from selectn_core.latency.steps import StepRecord
+from selectn_core.planning.record import PerformanceRecord
+from selectn_core.requests.objectives import Objectives
+from selectn_core.requests.sampling import SamplingParams
 
 LINK_GB_PER_S = 0.4
 AUTO_SLO = SloConfig()  # found by the engine: what is not steered has no use for it

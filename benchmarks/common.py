@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from benchmarks.noise import NoiseReport
-from selectn_core.attainment import Outcome, is_met
-from selectn_core.engine import Engine
-from selectn_core.objectives import Objectives
-from selectn_core.requests import RequestHandle
-from selectn_core.steps import StepRecord
+from selectn_core.engine.engine import Engine
+from selectn_core.latency.steps import StepRecord
+from selectn_core.requests.attainment import Outcome, is_met
+from selectn_core.requests.handle import RequestHandle
+from selectn_core.requests.objectives import Objectives
 
 _LIBRARIES = ("torch", "transformers", "ray")
 

@@ -35,21 +35,21 @@ from benchmarks.small_device import (
     roomy_record,
     with_memory,
 )
-from cluster.coordinator import CoordinatorConfig
-from cluster.coordinator_actor import CoordinatorActor
-from cluster.host_claims import HostClaims
-from cluster.member import Member
-from cluster.messages import BusState, NodeState, RangeUpdate, ReplicaReport
-from cluster.node_messages import HostAnswer, HostClaim
+from cluster.coordinator.actor import CoordinatorActor
+from cluster.coordinator.coordinator import CoordinatorConfig
+from cluster.node.host_claims import HostClaims
+from cluster.protocol.messages import BusState, NodeState, RangeUpdate, ReplicaReport
+from cluster.protocol.node_reports import HostAnswer, HostClaim
+from cluster.replica.member import Member
 from selectn_core.config import DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
+from selectn_core.control.steering import LinkShare
 from selectn_core.device.bus import Bus
-from selectn_core.engine import Engine
-from selectn_core.objectives import Objectives
-from selectn_core.record import PerformanceRecord
-from selectn_core.requests import RequestHandle
-from selectn_core.sampling import SamplingParams
-from selectn_core.steering import LinkShare
-from selectn_core.steps import StepRecord
+from selectn_core.engine.engine import Engine
+from selectn_core.latency.steps import StepRecord
+from selectn_core.planning.record import PerformanceRecord
+from selectn_core.requests.handle import RequestHandle
+from selectn_core.requests.objectives import Objectives
+from selectn_core.requests.sampling import SamplingParams
 
 BUS_GB_PER_S = 0.8
 # TPOT objectives in unloaded steps of a full batch, and TTFT objectives in those of TPOT.

@@ -17,12 +17,12 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.common import Check, finish, parse_arguments
-from selectn_core.latency import Link, StepCosts, bound_s, predict_step_s
-from selectn_core.memory_model import MemoryModel, kv_of_tokens
-from selectn_core.placement import best_placement, place_by_index, place_evenly, place_integer_interval
-from selectn_core.plan_candidates import Objective, UnitSet
-from selectn_core.plan_search import PlanRange, search
-from selectn_core.workspace import Workspace
+from selectn_core.latency.placement import best_placement, place_by_index, place_evenly, place_integer_interval
+from selectn_core.latency.recurrence import Link, StepCosts, bound_s, predict_step_s
+from selectn_core.memory.memory_model import MemoryModel, kv_of_tokens
+from selectn_core.memory.workspace import Workspace
+from selectn_core.planning.candidates import Objective, UnitSet
+from selectn_core.planning.search import PlanRange, search
 
 LAYERS = range(12, 81)
 TABLE_LAYERS = (32, 40, 80)

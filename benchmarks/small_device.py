@@ -11,16 +11,16 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from selectn_core.config import BatchConfig, EngineConfig
-from selectn_core.engine import Engine
-from selectn_core.in_flight import PLANNED_SHARE
-from selectn_core.latency import Link
-from selectn_core.memory_model import MemoryModel
-from selectn_core.placement import freed_bytes
-from selectn_core.policies import Frontier, SelectN, Situation
-from selectn_core.record import PerformanceRecord
-from selectn_core.record_cache import measured_record
-from selectn_core.steering import unit_sets
-from selectn_core.steps import StepShape
+from selectn_core.control.load import PLANNED_SHARE
+from selectn_core.control.policies import Frontier, SelectN, Situation
+from selectn_core.control.steering import unit_sets
+from selectn_core.engine.engine import Engine
+from selectn_core.latency.placement import freed_bytes
+from selectn_core.latency.recurrence import Link
+from selectn_core.latency.steps import StepShape
+from selectn_core.memory.memory_model import MemoryModel
+from selectn_core.planning.record import PerformanceRecord
+from selectn_core.profiling.record_cache import measured_record
 
 PROMPT_TOKENS, NEW_TOKENS, MAX_REQUESTS = 16, 32, 24
 REQUEST_TOKENS = PROMPT_TOKENS + NEW_TOKENS

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import ray
 
-from cluster.coordinator import LEASE, CoordinatorConfig
-from cluster.coordinator_actor import COORDINATOR_NAME, CoordinatorSink, open_coordinator
-from cluster.coordinator_actor import NAMESPACE as COORDINATOR_NAMESPACE
-from cluster.node_agents import start_node_agents, stop_node_agents
-from cluster.telemetry import TelemetryConfig
+from cluster.coordinator.actor import COORDINATOR_NAME, CoordinatorSink, open_coordinator
+from cluster.coordinator.actor import NAMESPACE as COORDINATOR_NAMESPACE
+from cluster.coordinator.coordinator import LEASE, CoordinatorConfig
+from cluster.node.agents import start_node_agents, stop_node_agents
+from cluster.node.telemetry import TelemetryConfig
 from selectn_core.bounds import Bounds, check_numbers, require
 from selectn_core.config import MOST_GIB
 

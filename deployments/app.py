@@ -10,15 +10,15 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from deployments.config import IMPORT_PATH, INGRESS_NAME, REPLICA_NAME, AppArgs, check_application
-from deployments.ingress import Ingress
+from deployments.http.ingress import Ingress
 from deployments.neighbours import NUM_CPUS
 from deployments.ray_private import running_serve
-from deployments.replica import SelectNReplica
+from deployments.replica.replica import SelectNReplica
 from selectn_core.config import DeviceConfig
 
 # The ingress only waits and forwards: what bounds requests is its own admission.
 INGRESS_MAX_ONGOING_REQUESTS = 10_000
-ROUTER = "deployments.router:HeadroomRouter"
+ROUTER = "deployments.routing.router:HeadroomRouter"
 
 
 def build_app(args: AppArgs) -> serve.Application:

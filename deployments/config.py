@@ -15,8 +15,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.node.telemetry import TelemetryConfig
 from cluster.services import CoordinationConfig
-from cluster.telemetry import TelemetryConfig
 from selectn_core.bounds import MOST_WHOLE, Bounds, require, require_number
 from selectn_core.config import (
     BatchConfig,
@@ -35,7 +35,7 @@ REPLICA_NAME, INGRESS_NAME = "SelectNReplica", "SelectNIngress"
 PORT = Bounds(at_least=0, at_most=65_535)
 # Calls that must get through to a replica whose queue is full: health, snapshot, plan changes.
 NUM_CONTROL_CALLS = 16
-# Callers take a report for stale after 5 s (deployments/board.py), and one may be lost.
+# Callers take a report for stale after 5 s (deployments/routing/shared_board.py), and one may be lost.
 MOST_HEADROOM_PERIOD_S = 2.5
 _COUNT = Bounds(at_least=1, at_most=1 << 20)
 _SECONDS = Bounds(at_least=0, at_most=86_400)

@@ -15,7 +15,7 @@ from selectn_core.config import EngineConfig
 from selectn_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from selectn_core.engine import Engine
+    from selectn_core.engine.engine import Engine
 
 # The rest of `offload` is what an engine is built for: it changes in `args`, with a restart.
 CHANGEABLE: dict[str, tuple[str, ...] | None] = {"slo": None, "offload": ("num_offloaded", "num_slots")}

@@ -11,6 +11,7 @@ from typing import Literal
 
 from deployments.prompt_length import TextBound
 
+Priority = Literal["high", "normal", "low"]
 Refusal = Literal["invalid", "overloaded", "unavailable", "too_large"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -25,7 +26,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """selectn_core.sampling.SamplingParams as the client wrote it; ingress and replica check the same ranges.
+    """selectn_core.requests.sampling.SamplingParams as the client wrote it; ingress and replica check the same ranges.
 
     Repeated here because the ingress must not import torch. `max_tokens` None: `default_max_tokens`, or what the
     replica has by default, if the model's length leaves that many.

@@ -98,9 +98,9 @@ class BatchConfig:
 class OffloadConfig:
     """What lives only in host memory: who decides it, or how much, by hand.
 
-    `policy` is asked where `num_offloaded` is "auto" (selectn_core/policies.py describes each); a number of units and
-    `num_slots` is a plan by hand. `interval` is N of the policy "group". `num_sharing` is for the policy "static": how
-    many replicas may use this replica's bus at once.
+    `policy` is asked where `num_offloaded` is "auto" (selectn_core/control/policies.py describes each); a number of
+    units and `num_slots` is a plan by hand. `interval` is N of the policy "group". `num_sharing` is for the policy
+    "static": how many replicas may use this replica's bus at once.
 
     `unit` is what is offloaded: a decoder "layer", or a "block" of one (attention, MLP or experts apart). Numbers count
     these: a model has at least twice as many blocks as layers, and a slot for a block takes less.
@@ -157,9 +157,9 @@ class HostConfig:
 class SloConfig:
     """Latency objectives: time to first token and time per output token, in milliseconds.
 
-    "auto" takes a multiple of what the profile says of an unloaded server (selectn_core/objectives.py). A request may
-    name its own, from `tightest` to `loosest` times these. `percentile` percent of requests, 1 to 100, are to meet
-    theirs: steps are planned for that (learning.ComputeScale), and attainment is reported at it.
+    "auto" takes a multiple of what the profile says of an unloaded server (selectn_core/requests/objectives.py). A
+    request may name its own, from `tightest` to `loosest` times these. `percentile` percent of requests, 1 to 100, are
+    to meet theirs: steps are planned for that (control.estimates.ComputeScale), and attainment is reported at it.
     """
 
     ttft_ms: Annotated[float | Literal["auto"], _OBJECTIVE_MS] = "auto"

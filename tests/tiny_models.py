@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from selectn_core.loading import LoadedModel
+from selectn_core.weights.checkpoint import LoadedModel
 
 VOCAB_SIZE = 131
 NUM_LAYERS = 5

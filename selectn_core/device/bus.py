@@ -21,8 +21,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from selectn_core.device.host_memory import SHARED_MEMORY
 from selectn_core.errors import ConfigError
-from selectn_core.host_memory import SHARED_MEMORY
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import torch
 from selectn_core.device.base import ALIGNMENT_BYTES, Device, Event, LinkUsage, align_up
 from selectn_core.device.bus import Bus
 from selectn_core.device.cpu_peak import CpuPeak
+from selectn_core.device.range_allocator import FirstFit
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
-from selectn_core.first_fit import FirstFit
 
 CHUNK_BYTES = 2 << 20
 

@@ -20,9 +20,8 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.buses import BusConfig
-from cluster.node_agent import ActorSink
-from cluster.node_agents import (
+from cluster.node.agent import ActorSink
+from cluster.node.agents import (
     AGENT_PREFIX,
     MANAGER_NAME,
     NAMESPACE,
@@ -31,9 +30,10 @@ from cluster.node_agents import (
     start_node_agents,
     stop_node_agents,
 )
-from cluster.node_messages import NodeReport
-from cluster.telemetry import TelemetryConfig
-from deployments.local_cluster import LOOPBACK, end_processes, keep_ray_on_loopback
+from cluster.node.bus_topology import BusConfig
+from cluster.node.telemetry import TelemetryConfig
+from cluster.protocol.node_reports import NodeReport
+from deployments.commands.local_cluster import LOOPBACK, end_processes, keep_ray_on_loopback
 from tests.integration.processes import listening_addresses
 
 T = TypeVar("T")

@@ -6,11 +6,11 @@ import threading
 import time
 from types import TracebackType
 
-from cluster.coordinator import CoordinatorConfig
-from cluster.coordinator_actor import CoordinatorConnection
-from cluster.messages import BusState, LinkDemand, NodeState
-from cluster.range_client import RangeClient, RangeState
-from cluster.range_holder import RangeHolder
+from cluster.coordinator.actor import CoordinatorConnection
+from cluster.coordinator.coordinator import CoordinatorConfig
+from cluster.protocol.messages import BusState, LinkDemand, NodeState
+from cluster.replica.lease import RangeHolder
+from cluster.replica.range_client import RangeClient, RangeState
 
 NODE, BUS = "node", "bus"
 

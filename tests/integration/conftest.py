@@ -12,9 +12,9 @@ import pytest
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.commands.local_cluster import ClusterConfig, local_cluster
+from deployments.commands.serving import base_urls, deployed, free_port, wait_until_serving
 from deployments.config import IMPORT_PATH, REPLICA_NAME
-from deployments.local_cluster import ClusterConfig, local_cluster
-from deployments.serving import base_urls, deployed, free_port, wait_until_serving
 from tests.integration.processes import alive
 from tests.integration.tiny_checkpoint import NUM_LAYERS, save_tiny_llama
 

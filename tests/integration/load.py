@@ -12,8 +12,8 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.headroom import prefix_hashes
-from deployments.detokenizer import Detokenizer
+from deployments.replica.detokenizer import Detokenizer
+from deployments.routing.headroom_report import prefix_hashes
 from tests.integration.processes import wait_until
 
 TIMEOUT_S = 150

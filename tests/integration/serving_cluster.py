@@ -25,24 +25,24 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from cluster.coordinator import Coordinator, CoordinatorConfig, CoordinatorStatus
-from cluster.coordinator_actor import (
+from cluster.coordinator.actor import (
     COORDINATOR_NAME,
     MAX_WAITING_CALLS,
     NAMESPACE,
     CoordinatorActor,
     CoordinatorSink,
 )
-from cluster.headroom import ReplicaReport as HeadroomReport
-from cluster.messages import NodeState, RangeUpdate, ReplicaReport
-from cluster.node_agent import NodeAgent
-from cluster.node_agents import AGENT_PREFIX, MANAGER_NAME, NodeAgents, agent_nodes, latest_reports
-from cluster.node_messages import HostAnswer, HostClaim, NodeReport
+from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig, CoordinatorStatus
+from cluster.node.agent import NodeAgent
+from cluster.node.agents import AGENT_PREFIX, MANAGER_NAME, NodeAgents, agent_nodes, latest_reports
+from cluster.protocol.messages import NodeState, RangeUpdate, ReplicaReport
+from cluster.protocol.node_reports import HostAnswer, HostClaim, NodeReport
 from cluster.services import stop_services
+from deployments.commands.local_cluster import LOOPBACK, end_processes, keep_ray_on_loopback
+from deployments.commands.recovery import Loss, Surroundings, recovery_bounds_s
 from deployments.config import IMPORT_PATH, REPLICA_NAME, AppArgs
-from deployments.local_cluster import LOOPBACK, end_processes, keep_ray_on_loopback
 from deployments.ray_private import start_serve
-from deployments.recovery import Loss, Surroundings, recovery_bounds_s
+from deployments.routing.headroom_report import ReplicaReport as HeadroomReport
 from tests.integration.agent_cluster import IMPATIENT as IMPATIENT_RAY
 
 APP, MODEL, BUS = "tiny", "tiny", "bus"
@@ -344,8 +344,8 @@ def _detached(actor_class: type, name: str, *arguments: Any) -> None:
 
 def _profile(pace: Pace, checkpoint: str) -> None:
     """The performance record that the replicas will find: a short one is enough here."""
-    from selectn_core.engine import Engine
-    from selectn_core.record_cache import performance_record
+    from selectn_core.engine.engine import Engine
+    from selectn_core.profiling.record_cache import performance_record
 
     args = application(pace, checkpoint)["args"]
     config = AppArgs.model_validate({**args, "device": {**args["device"], "bus": None}}).engine

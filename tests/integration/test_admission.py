@@ -21,11 +21,11 @@ from ray import serve
 from ray.serve.context import _get_global_client  # deploys a config, as `serve deploy` does
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.board import DOOR_REQUESTS
-from cluster.headroom import ReplicaReport
-from deployments.admission import Admission
-from deployments.board import board_of
 from deployments.config import REPLICA_NAME, AppArgs
+from deployments.routing.admission import Admission
+from deployments.routing.board import DOOR_REQUESTS
+from deployments.routing.headroom_report import ReplicaReport
+from deployments.routing.shared_board import board_of
 from tests.integration.conftest import (
     NUM_PAIR_INGRESSES,
     PAIR_KEY,

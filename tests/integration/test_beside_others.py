@@ -9,8 +9,8 @@ import httpx
 import pytest
 from ray import serve
 
+from deployments.commands.serving import DeployFailed, base_urls, deployed, free_port, wait_until_serving, why_waiting
 from deployments.ray_private import running_serve
-from deployments.serving import DeployFailed, base_urls, deployed, free_port, wait_until_serving, why_waiting
 from selectn_core.errors import ConfigError
 from tests.integration.conftest import application
 

@@ -1,7 +1,8 @@
 """Replicas, agents, the coordinator and a whole node lost on a real Ray cluster, under real HTTP load throughout.
 
-Everything is back to full within what docs/operations.md states for this configuration (deployments/recovery.py), with
-much room for starting processes on a busy machine. No other times are asserted.
+Everything is back to full within what docs/operations.md states for this configuration
+(deployments/commands/recovery.py), with much room for starting processes on a busy machine. No other times are
+asserted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from cluster.node_messages import GpuReport, NodeTelemetry, NvmlInfo, Unavailable
+from cluster.protocol.node_reports import GpuReport, NodeTelemetry, NvmlInfo, Unavailable
 from tests.integration import serving_cluster
 from tests.integration.load import NUM_CLIENTS, Answer, LongRequest, hosts
 from tests.integration.processes import wait_until

@@ -10,9 +10,9 @@ import psutil
 import pytest
 import ray
 
-from cluster.coordinator import CoordinatorConfig
-from cluster.coordinator_actor import open_coordinator
-from cluster.messages import LinkDemand
+from cluster.coordinator.actor import open_coordinator
+from cluster.coordinator.coordinator import CoordinatorConfig
+from cluster.protocol.messages import LinkDemand
 from tests.integration.bus_users import BusUser, ReportingNode
 from tests.integration.processes import wait_until
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.buses import BusConfig
-from cluster.node_messages import NodeReport, NvmlInfo, Unavailable
+from cluster.node.bus_topology import BusConfig
+from cluster.protocol.node_reports import NodeReport, NvmlInfo, Unavailable
 from tests.integration import agent_cluster
 from tests.integration.agent_cluster import Driver
 from tests.integration.processes import is_loopback, wait_until

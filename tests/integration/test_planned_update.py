@@ -17,9 +17,9 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 from ray.util import list_named_actors
 
+from deployments.commands.serving import base_urls
 from deployments.config import REPLICA_NAME
 from deployments.ray_private import start_serve
-from deployments.serving import base_urls
 from tests.integration.conftest import application
 from tests.integration.load import Answer, Reference, http_client
 from tests.integration.processes import wait_until

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cluster.bus_allocation import allocate_bus
-from cluster.coordinator import CoordinatorStatus, ReplicaStatus
-from deployments.recovery import Loss
-from deployments.serving import free_port
+from cluster.bus.allocation import allocate_bus
+from cluster.coordinator.coordinator import CoordinatorStatus, ReplicaStatus
+from deployments.commands.recovery import Loss
+from deployments.commands.serving import free_port
 from tests.integration import serving_cluster
 from tests.integration.agent_cluster import Driver
 from tests.integration.load import Load, LongRequests, Reference

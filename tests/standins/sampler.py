@@ -7,8 +7,8 @@ import sys
 import threading
 from dataclasses import asdict
 
-from cluster.buses import BusConfig
-from cluster.telemetry import Telemetry, TelemetryConfig
+from cluster.node.bus_topology import BusConfig
+from cluster.node.telemetry import Telemetry, TelemetryConfig
 
 
 def main() -> None:

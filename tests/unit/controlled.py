@@ -7,14 +7,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from selectn_core.controller import Controller
+from selectn_core.control.controller import Controller
+from selectn_core.control.load import PASSED_SHARE, Decoding, Load, Waiting
+from selectn_core.control.policies import Frontier, Policy, SelectN
 from selectn_core.device import LinkUsage
-from selectn_core.in_flight import PASSED_SHARE, Chunk, Decoding, Load, Waiting, step_of
-from selectn_core.latency import Link, simulate_steps_s
-from selectn_core.placement import OffloadPlan
-from selectn_core.policies import Frontier, Policy, SelectN
-from selectn_core.step_times import MeasuredStep, SamplingTimes, StepTimes, scaled, while_copying
-from selectn_core.steps import StepRecord, StepShape
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.latency.recurrence import Link, simulate_steps_s
+from selectn_core.latency.step_times import MeasuredStep, SamplingTimes, StepTimes, scaled, while_copying
+from selectn_core.latency.steps import Chunk, StepRecord, StepShape, step_of
 
 NUM_UNITS, UNIT_BYTES = 16, 10_000_000
 MAX_TOKENS, BATCH, LENGTH = 128, 8, 200

@@ -6,8 +6,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, HostConfig, ModelConfig, OffloadConfig
-from selectn_core.engine import Engine
-from selectn_core.sampling import SamplingParams
+from selectn_core.engine.engine import Engine
+from selectn_core.requests.sampling import SamplingParams
 from tests.unit.store_users import PROCESSES
 
 

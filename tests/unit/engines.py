@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, HostConfig, OffloadConfig
-from selectn_core.engine import Engine
-from selectn_core.sampling import SamplingParams
-from selectn_core.steps import StepShape
+from selectn_core.engine.engine import Engine
+from selectn_core.latency.steps import StepShape
+from selectn_core.requests.sampling import SamplingParams
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 # More tokens than `max_batch_tokens`: prefill is chunked and mixed with decoding.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from selectn_core.memory_model import kv_of_tokens
-from selectn_core.record import Fingerprint, LinkRecord, MemoryRecord, PerformanceRecord, UnitKind
-from selectn_core.step_times import MeasuredStep
-from selectn_core.steps import StepShape
-from selectn_core.workspace import Workspace
+from selectn_core.latency.step_times import MeasuredStep
+from selectn_core.latency.steps import StepShape
+from selectn_core.memory.memory_model import kv_of_tokens
+from selectn_core.memory.workspace import Workspace
+from selectn_core.planning.record import Fingerprint, LinkRecord, MemoryRecord, PerformanceRecord, UnitKind
 
 MIB = 1 << 20
 NUM_LAYERS = 12

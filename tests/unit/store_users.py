@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from selectn_core.shared_store import Chunks, Section, SharedStore, StoredTensor, find_or_build, write_store
+from selectn_core.weights.shared_store import Chunks, Section, SharedStore, StoredTensor, find_or_build, write_store
 
 NUM_SECTIONS, CHUNKS_PER_SECTION = 4, 3
 NUM_CHUNKS = NUM_SECTIONS * CHUNKS_PER_SECTION

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from selectn_core.config import EngineConfig, HostConfig, ModelConfig
-from selectn_core.engine import Engine
-from selectn_core.loading import LoadedModel
-from selectn_core.shared_model import load_on_host
+from selectn_core.engine.engine import Engine
+from selectn_core.weights.checkpoint import LoadedModel
+from selectn_core.weights.shared_model import load_on_host
 from tests.tiny_models import tiny_model
 from tests.unit.engines import CheckedEngine, engine_config, greedy, make_prompts
 

@@ -8,12 +8,12 @@ import time
 import pytest
 
 from benchmarks.http_load import Outcome as Seen
-from selectn_core.attainment import OUTCOMES, Attainment, Outcome, at_percentile, is_met
 from selectn_core.config import SloConfig
 from selectn_core.errors import EngineOverloaded, EngineUnavailable, RequestError
-from selectn_core.objectives import Objectives
-from selectn_core.requests import Gaps, RequestHandle, RequestTiming, TokenEvent
-from selectn_core.sampling import SamplingParams
+from selectn_core.requests.attainment import OUTCOMES, Attainment, Outcome, at_percentile, is_met
+from selectn_core.requests.handle import Gaps, RequestHandle, RequestTiming, TokenEvent
+from selectn_core.requests.objectives import Objectives
+from selectn_core.requests.sampling import SamplingParams
 from tests.tiny_models import tiny_model
 from tests.unit.engines import CheckedEngine, engine_config, greedy, make_prompts
 

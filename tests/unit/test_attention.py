@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import pad
 
-from selectn_core.attention import make_segments, varlen_attention
+from selectn_core.batching.attention import make_segments, varlen_attention
 
 HEAD_DIM = 8
 
@@ -105,7 +105,7 @@ def test_long_chunks_are_taken_a_few_queries_at_a_time(monkeypatch, num_keys) ->
     segments = [make_segments([0, 9], [0, num_keys])]
     results = []
     for at_once in (256, 4, 3):
-        monkeypatch.setattr("selectn_core.attention._QUERIES_AT_ONCE", at_once)
+        monkeypatch.setattr("selectn_core.batching.attention._QUERIES_AT_ONCE", at_once)
         cache = CacheThatIsFull(key, value)
         results.append(varlen_attention(layer, query, key, value, None, cache=cache, segments=segments, softcap=2.0)[0])
     assert results[0].shape == (1, 9, 2, HEAD_DIM)

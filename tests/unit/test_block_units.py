@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import pytest
 from torch import nn
 
-from selectn_core.engine import Engine
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError, UnsupportedModel
-from selectn_core.executor import Executor, OverlappedExecutor, SynchronousExecutor
-from selectn_core.placement import OffloadPlan
-from selectn_core.planner import fewest_offloaded, plan_bytes
-from selectn_core.units import Unit
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.memory.plan_memory import fewest_offloaded, plan_bytes
+from selectn_core.offload.executor import Executor, OverlappedExecutor, SynchronousExecutor
+from selectn_core.weights.units import Unit
 from tests.tiny_models import FAMILIES, NUM_LAYERS, tiny_model
 from tests.unit.engines import BeforeStep, CheckedEngine, engine_config, generate, greedy, make_prompts
 from tests.unit.test_engine_identity import DTYPES, FAMILY_DTYPES, flaky_engine, unloaded_tokens

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from selectn_core.config import HostConfig, ModelConfig
 from selectn_core.errors import ConfigError, SelectNError
-from selectn_core.loading import load_model
-from selectn_core.shared_model import load_on_host
+from selectn_core.weights.checkpoint import load_model
+from selectn_core.weights.shared_model import load_on_host
 from tests.tiny_models import tiny_model
 from tests.unit.broken_checkpoints import CASES, CONFIG, Broken
 from tests.unit.deployments.tokenizers_in_process import byte_level_tokenizer

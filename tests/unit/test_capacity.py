@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selectn_core.capacity import capacity_tokens, promised_tokens
-from selectn_core.engine import Engine
+from selectn_core.engine.engine import Engine
+from selectn_core.engine.headroom import capacity_tokens, promised_tokens
 from selectn_core.errors import RequestError, RequestTooLarge
-from selectn_core.kv_geometry import BlockGeometry, KvGeometry
+from selectn_core.memory.kv_geometry import BlockGeometry, KvGeometry
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config, greedy, memory_gib_for
 

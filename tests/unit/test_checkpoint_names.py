@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from selectn_core.config import ModelConfig
 from selectn_core.errors import ConfigError
-from selectn_core.loading import load_model
+from selectn_core.weights.checkpoint import load_model
 from tests.tiny_models import tiny_model
 
 WEIGHTS = "model.safetensors"

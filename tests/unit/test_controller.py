@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selectn_core.control.estimates import ComputeScale, LinkEstimate
+from selectn_core.control.load import PLANNED_SHARE, Decoding, Load, Waiting
+from selectn_core.control.policies import Paper
 from selectn_core.device import LinkUsage
-from selectn_core.in_flight import PLANNED_SHARE, Decoding, Load, Waiting
-from selectn_core.latency import Link
-from selectn_core.learning import ComputeScale, LinkEstimate
-from selectn_core.policies import Paper
-from selectn_core.step_times import SamplingTimes
-from selectn_core.steps import StepShape
+from selectn_core.latency.recurrence import Link
+from selectn_core.latency.step_times import SamplingTimes
+from selectn_core.latency.steps import StepShape
 from tests.unit.controlled import (
     BATCH,
     LENGTH,

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selectn_core.config import OFFLOAD_UNITS
-from selectn_core.placement import OffloadPlan
-from selectn_core.planner import unmeasured_plan
-from selectn_core.requests import RequestHandle
-from selectn_core.units import Unit
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.memory.plan_memory import unmeasured_plan
+from selectn_core.requests.handle import RequestHandle
+from selectn_core.weights.units import Unit
 from tests.tiny_models import FAMILIES, NUM_LAYERS, SEVERAL_BLOCKS, tiny_model
 from tests.unit.engines import CheckedEngine, engine_config, greedy, make_prompts
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from selectn_core.config import MAX_SLOTS, SloConfig
-from selectn_core.engine import Engine
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import (
     ConfigError,
     DeviceMemoryExceeded,
@@ -23,9 +23,9 @@ from selectn_core.errors import (
     EngineUnavailable,
     RequestError,
 )
-from selectn_core.request_table import RequestTable
-from selectn_core.requests import RequestHandle
-from selectn_core.sampling import SamplingParams
+from selectn_core.requests.handle import RequestHandle
+from selectn_core.requests.sampling import SamplingParams
+from selectn_core.requests.table import RequestTable
 from tests.tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_model
 from tests.unit.engines import CheckedEngine, engine_config, generate, greedy, make_prompts
 

@@ -10,10 +10,10 @@ import torch
 
 from selectn_core.device import Event
 from selectn_core.device.emulated import EmulatedDevice, EmulatedEvent
-from selectn_core.engine import Engine
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import LinkError
-from selectn_core.executor import Executor, OverlappedExecutor, SynchronousExecutor
-from selectn_core.placement import OffloadPlan
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.offload.executor import Executor, OverlappedExecutor, SynchronousExecutor
 from tests.tiny_models import FAMILIES, NUM_LAYERS, tiny_model
 from tests.unit.engines import BeforeStep, CheckedEngine, engine_config, generate, greedy, make_prompts
 
@@ -160,7 +160,7 @@ def flaky_engine(
     unit: str = "layer",
 ) -> tuple[CheckedEngine, FlakyDevice]:
     device = FlakyDevice(8 << 20, seed, failure_rate=0.0)
-    monkeypatch.setattr("selectn_core.engine.open_device", lambda *_, **__: device)
+    monkeypatch.setattr("selectn_core.engine.engine.open_device", lambda *_, **__: device)
     config = engine_config(num_offloaded, 1, unit=unit)
     engine = CheckedEngine(tiny_model(), config, executor_class=executor_class)
     return engine, device

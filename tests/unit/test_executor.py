@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from selectn_core.device import align_up
 from selectn_core.device.emulated import EmulatedDevice, EmulatedEvent
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
-from selectn_core.executor import Executor, OverlappedExecutor, SynchronousExecutor
-from selectn_core.host_store import HostStore
-from selectn_core.placement import OffloadPlan
-from selectn_core.planner import plan_bytes
-from selectn_core.units import find_units
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.memory.plan_memory import plan_bytes
+from selectn_core.offload.executor import Executor, OverlappedExecutor, SynchronousExecutor
+from selectn_core.weights.host_store import HostStore
+from selectn_core.weights.units import find_units
 from tests.tiny_models import FAMILIES
 
 NUM_UNITS = 9

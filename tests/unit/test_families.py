@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from selectn_core.batching import KvShape, kv_shapes
 from selectn_core.config import HostConfig, ModelConfig
-from selectn_core.engine import Engine
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import RequestError, UnsupportedModel
-from selectn_core.loading import load_model
-from selectn_core.placement import OffloadPlan
-from selectn_core.shared_model import load_on_host
-from selectn_core.transformers_cb import KvShape, kv_shapes
-from selectn_core.transformers_cb.architecture import check_architecture, context_limit
-from selectn_core.units import find_units, last_of_a_new_kind
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.weights.architecture import check_architecture, context_limit
+from selectn_core.weights.checkpoint import load_model
+from selectn_core.weights.shared_model import load_on_host
+from selectn_core.weights.units import find_units, last_of_a_new_kind
 from tests.tiny_models import NUM_LAYERS, OTHER_FAMILIES, VOCAB_SIZE, tiny_model
 from tests.unit.engines import NUM_TOKENS, BeforeStep, engine_config, generate, greedy, make_prompts
 

@@ -16,9 +16,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from selectn_core.config import HostConfig, ModelConfig
 from selectn_core.errors import ConfigError, SelectNError, UnsupportedModel
-from selectn_core.gguf_files import GgufFile, complete_config
-from selectn_core.loading import LoadedModel, load_model
-from selectn_core.shared_model import load_on_host
+from selectn_core.weights.checkpoint import LoadedModel, load_model
+from selectn_core.weights.gguf_files import GgufFile, complete_config
+from selectn_core.weights.shared_model import load_on_host
 from tests.unit.broken_checkpoints import LFS_POINTER
 from tests.unit.test_loading import write_tiny_gguf
 

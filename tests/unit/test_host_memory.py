@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from selectn_core.host_memory import available_host_memory, free_bytes, is_in_memory, memory_pressure
+from selectn_core.device.host_memory import available_host_memory, free_bytes, is_in_memory, memory_pressure
 
 GIB = 1 << 30
 MACHINE_TOTAL_BYTES = 128 * GIB

@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selectn_core.controller import Controller, Decision
-from selectn_core.in_flight import PLANNED_SHARE, Chunk, Decoding, Load, Waiting, prefill_pace_s
-from selectn_core.joining import Admission
-from selectn_core.latency import Link
-from selectn_core.objectives import Objectives
-from selectn_core.placement import OffloadPlan
-from selectn_core.policies import SelectN
-from selectn_core.requests import RequestHandle, TokenEvent
-from selectn_core.sampling import SamplingParams
-from selectn_core.steering import load_of
-from selectn_core.step_times import SamplingTimes, StepTimes
-from selectn_core.steps import StepShape
+from selectn_core.control.controller import Controller, Decision
+from selectn_core.control.joining import Admission
+from selectn_core.control.load import PLANNED_SHARE, Decoding, Load, Waiting, prefill_pace_s
+from selectn_core.control.policies import SelectN
+from selectn_core.control.steering import load_of
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.latency.recurrence import Link
+from selectn_core.latency.step_times import SamplingTimes, StepTimes
+from selectn_core.latency.steps import Chunk, StepShape
+from selectn_core.requests.handle import RequestHandle, TokenEvent
+from selectn_core.requests.objectives import Objectives
+from selectn_core.requests.sampling import SamplingParams
 from tests.unit.controlled import LENGTH, LINK, MAX_TOKENS, NUM_UNITS, Request, Server, frontier, step_times
 
 TIMES, FRONTIER = step_times(), frontier()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selectn_core.latency import Link, StepCosts, bound_s, predict_step_s, simulate_steps_s
-from selectn_core.placement import best_placement, place_evenly, place_integer_interval
+from selectn_core.latency.placement import best_placement, place_evenly, place_integer_interval
+from selectn_core.latency.recurrence import Link, StepCosts, bound_s, predict_step_s, simulate_steps_s
 
 SECONDS = st.integers(1, 40).map(lambda value: value / 8)
 BYTES = st.integers(1, 60)

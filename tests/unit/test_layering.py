@@ -16,7 +16,7 @@ MAY_IMPORT = {
 }
 # Which file may touch a library's private parts, and what they are called.
 PRIVATE_PLACES = {
-    "transformers.generation.continuous_batching": "selectn_core/transformers_cb/",
+    "transformers.generation.continuous_batching": "selectn_core/batching/",
     "ray._private": "deployments/ray_private.py",
     "ray.serve._private": "deployments/ray_private.py",
 }

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from selectn_core import embedded
 from selectn_core.config import ModelConfig
 from selectn_core.errors import ConfigError, HostMemoryExceeded, UnsupportedModel
-from selectn_core.load_errors import blaming
-from selectn_core.loading import load_model, resolve_source
+from selectn_core.weights import embedded_model as embedded
+from selectn_core.weights.checkpoint import load_model, resolve_source
+from selectn_core.weights.load_errors import blaming
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,7 +254,7 @@ def test_without_the_wheel_the_error_says_what_to_install(monkeypatch) -> None:
 
 
 CONVERT = """
-import selectn_core.embedded as embedded
+import selectn_core.weights.embedded_model as embedded
 convert = embedded._convert
 def counted(*arguments):
     print("converting", flush=True)

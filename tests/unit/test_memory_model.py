@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selectn_core.accounts import account
+from selectn_core.batching import KvPages
+from selectn_core.engine.accounts import account
 from selectn_core.errors import ConfigError
-from selectn_core.latency import Link, StepCosts
-from selectn_core.memory_model import MemoryModel, kv_of_tokens
-from selectn_core.plan_candidates import Objective, UnitSet, candidates_of
-from selectn_core.plan_search import search
-from selectn_core.transformers_cb import KvPages
-from selectn_core.workspace import Workspace
+from selectn_core.latency.recurrence import Link, StepCosts
+from selectn_core.memory.memory_model import MemoryModel, kv_of_tokens
+from selectn_core.memory.workspace import Workspace
+from selectn_core.planning.candidates import Objective, UnitSet, candidates_of
+from selectn_core.planning.search import search
 from tests.tiny_models import tiny_model
 from tests.unit.engines import CheckedEngine, engine_config
 

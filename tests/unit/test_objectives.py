@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from selectn_core.config import BatchConfig, SloConfig
-from selectn_core.controller import Decision
-from selectn_core.engine import Engine
+from selectn_core.control.controller import Decision
+from selectn_core.control.steering import LinkShare
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError, RequestError
-from selectn_core.objectives import (
+from selectn_core.latency.steps import StepShape
+from selectn_core.profiling.record_cache import performance_record
+from selectn_core.requests.objectives import (
     TPOT_MULTIPLE,
     TTFT_MULTIPLE,
     Objectives,
@@ -20,9 +23,6 @@ from selectn_core.objectives import (
     requested_objectives,
     resolve_objectives,
 )
-from selectn_core.record_cache import performance_record
-from selectn_core.steering import LinkShare
-from selectn_core.steps import StepShape
 from tests.tiny_models import tiny_model
 from tests.unit.controlled import step_times
 from tests.unit.engines import engine_config, greedy, make_prompts

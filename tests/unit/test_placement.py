@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selectn_core.latency import Link, StepCosts, predict_step_s
-from selectn_core.placement import (
+from selectn_core.latency.placement import (
     OffloadPlan,
     best_placement,
     best_slots,
@@ -17,6 +16,7 @@ from selectn_core.placement import (
     place_evenly,
     place_integer_interval,
 )
+from selectn_core.latency.recurrence import Link, StepCosts, predict_step_s
 
 
 @st.composite

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selectn_core.errors import Infeasible, NotMeasured
-from selectn_core.latency import Link, StepCosts
-from selectn_core.memory_model import MemoryModel, kv_of_tokens
-from selectn_core.plan_question import TPOT, TTFT, Planner, UnitSource, Workload
-from selectn_core.steps import StepShape
-from selectn_core.workspace import Workspace
+from selectn_core.latency.recurrence import Link, StepCosts
+from selectn_core.latency.steps import StepShape
+from selectn_core.memory.memory_model import MemoryModel, kv_of_tokens
+from selectn_core.memory.workspace import Workspace
+from selectn_core.planning.planner import TPOT, TTFT, Planner, UnitSource, Workload
 
 NUM_UNITS = 6
 

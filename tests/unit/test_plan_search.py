@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selectn_core.arena import weight_sectors
 from selectn_core.errors import Infeasible
-from selectn_core.latency import Link, StepCosts, predict_step_s
-from selectn_core.memory_model import MemoryModel, kv_of_tokens
-from selectn_core.placement import place_by_index, place_evenly
-from selectn_core.plan_candidates import (
+from selectn_core.latency.placement import place_by_index, place_evenly
+from selectn_core.latency.recurrence import Link, StepCosts, predict_step_s
+from selectn_core.latency.step_times import scaled, while_copying
+from selectn_core.memory.arena import weight_sectors
+from selectn_core.memory.memory_model import MemoryModel, kv_of_tokens
+from selectn_core.memory.workspace import Workspace
+from selectn_core.planning.candidates import (
     Objective,
     Pace,
     UnitSet,
@@ -23,10 +25,8 @@ from selectn_core.plan_candidates import (
     predicted_s,
     with_size_sets,
 )
-from selectn_core.plan_search import COMPUTE, DEVICE_MEMORY, HOST_MEMORY, LINK, PlanRange, least_limit_s, search
-from selectn_core.step_times import scaled, while_copying
-from selectn_core.unit_sets import unequal_few
-from selectn_core.workspace import Workspace
+from selectn_core.planning.search import COMPUTE, DEVICE_MEMORY, HOST_MEMORY, LINK, PlanRange, least_limit_s, search
+from selectn_core.planning.unit_sets import unequal_few
 
 SECTOR = 256
 PLENTY = 1 << 30

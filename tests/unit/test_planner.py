@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from selectn_core.config import MAX_SLOTS
 from selectn_core.device import align_up
-from selectn_core.latency import Link, StepCosts, predict_step_s
-from selectn_core.placement import OffloadPlan, best_placement
-from selectn_core.planner import (
+from selectn_core.latency.placement import OffloadPlan, best_placement
+from selectn_core.latency.recurrence import Link, StepCosts, predict_step_s
+from selectn_core.memory.plan_memory import (
     UnmeasuredPlans,
     fewest_offloaded,
     most_bytes,
@@ -23,7 +23,7 @@ from selectn_core.planner import (
     slot_bytes,
     unmeasured_plan,
 )
-from selectn_core.units import Unit, find_units
+from selectn_core.weights.units import Unit, find_units
 
 
 def units_of(sizes) -> list[Unit]:
@@ -155,7 +155,7 @@ def test_what_fits_is_asked_at_every_step_and_simulated_once(monkeypatch: pytest
         simulated.append((len(offloaded), num_slots))
         return predict_step_s(costs, offloaded, num_slots, link)
 
-    monkeypatch.setattr("selectn_core.placement.predict_step_s", counted)
+    monkeypatch.setattr("selectn_core.latency.placement.predict_step_s", counted)
     units = units_of([1000, 3000] * 80)
     plans = UnmeasuredPlans(units)
     for budget in range(0, 330_000, 10_000):

@@ -11,10 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selectn_core.config import OffloadConfig
-from selectn_core.errors import ConfigError
-from selectn_core.latency import Link, StepCosts, predict_step_s
-from selectn_core.placement import best_placement, freed_bytes, nearest_plan
-from selectn_core.policies import (
+from selectn_core.control.policies import (
     MOST_SLOTS,
     Frontier,
     Paper,
@@ -24,9 +21,12 @@ from selectn_core.policies import (
     last_of_every_group,
     worst_case_share,
 )
-from selectn_core.remembered import Remembered
-from selectn_core.step_times import scaled
-from selectn_core.steps import StepShape
+from selectn_core.errors import ConfigError
+from selectn_core.latency.placement import best_placement, freed_bytes, nearest_plan
+from selectn_core.latency.prediction_cache import Remembered
+from selectn_core.latency.recurrence import Link, StepCosts, predict_step_s
+from selectn_core.latency.step_times import scaled
+from selectn_core.latency.steps import StepShape
 from tests.unit.controlled import BATCH, LENGTH, Machine, step_times
 
 ALIKE = StepCosts(compute_s=(1.0,) * 12, unit_bytes=(100,) * 12, rest_s=1.0)

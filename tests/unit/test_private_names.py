@@ -1,4 +1,4 @@
-"""Every private name of transformers that selectn_core/transformers_cb/ stands on is where it was.
+"""Every private name of transformers that selectn_core/batching/ stands on is where it was.
 
 When an upgrade breaks one of these, read the new source, fix that file, and move the pin in pyproject.toml.
 """
@@ -34,10 +34,10 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from selectn_core.config import DeviceConfig, EngineConfig
-from selectn_core.engine import Engine
+from selectn_core.engine.engine import Engine
 from tests.tiny_models import tiny_model
 
-PLACE = "selectn_core/transformers_cb/"
+PLACE = "selectn_core/batching/"
 
 SIGNATURES = [
     (get_model_conversion_mapping, ("model", "key_mapping", "hf_quantizer", "add_legacy")),

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selectn_core.engine import Engine
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import NotMeasured, RecordRefused
-from selectn_core.fingerprint import fingerprint_of
-from selectn_core.kv_geometry import BlockGeometry, KvGeometry
-from selectn_core.profiler import Extent, coarse_grid, fine_grid, is_long_enough, profile
-from selectn_core.record import PerformanceRecord
-from selectn_core.record_cache import performance_record, record_path
-from selectn_core.record_table import derived_table
-from selectn_core.steps import StepShape
+from selectn_core.latency.steps import StepShape
+from selectn_core.memory.kv_geometry import BlockGeometry, KvGeometry
+from selectn_core.planning.record import PerformanceRecord
+from selectn_core.planning.record_table import derived_table
+from selectn_core.profiling.fingerprint import fingerprint_of
+from selectn_core.profiling.profiler import Extent, coarse_grid, fine_grid, is_long_enough, profile
+from selectn_core.profiling.record_cache import performance_record, record_path
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config, generate, greedy, make_prompts, memory_gib_for
 from tests.unit.records import layer_record

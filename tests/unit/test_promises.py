@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selectn_core.capacity import capacity_tokens
 from selectn_core.config import SloConfig
-from selectn_core.engine import Engine
-from selectn_core.planner import unmeasured_plan
-from selectn_core.record_cache import performance_record
-from selectn_core.steering import LinkShare
+from selectn_core.control.steering import LinkShare
+from selectn_core.engine.engine import Engine
+from selectn_core.engine.headroom import capacity_tokens
+from selectn_core.memory.plan_memory import unmeasured_plan
+from selectn_core.profiling.record_cache import performance_record
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config, greedy
 

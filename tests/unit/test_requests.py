@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from selectn_core.requests import RequestHandle, TokenEvent
+from selectn_core.requests.handle import RequestHandle, TokenEvent
 
 EVENTS = [TokenEvent(token_ids=(i,)) for i in range(50)] + [TokenEvent(token_ids=(99,), finish_reason="length")]
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from selectn_core.errors import RequestError
-from selectn_core.sampling import SamplingParams, perturb_for_argmax
+from selectn_core.requests.sampling import SamplingParams, perturb_for_argmax
 
 GREEDY = SamplingParams()
 VOCAB_SIZE = 12

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from selectn_core.attention import ATTENTION_NAME, varlen_attention
+from selectn_core.batching.attention import ATTENTION_NAME, varlen_attention
 from selectn_core.errors import LinkError, UnsupportedModel
-from selectn_core.executor import OverlappedExecutor
-from selectn_core.loading import LoadedModel
-from selectn_core.units import Unit
+from selectn_core.offload.executor import OverlappedExecutor
+from selectn_core.weights.checkpoint import LoadedModel
+from selectn_core.weights.units import Unit
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from tests.unit.engines import CheckedEngine, engine_config, generate, greedy, make_prompts
 
@@ -77,9 +77,9 @@ def engine_on(model: PreTrainedModel, num_offloaded: int = 1, **settings: Any) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_passes_by_far(family: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "selectn_core.self_test")
+    caplog.set_level(logging.INFO, "selectn_core.engine.self_test")
     CheckedEngine(tiny_model(family, dtype), engine_config(2, 1)).close()
-    (record,) = (record for record in caplog.records if record.name == "selectn_core.self_test")
+    (record,) = (record for record in caplog.records if record.name == "selectn_core.engine.self_test")
     model_type, distance, tolerance = record.args  # type: ignore[misc]
     assert model_type == family
     assert 0 <= distance < tolerance / 5  # type: ignore[operator]

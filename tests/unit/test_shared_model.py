@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from selectn_core import shared_model
 from selectn_core.config import DeviceConfig, EngineConfig, HostConfig, ModelConfig, OffloadConfig
-from selectn_core.engine import Engine
+from selectn_core.device.host_memory import HostMemory, is_in_memory
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import (
     ConfigError,
     DeviceMemoryExceeded,
@@ -26,9 +26,9 @@ from selectn_core.errors import (
     StoreRefused,
     UnsupportedModel,
 )
-from selectn_core.host_memory import HostMemory, is_in_memory
-from selectn_core.loading import LoadedModel, load_model, resolve_source
-from selectn_core.shared_model import fingerprint_of, load_on_host
+from selectn_core.weights import shared_model
+from selectn_core.weights.checkpoint import LoadedModel, load_model, resolve_source
+from selectn_core.weights.shared_model import fingerprint_of, load_on_host
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.unit.engine_users import EngineUser, shared_config
 from tests.unit.engines import CheckedEngine, engine_config, generate, greedy, make_prompts
@@ -257,7 +257,7 @@ def test_a_store_with_another_layout_is_refused(checkpoint_of, host, monkeypatch
     offload = OffloadConfig(unit=unit)
     config = EngineConfig(model=ModelConfig(source=checkpoint_of()), host=host, offload=offload)
     older = load_on_host(config.model, host)
-    monkeypatch.setattr("selectn_core.units.TENSOR_ALIGNMENT_BYTES", 8192)
+    monkeypatch.setattr("selectn_core.weights.units.TENSOR_ALIGNMENT_BYTES", 8192)
     with pytest.raises(StoreRefused, match=r"layers\.0.* laid out otherwise, by another version"):
         Engine.load(config)
     older.store.close()

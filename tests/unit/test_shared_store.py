@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selectn_core import shared_store
 from selectn_core.errors import HostMemoryExceeded, StoreRefused
-from selectn_core.shared_store import PAGE_BYTES, find_or_build, stored_bytes
-from selectn_core.store_files import distinct_directories, remove_abandoned
+from selectn_core.weights import shared_store
+from selectn_core.weights.shared_store import PAGE_BYTES, find_or_build, stored_bytes
+from selectn_core.weights.store_files import distinct_directories, remove_abandoned
 from tests.unit.store_users import NUM_CHUNKS, StoreUser, build, has_the_right_bytes, names, open_here, sections
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,7 +135,7 @@ def test_different_fingerprints_do_not_wait_for_each_other(directory) -> None:
 
 
 def test_of_several_directories_the_one_that_has_it_is_used(tmp_path) -> None:
-    from selectn_core.shared_store import find_or_build
+    from selectn_core.weights.shared_store import find_or_build
 
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
@@ -398,7 +398,7 @@ def test_a_full_directory_says_so_and_nothing_is_left(small_tmpfs) -> None:
 
 
 def test_an_error_while_building_leaves_nothing(directory) -> None:
-    from selectn_core.shared_store import find_or_build
+    from selectn_core.weights.shared_store import find_or_build
 
     def fail(section):
         raise RuntimeError("the checkpoint ends here")

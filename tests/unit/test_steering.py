@@ -8,17 +8,16 @@ from dataclasses import replace
 import pytest
 
 from selectn_core.config import SloConfig
-from selectn_core.engine import Engine
+from selectn_core.control.steering import LinkShare, load_of
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError
-from selectn_core.in_flight import Chunk
-from selectn_core.objectives import Objectives
-from selectn_core.placement import OffloadPlan
-from selectn_core.planner import unmeasured_plan
-from selectn_core.record_cache import performance_record
-from selectn_core.requests import RequestHandle, TokenEvent
-from selectn_core.sampling import SamplingParams
-from selectn_core.steering import LinkShare, load_of
-from selectn_core.steps import StepLog, StepShape
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.latency.steps import Chunk, StepLog, StepShape
+from selectn_core.memory.plan_memory import unmeasured_plan
+from selectn_core.profiling.record_cache import performance_record
+from selectn_core.requests.handle import RequestHandle, TokenEvent
+from selectn_core.requests.objectives import Objectives
+from selectn_core.requests.sampling import SamplingParams
 from tests.tiny_models import tiny_model
 from tests.unit.engines import CheckedEngine, engine_config, generate, greedy, make_prompts, memory_gib_for
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selectn_core.errors import NotMeasured
-from selectn_core.kv_geometry import BlockGeometry, KvGeometry
-from selectn_core.latency import Link, StepCosts
-from selectn_core.record import PerformanceRecord, UnitKind
-from selectn_core.step_times import MeasuredStep, SamplingTimes, StepTimes, while_copying
-from selectn_core.steps import StepShape
+from selectn_core.latency.recurrence import Link, StepCosts
+from selectn_core.latency.step_times import MeasuredStep, SamplingTimes, StepTimes, while_copying
+from selectn_core.latency.steps import StepShape
+from selectn_core.memory.kv_geometry import BlockGeometry, KvGeometry
+from selectn_core.planning.record import PerformanceRecord, UnitKind
 from tests.unit.controlled import NUM_UNITS, UNIT_BYTES, grid, measured, rest_s, step_times, unit_s
 from tests.unit.records import layer_record
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from selectn_core.engine import Engine
-from selectn_core.planner import unmeasured_plan
+from selectn_core.engine.engine import Engine
+from selectn_core.memory.plan_memory import unmeasured_plan
 from tests.tiny_models import tiny_model
 from tests.unit.engines import CheckedEngine, engine_config, greedy, make_prompts, memory_gib_for
 

@@ -9,18 +9,18 @@ from statistics import median
 
 import pytest
 
-from selectn_core.controller import Controller
-from selectn_core.in_flight import Decoding, Load
-from selectn_core.latency import Link, StepCosts, predict_step_s
-from selectn_core.memory_model import MemoryModel, kv_of_tokens
-from selectn_core.placement import OffloadPlan, freed_bytes
-from selectn_core.plan_candidates import Objective, UnitSet
-from selectn_core.plan_search import search
-from selectn_core.policies import MOST_SLOTS, Frontier, Paper, SelectN, Situation
-from selectn_core.step_times import MeasuredStep, StepTimes
-from selectn_core.steps import StepShape
-from selectn_core.unit_sets import size_sets, unequal_few
-from selectn_core.workspace import Workspace
+from selectn_core.control.controller import Controller
+from selectn_core.control.load import Decoding, Load
+from selectn_core.control.policies import MOST_SLOTS, Frontier, Paper, SelectN, Situation
+from selectn_core.latency.placement import OffloadPlan, freed_bytes
+from selectn_core.latency.recurrence import Link, StepCosts, predict_step_s
+from selectn_core.latency.step_times import MeasuredStep, StepTimes
+from selectn_core.latency.steps import StepShape
+from selectn_core.memory.memory_model import MemoryModel, kv_of_tokens
+from selectn_core.memory.workspace import Workspace
+from selectn_core.planning.candidates import Objective, UnitSet
+from selectn_core.planning.search import search
+from selectn_core.planning.unit_sets import size_sets, unequal_few
 
 NUM_MODELS = 150
 KINDS = ("dense, then experts", "dense and experts, mixed", "attention and MLP", "three sizes", "no two alike")

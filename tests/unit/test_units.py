@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from selectn_core.device import align_up
 from selectn_core.errors import UnsupportedModel
-from selectn_core.units import TENSOR_ALIGNMENT_BYTES, find_units
+from selectn_core.weights.units import TENSOR_ALIGNMENT_BYTES, find_units
 from tests.tiny_models import FAMILIES, NUM_LAYERS, tiny_model
 
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}

@@ -8,9 +8,9 @@ import torch
 from selectn_core.device import align_up
 from selectn_core.device.emulated import EmulatedDevice
 from selectn_core.errors import DeviceMemoryExceeded
-from selectn_core.host_store import HostStore
-from selectn_core.resident import ResidentWeights, resident_tensors
-from selectn_core.units import find_units
+from selectn_core.weights.host_store import HostStore
+from selectn_core.weights.resident import ResidentWeights, resident_tensors
+from selectn_core.weights.units import find_units
 from tests.tiny_models import FAMILIES, tiny_model
 
 

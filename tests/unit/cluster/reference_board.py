@@ -1,6 +1,6 @@
-"""What cluster/board.py must decide, added up anew for each replica at each question: as it was before it kept tallies.
+"""What deployments/routing/board.py must decide, added up anew for each replica at each question.
 
-Tests compare the two.
+It is the board as it was before it kept tallies. Tests compare the two.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.headroom import Ask, Promise, ReplicaReport
+from deployments.routing.headroom_report import Ask, Promise, ReplicaReport
 
 # A caller may have one request waiting at a full replica's door: the next one is there when the last one leaves. And
 # where that waits for KV, one more that is smaller: there may be room for it before there is for the other.

@@ -1,6 +1,7 @@
-"""What cluster/door.py must decide, computed anew from each request at each step: the square of how many there are.
+"""What deployments/replica/door.py must decide, computed anew from each request at each step.
 
-The door as it was before it counted all of them at once (cluster/forecast.py). Tests compare the two.
+That takes the square of how many there are. It is the door as it was before it counted all of them at once
+(deployments/replica/forecast.py). Tests compare the two.
 
 A replica's door: requests come in in turn, and only those whose KV is sure to find room.
 
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 
-from cluster.headroom import MAX_ORIGINS, Promise
+from deployments.routing.headroom_report import MAX_ORIGINS, Promise
 from selectn_core.errors import EngineOverloaded, EngineUnavailable
 
 _RECENT = 64

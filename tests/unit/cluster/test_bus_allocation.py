@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import bus_allocation
-from cluster.bus_allocation import (
+from cluster.bus import allocation as bus_allocation
+from cluster.bus.allocation import (
     KEEP_WITHIN,
     BusOvercommitted,
     allocate_bus,
     max_min_shares,
     unit_cost_bytes_per_s,
 )
-from cluster.messages import LinkDemand
+from cluster.protocol.messages import LinkDemand
 
 Counts = tuple[int, ...]
 

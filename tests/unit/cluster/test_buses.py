@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from cluster.buses import (
+from cluster.node.bus_topology import (
     LANE_BYTES_PER_S,
     MAX_BUSES,
     SHARED_UP_TO_LEVEL,
@@ -19,7 +19,7 @@ from cluster.buses import (
     link_bytes_per_s,
     require_disjoint,
 )
-from cluster.node_messages import GpuReport, Unavailable
+from cluster.protocol.node_reports import GpuReport, Unavailable
 from selectn_core.errors import ConfigError
 
 LOST = Unavailable(cause="gpu_lost", detail="GPU is lost")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from cluster.coordinator import Coordinator, CoordinatorConfig
-from cluster.messages import BusState, LinkDemand, NodeState, RangeUpdate
-from cluster.range_holder import RangeHolder
+from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig
+from cluster.protocol.messages import BusState, LinkDemand, NodeState, RangeUpdate
+from cluster.replica.lease import RangeHolder
 from selectn_core.errors import ConfigError
 
 CONFIG = CoordinatorConfig(lease_s=10.0, clock_drift=0.01, forget_after_s=100.0)

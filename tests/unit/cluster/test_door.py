@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cluster.door import Door, Visit
-from cluster.forecast import SLACK_STEPS
-from cluster.headroom import MAX_ORIGINS
+from deployments.replica.door import Door, Visit
+from deployments.replica.forecast import SLACK_STEPS
+from deployments.routing.headroom_report import MAX_ORIGINS
 from selectn_core.errors import EngineOverloaded, EngineUnavailable
 
 

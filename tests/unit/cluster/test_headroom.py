@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cluster.board import DOOR_REQUESTS, Board
-from cluster.headroom import (
+from deployments.routing.board import DOOR_REQUESTS, Board
+from deployments.routing.headroom_report import (
     MAX_PREFIXES,
     Ask,
     Promise,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cluster.host_claims import HostClaims
-from cluster.node_messages import HostClaim, Placement
+from cluster.node.host_claims import HostClaims
+from cluster.protocol.node_reports import HostClaim, Placement
 
 CAPACITY, LEASE_S = 100, 3.0
 STORE_BYTES = {"small": 20, "large": 70}

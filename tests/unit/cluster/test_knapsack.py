@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.knapsack import Knapsack, Nodes, by_efficiency
+from cluster.bus.knapsack import Knapsack, Nodes, by_efficiency
 
 KINDS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 4)), min_size=1, max_size=5)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cluster.ledger import Ledger, LedgerClosed
+from cluster.node.ledger import Ledger, LedgerClosed
 from selectn_core.errors import HostMemoryExceeded
 
 LEASE_S = 10.0

@@ -10,15 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.coordinator import Coordinator, CoordinatorConfig
-from cluster.host_claims import HostClaims
-from cluster.member import Member, equal_share, link_demand, link_share, wanted_by_requests
-from cluster.messages import BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
-from cluster.node_messages import HostAnswer, HostClaim
+from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig
+from cluster.node.host_claims import HostClaims
+from cluster.protocol.messages import BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
+from cluster.protocol.node_reports import HostAnswer, HostClaim
+from cluster.replica.member import Member, equal_share, link_demand, link_share, wanted_by_requests
 from selectn_core.config import SloConfig
-from selectn_core.engine import Engine
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import HostMemoryExceeded
-from selectn_core.record_cache import performance_record
+from selectn_core.profiling.record_cache import performance_record
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config, greedy
 

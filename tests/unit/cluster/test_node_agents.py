@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given
 
-from cluster.node_agents import AgentChanges, plan_changes
+from cluster.node.agents import AgentChanges, plan_changes
 
 node_sets = st.sets(st.sampled_from("abcdef"))
 

@@ -6,7 +6,8 @@ import re
 from dataclasses import replace
 from typing import get_args
 
-from cluster.node_messages import (
+from cluster.node.metrics import GAUGES, BoundedLabels, measurements
+from cluster.protocol.node_reports import (
     BusReport,
     Cause,
     DeviceMemory,
@@ -17,8 +18,7 @@ from cluster.node_messages import (
     Utilisation,
     XidErrors,
 )
-from cluster.node_metrics import GAUGES, BoundedLabels, measurements
-from selectn_core.host_memory import HostMemory, MemoryPressure
+from selectn_core.device.host_memory import HostMemory, MemoryPressure
 from tests.standins.nvml import ROOT
 from tests.unit.cluster.test_buses import LOST, UNSUPPORTED, gpu
 

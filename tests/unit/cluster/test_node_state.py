@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.messages import BusState
-from cluster.node_messages import (
+from cluster.node.node_state import bus_of_gpu, node_state
+from cluster.protocol.messages import BusState
+from cluster.protocol.node_reports import (
     BusReport,
     HostReport,
     LedgerReport,
@@ -16,8 +17,7 @@ from cluster.node_messages import (
     Placement,
     Unavailable,
 )
-from cluster.node_state import bus_of_gpu, node_state
-from selectn_core.host_memory import HostMemory
+from selectn_core.device.host_memory import HostMemory
 
 UNKNOWN = Unavailable(cause="failed", detail="for a test")
 MEMORY = HostMemory(available_bytes=60, limit_bytes=100, limited_by="a cgroup")

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from cluster.host_claims import HostClaims
-from cluster.node_agent import is_alive
-from cluster.node_messages import HostClaim
-from cluster.processes import is_running, start_ticks
+from cluster.node.agent import is_alive
+from cluster.node.host_claims import HostClaims
+from cluster.node.processes import is_running, start_ticks
+from cluster.protocol.node_reports import HostClaim
 
 # Its name has what separates the fields of /proc/<pid>/stat.
 CHILD = "open('/proc/self/comm', 'w').write(') Z 1 ('); print('here', flush=True); input()"

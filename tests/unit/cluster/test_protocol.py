@@ -19,12 +19,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from cluster.bus_allocation import allocate_bus, unit_cost_bytes_per_s
-from cluster.coordinator import Coordinator, CoordinatorConfig
-from cluster.host_claims import CLAIM_LEASE_S, HostClaims
-from cluster.messages import BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
-from cluster.node_messages import HostClaim
-from cluster.range_holder import RangeHolder
+from cluster.bus.allocation import allocate_bus, unit_cost_bytes_per_s
+from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig
+from cluster.node.host_claims import CLAIM_LEASE_S, HostClaims
+from cluster.protocol.messages import BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
+from cluster.protocol.node_reports import HostClaim
+from cluster.replica.lease import RangeHolder
 
 NUM_DEVICES, BUS, HOST = 3, 1000, 500
 CLOCK_DRIFT = 0.05

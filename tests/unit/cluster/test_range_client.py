@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.coordinator import Coordinator, CoordinatorConfig
-from cluster.messages import Allowance, BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
-from cluster.range_client import RangeClient
-from cluster.range_holder import RangeHolder
+from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig
+from cluster.protocol.messages import Allowance, BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
+from cluster.replica.lease import RangeHolder
+from cluster.replica.range_client import RangeClient
 
 LEASE_S, TIMEOUT_S = 1.0, 30.0
 LINK = LinkDemand(k_min=1, k_max=30, unit_bytes=10, step_s=1.0)

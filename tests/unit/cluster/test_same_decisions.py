@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.board import Board
-from cluster.door import Door, Visit
-from cluster.forecast import Course, Footprints, Forecast
-from cluster.headroom import Ask, Promise, ReplicaReport
+from deployments.replica.door import Door, Visit
+from deployments.replica.forecast import Course, Footprints, Forecast
+from deployments.routing.board import Board
+from deployments.routing.headroom_report import Ask, Promise, ReplicaReport
 from selectn_core.errors import EngineOverloaded
 from tests.unit.cluster import reference_board, reference_door
 

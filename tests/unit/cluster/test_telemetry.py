@@ -15,9 +15,9 @@ from typing import Any
 import pynvml
 import pytest
 
-from cluster import telemetry
-from cluster.node_messages import Unavailable
-from cluster.telemetry import Telemetry, TelemetryConfig
+from cluster.node import telemetry
+from cluster.node.telemetry import Telemetry, TelemetryConfig
+from cluster.protocol.node_reports import Unavailable
 from selectn_core.device.bus import Bus
 from selectn_core.errors import ConfigError
 from tests.standins.nvml import ROOT, Sampler, StandIn
@@ -381,7 +381,7 @@ def test_host_memory_that_cannot_be_read_is_a_state(monkeypatch):
 
 
 def test_sampling_needs_neither_torch_nor_ray():
-    code = "import sys, cluster.telemetry; print({'torch', 'ray'} & set(sys.modules))"
+    code = "import sys, cluster.node.telemetry; print({'torch', 'ray'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
 

@@ -15,12 +15,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from cluster.door import Door, Visit
-from cluster.headroom import Ask, ReplicaReport
-from deployments.admission import Admission, AdmissionConfig
-from deployments.board import SharedBoard
-from deployments.errors import ApiError
-from deployments.fair_queue import Priority
+from deployments.api.errors import ApiError
+from deployments.messages import Priority
+from deployments.replica.door import Door, Visit
+from deployments.routing.admission import Admission, AdmissionConfig
+from deployments.routing.headroom_report import Ask, ReplicaReport
+from deployments.routing.shared_board import SharedBoard
 
 STEP_S, STEP_SPREAD = 0.2, 0.1
 PREFILL_S_PER_TOKEN = 0.004

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from cluster.board import Board
-from cluster.headroom import Ask, Promise, ReplicaReport
-from deployments.admission import Admission, AdmissionConfig, Claim, Turn
-from deployments.board import SharedBoard
-from deployments.errors import ApiError
+from deployments.api.errors import ApiError
+from deployments.routing.admission import Admission, AdmissionConfig, Claim, Turn
+from deployments.routing.board import Board
+from deployments.routing.headroom_report import Ask, Promise, ReplicaReport
+from deployments.routing.shared_board import SharedBoard
 
 # Of one replica, full of somebody else's requests.
 FULL = (Promise(origin="other", tokens=1000, requests=4),)

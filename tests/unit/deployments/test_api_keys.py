@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.api_keys import ANONYMOUS, ApiKeys, load_api_keys
+from deployments.http.api_keys import ANONYMOUS, ApiKeys, load_api_keys
 from selectn_core.errors import ConfigError
 
 ALICE, BOB = "a-key-of-alice-1234", "b-key-of-bob-567890"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.arrivals import MAX_FLOWS, MEMORY_S, Arrivals
+from deployments.routing.arrivals import MAX_FLOWS, MEMORY_S, Arrivals
 
 
 class Clock:

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from deployments import serve_command
 from deployments.cli import build_parser, main
-from deployments.serving import base_urls, free_port, last_error
+from deployments.commands import serve as serve_command
+from deployments.commands.serving import base_urls, free_port, last_error
 from selectn_core.errors import ConfigError
 from tests.integration.tiny_checkpoint import save_tiny_llama
 

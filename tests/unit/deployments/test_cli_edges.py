@@ -12,7 +12,7 @@ import yaml
 from deployments import cli
 from deployments.cli import EXIT_BROKEN_PIPE, EXIT_TERMINATED, main
 from selectn_core.errors import RecordRefused
-from selectn_core.record import PerformanceRecord
+from selectn_core.planning.record import PerformanceRecord
 from tests.unit.records import layer_record
 
 COMMANDS = {

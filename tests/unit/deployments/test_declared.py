@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.declared import apply_declared, declared
-from deployments.replica import SelectNReplica
+from deployments.replica.replica import SelectNReplica
 from selectn_core.config import EngineConfig, OffloadConfig, SloConfig
-from selectn_core.engine import Engine
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError
-from selectn_core.record_cache import performance_record
+from selectn_core.profiling.record_cache import performance_record
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config
 

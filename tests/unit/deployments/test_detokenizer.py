@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from deployments.detokenizer import REPLACEMENT, Detokenizer, StopStrings
+from deployments.replica.detokenizer import REPLACEMENT, Detokenizer, StopStrings
 from tests.unit.deployments.tokenizers_in_process import (
     VOCAB_SIZE,
     byte_fallback_tokenizer,

@@ -13,9 +13,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-from deployments import draining
-from deployments.draining import OrderlyEnd, Stopping
-from deployments.errors import install_error_handlers
+from deployments.api.errors import install_error_handlers
+from deployments.http import draining
+from deployments.http.draining import OrderlyEnd, Stopping
 
 TIMEOUT_S = 20
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.fair_queue import MOST_OWED, PRIORITIES, WEIGHTS, Entry, FairQueue, QueueFull
+from deployments.routing.fair_queue import MOST_OWED, PRIORITIES, WEIGHTS, Entry, FairQueue, QueueFull
 
 ARRIVALS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(PRIORITIES), st.integers(1, 1000)), max_size=60)
 

@@ -11,10 +11,10 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from deployments.errors import ApiError
-from deployments.generation import Generation, ReplicaClient
+from deployments.api.errors import ApiError
 from deployments.messages import Accepted, Delta, Finished, FinishReason, GenerateRequest, Refused, Sampling
-from deployments.sizing import PromptSizes
+from deployments.routing.replica_client import Generation, ReplicaClient
+from deployments.routing.sizing import PromptSizes
 from tests.unit.deployments.test_admission import FULL, Case
 
 TIMEOUT_S = 20

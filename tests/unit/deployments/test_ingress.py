@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import pytest
 
-from deployments.api_keys import load_api_keys
 from deployments.config import RequestLimits
-from deployments.draining import Stopping
-from deployments.ingress import Ingress, Service, build_api
+from deployments.http.api_keys import load_api_keys
+from deployments.http.draining import Stopping
+from deployments.http.ingress import Ingress, Service, build_api
 
 KEY = "a-key-of-the-tests-0"
 URLS = ("/v1/completions", "/v1/chat/completions")

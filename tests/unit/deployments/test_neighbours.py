@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from deployments import serving
+from deployments.commands import serving
+from deployments.commands.serving import cleaned_up, free_port, require_free_port
 from deployments.config import IMPORT_PATH
 from deployments.neighbours import RunningApp, RunningServe, missing_resources, with_neighbours
-from deployments.serving import cleaned_up, free_port, require_free_port
 from selectn_core.errors import ConfigError
 from tests.unit.store_users import StoreUser, names
 

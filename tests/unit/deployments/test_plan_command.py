@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from deployments.cli import main
-from selectn_core.latency import Link, predict_step_s
-from selectn_core.placement import OffloadPlan
-from selectn_core.record_cache import record_path
-from selectn_core.steps import StepShape
-from selectn_core.workspace import Workspace
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.latency.recurrence import Link, predict_step_s
+from selectn_core.latency.steps import StepShape
+from selectn_core.memory.workspace import Workspace
+from selectn_core.profiling.record_cache import record_path
 from tests.unit.records import MIB, NUM_LAYERS, block_record, layer_record
 
 

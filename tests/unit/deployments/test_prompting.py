@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from deployments.messages import ChatMessage, GenerateRequest, ModelCard
 from deployments.prompt_length import TextBound, text_bound
-from deployments.prompting import MAX_SHORT_CHARS, PromptEncoder, encode_prompt
-from deployments.replica import check_length
-from selectn_core.embedded import embedded_model_directory
+from deployments.replica.prompting import MAX_SHORT_CHARS, PromptEncoder, encode_prompt
+from deployments.replica.replica import check_length
 from selectn_core.errors import RequestError, RequestTooLarge
+from selectn_core.weights.embedded_model import embedded_model_directory
 from tests.unit.deployments.tokenizers_in_process import byte_fallback_tokenizer, byte_level_tokenizer
 
 TOKENIZERS = {"byte level": byte_level_tokenizer, "byte fallback": byte_fallback_tokenizer}

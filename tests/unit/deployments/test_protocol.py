@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 
-from deployments.errors import ApiError, refused
-from deployments.messages import ChatMessage, Refused
-from deployments.neutral_fields import (
+from deployments.api.errors import ApiError, refused
+from deployments.api.neutral_fields import (
     CHAT_NEUTRAL_VALUES,
     COMPLETION_NEUTRAL_VALUES,
     IGNORED_FIELDS,
     MESSAGE_NEUTRAL,
     Neutral,
 )
-from deployments.protocol import (
+from deployments.api.protocol import (
     MAX_MESSAGES,
     MAX_PARTS,
     ChatCompletionRequest,
     ChatDelta,
     CompletionRequest,
 )
-from deployments.request_body import parse
+from deployments.http.body import parse
+from deployments.messages import ChatMessage, Refused
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}

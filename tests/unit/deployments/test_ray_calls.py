@@ -8,7 +8,7 @@ import threading
 import psutil
 import pytest
 
-from deployments.local_cluster import Cluster
+from deployments.commands.local_cluster import Cluster
 from deployments.ray_calls import RayIsGone, answer
 
 

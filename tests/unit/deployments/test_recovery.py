@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from ray.serve._private.constants import DEFAULT_HEALTH_CHECK_PERIOD_S
 
+from deployments.commands.recovery import LOSSES, Surroundings, recovery_bounds_s
 from deployments.config import AppArgs
-from deployments.recovery import LOSSES, Surroundings, recovery_bounds_s
 
 OPERATIONS = Path(__file__).resolve().parents[3] / "docs" / "operations.md"
 _ROW = re.compile(r"^\| (?P<loss>[a-z ]+) \| [^|]+ \| (?P<seconds>[\d.]+) s \| [^|]+ \|$", re.MULTILINE)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.door import Door
-from cluster.headroom import RecentPrefixes, ReplicaReport
-from deployments.replica import replica_report, require_replica
+from deployments.replica.door import Door
+from deployments.replica.replica import replica_report, require_replica
+from deployments.routing.headroom_report import RecentPrefixes, ReplicaReport
 from selectn_core.config import SloConfig
-from selectn_core.engine import Engine
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError, EngineUnavailable, RequestError
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config, greedy, make_prompts
@@ -76,8 +76,8 @@ def test_a_call_for_another_replica_is_told_so() -> None:
 
 
 NOT_CLOSED = """
-from deployments.replica import close_at_exit
-from selectn_core.engine import Engine
+from deployments.replica.replica import close_at_exit
+from selectn_core.engine.engine import Engine
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config, greedy
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError, model_validator
 from starlette.requests import Request
 
-from deployments import request_body
-from deployments.errors import ApiError
-from deployments.protocol import ChatCompletionRequest, ClientObject, CompletionRequest
-from deployments.request_body import (
+from deployments.api.errors import ApiError
+from deployments.api.protocol import ChatCompletionRequest, ClientObject, CompletionRequest
+from deployments.http import body as request_body
+from deployments.http.body import (
     MAX_CONTAINERS,
     MAX_INLINE_BYTES,
     MAX_NAMES,

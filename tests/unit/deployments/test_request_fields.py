@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from deployments.errors import ApiError
-from deployments.protocol import ChatCompletionRequest, CompletionRequest
-from deployments.request_body import parse
+from deployments.api.errors import ApiError
+from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
+from deployments.http.body import parse
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}
@@ -189,5 +189,5 @@ def test_a_path_of_any_length_is_not_repeated_whole():
 
 
 def test_the_ranges_are_read_without_torch():
-    code = "import sys, deployments.protocol, deployments.request_body; sys.exit('torch' in sys.modules)"
+    code = "import sys, deployments.api.protocol, deployments.http.body; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from deployments.protocol import ErrorDetail, ErrorResponse
-from deployments.responses import ChatWriter, CompletionWriter, _event
+from deployments.api.protocol import ErrorDetail, ErrorResponse
+from deployments.http.responses import ChatWriter, CompletionWriter, _event
 
 LINE_ENDS = [char for char in map(chr, range(sys.maxunicode + 1)) if len(f"a{char}b".splitlines()) > 1]
 

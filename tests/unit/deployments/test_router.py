@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from cluster.headroom import Ask, Promise, ReplicaReport, prefix_hashes
-from deployments import board as boards
-from deployments.board import SharedBoard
 from deployments.messages import GenerateRequest, Sampling
-from deployments.router import HeadroomRouter
+from deployments.routing import shared_board as boards
+from deployments.routing.headroom_report import Ask, Promise, ReplicaReport, prefix_hashes
+from deployments.routing.router import HeadroomRouter
+from deployments.routing.shared_board import SharedBoard
 from tests.unit.deployments.serve_router import MAX_ONGOING_REQUESTS, ServeRouting
 
 TIMEOUT_S = 20

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from cluster.headroom import ReplicaReport
-from deployments.board import SharedBoard
-from deployments.errors import ApiError
+from deployments.api.errors import ApiError
 from deployments.messages import ModelCard
 from deployments.prompt_length import TextBound
-from deployments.replica import served_fields
-from deployments.served_models import ServedModels, possible_names
+from deployments.replica.replica import served_fields
+from deployments.routing.headroom_report import ReplicaReport
+from deployments.routing.served_models import ServedModels, possible_names
+from deployments.routing.shared_board import SharedBoard
 from selectn_core.config import ModelConfig
 
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.headroom import prefix_hashes
 from deployments.messages import ChatMessage, GenerateRequest, Sampling
-from deployments.sizing import PromptSizes, prompt_bytes
+from deployments.routing.headroom_report import prefix_hashes
+from deployments.routing.sizing import PromptSizes, prompt_bytes
 
 
 def request(prompt, max_tokens: int | None = 10) -> GenerateRequest:

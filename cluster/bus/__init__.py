@@ -1,0 +1,1 @@
+"""How a bus is divided between replicas."""

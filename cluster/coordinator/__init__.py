@@ -1,0 +1,1 @@
+"""The coordinator: a pure state machine, and the Ray actor around it."""

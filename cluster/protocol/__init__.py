@@ -1,0 +1,1 @@
+"""What replicas, nodes and the coordinator say to each other."""

@@ -1,0 +1,1 @@
+"""A replica's side of the protocol."""

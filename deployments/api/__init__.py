@@ -1,0 +1,1 @@
+"""The OpenAI API: requests, responses and errors."""

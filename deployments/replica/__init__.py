@@ -1,0 +1,1 @@
+"""A replica: an engine, a tokenizer, and a door in front of them."""

@@ -1,0 +1,251 @@
+"""Calls of a replica through its Serve handle: a place first, bounded waits, one retry, failures as ApiErrors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from deployments.api.errors import ApiError, internal, out_of_range, overloaded, refused, unavailable
+from deployments.api.protocol import FinishReason
+from deployments.messages import (
+    Accepted,
+    Delta,
+    Finished,
+    GenerateMessage,
+    GenerateRequest,
+    ModelCard,
+    Priority,
+    Refused,
+)
+from deployments.routing.admission import Admission, Claim, Turn
+from deployments.routing.served_models import ServedModels
+from deployments.routing.sizing import PromptSizes
+
+logger = logging.getLogger(__name__)
+
+HEALTH_TIMEOUT_S = 5.0
+# A request that a replica was too full for is tried again at the next report, or after this time.
+NEXT_ATTEMPT_S = 0.5
+LEAST_TIMEOUT_S = 0.05
+
+T = TypeVar("T")
+
+
+class ReplicaDied(ApiError):
+    """503: the replica that had the request is gone."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the replica that ran this request has died", code="replica_died", retry_after_s=1)
+
+
+class Messages:
+    """What is left of a generation: the first text, which is there, and whatever `rest` yields; then `aclose`."""
+
+    def __init__(self, first: Delta | Finished, rest: AsyncGenerator[Delta | Finished, None]) -> None:
+        self._first: Delta | Finished | None = first
+        self._rest = rest
+
+    def __aiter__(self) -> AsyncIterator[Delta | Finished]:
+        return self
+
+    async def __anext__(self) -> Delta | Finished:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        return await anext(self._rest)
+
+    async def aclose(self) -> None:
+        await self._rest.aclose()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A generation whose first text is there; what is left of it are Delta messages and one Finished."""
+
+    num_prompt_tokens: int
+    messages: Messages
+
+
+class ReplicaClient:
+    """The ingress's side of the replica deployment."""
+
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        admission: Admission,
+        sizes: PromptSizes,
+        *,
+        ttft_s: float | None,
+        timeout_s: float,
+        model_names: Collection[str] = (),
+    ) -> None:
+        """`ttft_s`: the objective until a replica has reported its own. `model_names`: what replicas may come with."""
+        self._handle, self._admission, self._sizes = handle, admission, sizes
+        self._stream_handle = handle.options(stream=True)
+        self._ttft_s, self._timeout_s = ttft_s, timeout_s
+        self.models = ServedModels(admission.shared, self._any_card, model_names)
+
+    async def _any_card(self) -> ModelCard:
+        call: Awaitable[ModelCard] = self._handle.model_card.remote()
+        return await self._bounded(call, self._timeout_s)
+
+    @property
+    def longest_tokens(self) -> int | None:
+        """What a request may have at most, whatever its model; None until a replica has said."""
+        return self.models.most_tokens
+
+    async def check_health(self) -> None:
+        """Raises ApiError 503 unless the replica that is asked is healthy."""
+        await self._bounded(self._handle.check_health.remote(), HEALTH_TIMEOUT_S)
+
+    async def generate(
+        self,
+        request: GenerateRequest,
+        read: Callable[[Generation], Awaitable[T]],
+        *,
+        key: str,
+        priority: Priority,
+    ) -> T:
+        """What `read` makes of the generation; it is called when the first text is there.
+
+        Where the replica dies before `read` has returned the request is run once more, on another: `read` must not
+        have sent anything by then. Raises ApiError when the request is refused or fails.
+        """
+        self._check_objective(request)
+        longest = self.models.longest_tokens(request.model)
+        request = replace(request, origin=self._admission.origin)
+        ask = self._sizes.ask(request, self._objective_s(request), longest)
+        claim = self._admission.claim(ask, key=key, priority=priority)
+        try:
+            turns: list[Turn] = []
+            return await read(await self._first_text(request, claim, turns))
+        except ReplicaDied:
+            logger.warning("a replica died before anything of %s was sent: running it again", request.request_id)
+            claim = claim.after_death(turns[-1].replica_id, self._admission.now_s)
+            return await read(await self._first_text(request, claim, []))
+
+    def _objective_s(self, request: GenerateRequest) -> float | None:
+        """Seconds until the first token is wanted: the request's own, what replicas have now, or as configured."""
+        if request.ttft_ms is not None:
+            return request.ttft_ms / 1e3
+        objective_s = self._admission.ttft_s
+        return self._ttft_s if objective_s is None else objective_s
+
+    def _check_objective(self, request: GenerateRequest) -> None:
+        """Raises ApiError 400 for one of its own that no replica allows: it would be late before anyone has said so."""
+        allowed_s = self._admission.ttft_range_s
+        if request.ttft_ms is None or allowed_s is None:
+            return
+        low_ms, high_ms = (each_s * 1e3 for each_s in allowed_s)
+        if not low_ms <= request.ttft_ms <= high_ms:
+            raise out_of_range("slo.ttft_ms", request.ttft_ms, low_ms, high_ms)
+
+    async def _first_text(self, request: GenerateRequest, claim: Claim, turns: list[Turn]) -> Generation:
+        """The generation, once a replica has let it in and has text; notes its `turns`."""
+        while True:
+            turn = await self._admission.enter(claim)
+            turns.append(turn)
+            messages = self._messages(request, turn)
+            try:
+                accepted = await anext(messages)
+                if isinstance(accepted, Accepted):
+                    self._sizes.counted(request, accepted.num_prompt_tokens)
+                    first = await anext(messages)
+                    assert isinstance(first, Delta | Finished)
+                    if isinstance(first, Finished):
+                        completed_reason(first)  # raises while a failure still has a status of its own
+                    turn.started()
+                    return Generation(num_prompt_tokens=accepted.num_prompt_tokens, messages=Messages(first, messages))
+            except BaseException:
+                await messages.aclose()
+                raise
+            await messages.aclose()
+            assert isinstance(accepted, Refused)
+            if accepted.kind not in ("overloaded", "unavailable"):
+                raise refused(accepted)
+            # Another ingress was quicker, or the replica is stopping: this request is still the next one.
+            await self._admission.news(NEXT_ATTEMPT_S)
+            claim = claim.again()
+
+    async def _messages(self, request: GenerateRequest, turn: Turn) -> AsyncGenerator[Any, None]:
+        """A replica's messages; closing this early cancels the request there. The place lasts as long."""
+        waited_s = self._admission.now_s - turn.claim.arrived_s
+        numbered = replace(request, sequence=turn.sequence, waited_s=waited_s)
+        stream: DeploymentResponseGenerator[GenerateMessage] | None = None
+        is_complete = False
+        try:
+            stream = self._stream_handle.generate.remote(numbered)
+            with self._admission.counting(turn.claim):
+                first = await self._first(stream, turn)
+            if isinstance(first, Accepted):
+                turn.begun()
+            yield first
+            async for message in stream:
+                is_complete = isinstance(message, Finished)
+                yield message
+        except Exception as error:
+            raise api_error(error) from error
+        finally:
+            try:
+                if stream is not None and not is_complete:
+                    stream.cancel()
+            except Exception as error:  # what kept Serve from assigning the call, which was raised before
+                logger.debug("nothing to cancel: %s", type(error).__name__)
+            finally:
+                turn.end()
+
+    async def _first(self, stream: DeploymentResponseGenerator[GenerateMessage], turn: Turn) -> GenerateMessage:
+        """Accepted or Refused: a replica that is full lets the request wait at its door, until its deadline."""
+        try:
+            async with asyncio.timeout(max(LEAST_TIMEOUT_S, turn.deadline_s - self._admission.now_s)):
+                return await _awaited(anext(stream))
+        except TimeoutError:
+            raise self._admission.overdue(turn.claim) from None
+
+    async def _bounded(self, call: Awaitable[T], timeout_s: float) -> T:
+        try:
+            return await asyncio.wait_for(_awaited(call), timeout_s)
+        except TimeoutError:
+            raise unavailable() from None
+        except Exception as error:
+            raise api_error(error) from error
+
+
+def completed_reason(finished: Finished) -> FinishReason:
+    """The API's word for how a generation ended. Raises ApiError for one that was broken off."""
+    if finished.reason in ("stop", "length"):
+        return finished.reason
+    if finished.reason == "cancelled":
+        raise unavailable("the request was cancelled by the server")
+    logger.error("a generation failed: %s", finished.error)
+    raise internal()
+
+
+async def _awaited(call: Awaitable[T]) -> T:
+    """A coroutine, which wait_for can cancel, around Serve's response objects, which are not futures."""
+    return await call
+
+
+def api_error(error: Exception) -> ApiError:
+    """What a failed call means to the client. The log gets the cause, which holds no prompt."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, BackPressureError):
+        return overloaded()
+    if isinstance(error, RayActorError):
+        logger.warning("a replica is unavailable: %s", type(error).__name__)
+        return ReplicaDied()
+    if isinstance(error, DeploymentUnavailableError):
+        logger.warning("the replicas are unavailable")
+        return unavailable()
+    if isinstance(error, RayError) and "EngineUnavailable" in type(error).__name__:
+        return unavailable()
+    logger.error("a call of a replica failed", exc_info=error)
+    return internal()

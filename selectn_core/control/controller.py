@@ -1,0 +1,401 @@
+"""The online stage: before every step, how many tokens of prefill may join it and what is offloaded while it runs.
+
+The controller knows the record (what a step of every shape takes), learns how far it is off and what the link gives
+now, and keeps every decoding request within its TPOT objective and every waiting one within its TTFT objective while
+as much as possible lives in host memory. It decides; the executor moves the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from selectn_core.control.estimates import ComputeScale, LinkEstimate
+from selectn_core.control.joining import Admission, Joining, chunks, decode_step, rounded_up
+from selectn_core.control.load import PLANNED_SHARE, TTFT_SHARE, Load, in_turn
+from selectn_core.control.policies import Policy, Situation
+from selectn_core.device import LinkUsage
+from selectn_core.latency.placement import OffloadPlan, freed_bytes, nearest_plan
+from selectn_core.latency.prediction_cache import Remembered
+from selectn_core.latency.recurrence import Link, simulate_steps_s
+from selectn_core.latency.step_times import StepTimes, scaled, slowed
+from selectn_core.latency.steps import Chunk, StepRecord, StepShape
+
+# While requests wait for memory, what a step may take at most in unloaded steps: they need speed, not more memory.
+_BUSY_STRETCH = 1.1
+# For so many steps after the last one that waited: more are likely to follow, and moving weights costs steps.
+_BUSY_STEPS = 24
+_RAISE_AFTER_LOOKS = 2  # at every other step
+# By how much a step may exceed its limit before weights come home for it (predictions are rounded to a few percent),
+# and by how much more must be freed before others move.
+_TOLERANCE, _GAIN = 0.04, 0.1
+_ROUNDING = 0.02
+_PAYS_OFF_STEPS = 16
+# Steps longer than this many objectives are reason to take memory from running requests.
+_URGENT_SHARE = 1.25
+_FEWEST_COPIED = 2
+# How much slower than recorded steps are rehearsed.
+_REHEARSED = (0.95, 1.05, 1.15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Goal:
+    """A step that a plan must be good for, what it may take, and the objective, which must not be exceeded."""
+
+    shape: StepShape
+    limit_s: float
+    objective_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The plan for a step; `urgent` where weights must come home though requests hold the memory.
+
+    `predicted_s` is what the step should take, `limit_s` what it may.
+    """
+
+    plan: OffloadPlan
+    urgent: bool
+    predicted_s: float
+    limit_s: float
+
+
+class Controller:
+    """Called by the engine's thread, in the order of a step: `admit`, `decide`, `learn`."""
+
+    def __init__(
+        self,
+        times: StepTimes,
+        link: Link,
+        policy: Policy,
+        *,
+        slowdown: float = 0.0,
+        max_tokens: int,
+        guaranteed_share: float = 1.0,
+        ttft_s: float = math.inf,
+        percentile: float = 99.0,
+    ) -> None:
+        """`link` is the record's, `slowdown` how much a link that is always busy slows compute.
+
+        `guaranteed_share` of the link is there whatever others on its bus do. `ttft_s` is the server's TTFT objective;
+        `percentile` of requests, in percent, are to be within theirs.
+        """
+        self.times, self.policy, self.ttft_s, self.percentile = times, policy, ttft_s, percentile
+        self.link = LinkEstimate(link, guaranteed_share)
+        self.min_freed_bytes, self.max_offloaded_bytes = 0, None  # type: int, float | None
+        self.held_freed_bytes = 0  # what those who run need: less is only freed where the link is not what it must be
+        self.lacking_bytes = 0  # the same where it is more than `min_freed_bytes`; negative: so much is left over
+        self.is_feasible = True
+        self._slowdown, self._max_tokens = slowdown, max_tokens
+        # Of steps that only decode, and of others.
+        self._scales = {is_decode_only: ComputeScale(percentile) for is_decode_only in (True, False)}
+        self._joining = Joining(times, self._scales, slowdown=slowdown, max_tokens=max_tokens)
+        self._planned = self._following = StepShape.decode(1, 1)  # the next step, and the decode step after prefill
+        self._num_chunks = 1  # steps of prefill that are left
+        self._guaranteed: OffloadPlan | None = None
+        self._guaranteed_tpot_s = math.inf
+        self._busy_steps = 0
+        self._is_prefill_held = False  # there is a prompt to compute, and no room for any of it beside who decodes
+        self._is_broken = False  # the link gives less than is guaranteed, and steps are too long for it
+        self._may_raise = 0
+        self._looks = False  # whether another plan was looked for in the last step
+        self._last_usage: LinkUsage | None = None
+        self._remembered = Remembered()
+
+    @property
+    def compute_scale(self) -> float:
+        """Measured over expected time of steps that only decode, in the middle: 1 where the record is right."""
+        return self._scales[True].middle
+
+    # -- before scheduling --------------------------------------------------------------------------------------
+
+    def aim_at(self, policy: Policy, ttft_s: float, percentile: float) -> None:
+        """Other objectives have been set; what was learned of the machine stays."""
+        self.policy, self.ttft_s, self.percentile = policy, ttft_s, percentile
+        for scale in self._scales.values():
+            scale.percentile = percentile
+
+    def rehearse(self, shapes: Iterable[StepShape], tpot_s: float) -> None:
+        """Has the policy choose for these steps as if they were next, so that what is asked later is mostly known.
+
+        At the bandwidth that is there and that is guaranteed, and for compute as fast as recorded and slower.
+        """
+        if not self.policy.adapts:
+            return
+        links = {self.link.link, self.link.guaranteed}
+        for shape, link, slower in product(shapes, links, _REHEARSED):
+            factor = (1 + self._slowdown) * slower
+            self._wanted(shape, factor, link, PLANNED_SHARE * tpot_s, self.min_freed_bytes, self.max_offloaded_bytes)
+
+    def admit(self, load: Load, plan: OffloadPlan) -> Admission:
+        """What may join the next step, while `plan` holds."""
+        is_short = load.is_full or len(load.fitting) < len(load.waiting)
+        self._busy_steps = _BUSY_STEPS if is_short else max(0, self._busy_steps - 1)
+        admission = self._joining.admit(load, self.lacking_bytes, self._has_memory)
+        self._is_prefill_held = not admission.prefill_tokens and any(each.prefill_tokens for each in admission.turn)
+        self._plan_for(load, admission)
+        return admission
+
+    def _plan_for(self, load: Load, admission: Admission) -> None:
+        """Notes the step that a plan is made for, with its prefill, and the decode step after it where none decodes."""
+        self._planned = self._following = decode_step(load)
+        turn, tokens = admission.turn, admission.prefill_tokens
+        if not tokens:
+            return
+        prefills = [
+            Chunk(rounded_up(num) if num > 1 else 1, past and rounded_up(past))
+            for num, past in in_turn(turn, tokens)
+            if num
+        ]
+        self._planned = load.step_with(prefills, rounded_up(load.mean_kv_tokens))
+        if load.decoding:
+            self._following = self._planned
+            return
+        following = load.joined_by(admission.beginning)
+        self._following = following.decode_step(len(prefills), rounded_up(max(each.num_keys for each in turn)))
+        self._num_chunks = -(-sum(each.prefill_tokens for each in turn) // tokens)
+
+    def _has_memory(self, load: Load, limit_s: float, lacking_bytes: int) -> bool:
+        """Whether what is offloaded in steps as short as this, at the bandwidth guaranteed, frees so much."""
+        if limit_s >= PLANNED_SHARE * self._guaranteed_tpot_s or lacking_bytes <= self.min_freed_bytes:
+            return True
+        return self._freed_bytes(self._guaranteed_within(load, limit_s)) >= lacking_bytes
+
+    def promised_tpot_s(self, load: Load) -> float:
+        """The smallest TPOT objective, of those who hold KV, that can be kept at all; infinite without any."""
+        return self._joining.promised_tpot_s(load)
+
+    def guaranteed_plan(self, load: Load, tpot_s: float) -> OffloadPlan:
+        """What could be offloaded if the link fell to what is guaranteed: requests must fit the memory that this frees.
+
+        `tpot_s` is the objective that is to be held then, of those who run and of those who may come. Whatever more is
+        offloaded while the link is better can come home at any moment, over a link that has just become slow, without
+        taking memory from anybody.
+        """
+        self._guaranteed_tpot_s = tpot_s
+        self._guaranteed = self._guaranteed_within(load, PLANNED_SHARE * tpot_s)
+        return self._guaranteed
+
+    def _guaranteed_within(self, load: Load, limit_s: float) -> OffloadPlan:
+        shape = load.decode_step(len(load.decoding) + 1, rounded_up(load.mean_kv_tokens))
+        factor, link = (1 + self._slowdown) * self._scales[True].high, self.link.guaranteed
+        factor = math.ceil(factor / _ROUNDING) * _ROUNDING
+        asked = (shape, factor, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
+        least, most = self.min_freed_bytes, self.max_offloaded_bytes
+        return self._remembered.get(asked, lambda: self._wanted(shape, factor, link, limit_s, least, most))
+
+    def _wanted(
+        self, shape: StepShape, factor: float, link: Link, limit_s: float, least_bytes: int, most_bytes: float | None
+    ) -> OffloadPlan:
+        """What the policy chooses for a step whose compute takes `factor` times what the record expects.
+
+        `least_bytes` are to be freed, `most_bytes` may be offloaded.
+        """
+        return self.policy.choose(
+            Situation(
+                costs=self.times.expected(shape),
+                link=link.beside(factor),
+                limit_s=limit_s / factor,
+                min_freed_bytes=least_bytes,
+                max_offloaded_bytes=most_bytes,
+            )
+        )
+
+    # -- before the step ----------------------------------------------------------------------------------------
+
+    def decide(self, shape: StepShape, current: OffloadPlan) -> Decision:
+        """The plan for this step."""
+        limit_s = self._limit_of(shape)
+        late_s = _URGENT_SHARE * self._joining.tpot_s
+        self._is_broken = self.link.is_below_guarantee and self._predict(self._following, current) > late_s
+        goals = self._goals(limit_s)
+        plan = self._settle(goals, current)
+        predicted_s = self._predict_first(shape, current, plan)
+        self.is_feasible = self._joining.unloaded_s(self._following) <= self._joining.tpot_s
+        return Decision(
+            plan=plan,
+            urgent=self._is_broken and self._freed_bytes(plan) < self._freed_bytes(current),
+            predicted_s=predicted_s,
+            limit_s=limit_s,
+        )
+
+    def _goals(self, limit_s: float) -> list[_Goal]:
+        """What a plan must be good for. Not the step itself: what follows, for moving it takes a step.
+
+        Where nobody decodes that is the chunk of prefill, and the decode step after it. A prompt that finds the server
+        idle is to be in time as well: there is no time then for weights to come home.
+        """
+        goals = [_Goal(shape=self._planned, limit_s=limit_s, objective_s=self._joining.tpot_s)]
+        if self._following is not self._planned:
+            tpot_s = self._joining.tpot_s
+            goals = [
+                _Goal(shape=self._planned, limit_s=limit_s, objective_s=math.inf),
+                _Goal(shape=self._following, limit_s=PLANNED_SHARE * tpot_s, objective_s=tpot_s),
+            ]
+        in_time_s = TTFT_SHARE * self.ttft_s
+        prompts = map(StepShape.prefill, chunks(self._max_tokens) if in_time_s < math.inf else ())
+        largest = next((each for each in prompts if _BUSY_STRETCH * self._joining.unloaded_s(each) <= in_time_s), None)
+        if largest is not None:
+            goals.append(_Goal(shape=largest, limit_s=in_time_s, objective_s=self.ttft_s))
+        return goals
+
+    def _limit_of(self, shape: StepShape) -> float:
+        """Seconds that steps may take: for those who decode, for those who wait for prefill, or for memory."""
+        limit_s, prefill_tokens = self._joining.limit_s, shape.num_tokens - shape.num_decodes
+        if prefill_tokens and self._joining.prefill_s_per_token < math.inf:
+            planned_tokens = max(1, self._planned.num_tokens - self._planned.num_decodes)
+            limit_s = min(limit_s, max(planned_tokens, prefill_tokens) * self._joining.prefill_s_per_token)
+        # Below this nothing is won by bringing weights home, and the link is busy with them meanwhile.
+        fastest_s = _BUSY_STRETCH * self._joining.unloaded_s(self._planned)
+        is_prefill_alone = self._following is not self._planned  # then no token of anybody's waits for this step
+        limit_s = max(limit_s, fastest_s if is_prefill_alone else min(fastest_s, PLANNED_SHARE * self._joining.tpot_s))
+        if self._busy_steps and self._guaranteed is not None:
+            # Not below what the memory of those who run needs.
+            fast_s = max(fastest_s, self._predict(self._planned, self._guaranteed))
+            limit_s = min(limit_s, fast_s * (1 + _ROUNDING))
+        return limit_s
+
+    def _choose(self, goals: Sequence[_Goal], current: OffloadPlan) -> OffloadPlan:
+        """What the policy wants now: for the first goal, or for another one that this does not meet."""
+        wanted = self._choose_for(goals[0], current)
+        for goal in goals[1:]:
+            if self._predict(goal.shape, wanted) > goal.limit_s * (1 + _ROUNDING):
+                wanted = self._choose_for(goal, current)
+        return wanted
+
+    def _choose_for(self, goal: _Goal, current: OffloadPlan) -> OffloadPlan:
+        """At what compute takes beside the copies of `current`, and beside its own."""
+        shape, limit_s = goal.shape, goal.limit_s
+        wanted = self._choose_beside(shape, current, current, limit_s)
+        if wanted != current and self._predict(shape, wanted) > limit_s * (1 + _ROUNDING):
+            wanted = self._choose_beside(shape, wanted, current, limit_s)
+        return wanted
+
+    def _choose_beside(
+        self, shape: StepShape, copying: OffloadPlan, current: OffloadPlan, limit_s: float
+    ) -> OffloadPlan:
+        least = self.min_freed_bytes if self._is_broken else self.held_freed_bytes
+        factor = self._factor(shape, copying, careful=True)
+        return self._wanted(shape, factor, self.link.link, limit_s, least, self._most_offloaded_bytes(current))
+
+    def _most_offloaded_bytes(self, current: OffloadPlan) -> float | None:
+        """While nothing is copied the link is not known: then it is tried with two units before more depend on it."""
+        if not self.link.is_stale or current.num_offloaded > _FEWEST_COPIED:
+            return self.max_offloaded_bytes
+        most = _FEWEST_COPIED * max(self.times.unit_bytes)
+        return most if self.max_offloaded_bytes is None else min(most, self.max_offloaded_bytes)
+
+    def _settle(self, goals: Sequence[_Goal], current: OffloadPlan) -> OffloadPlan:
+        """Between the plan that holds and the one that is wanted: no moving to and fro for a hair's breadth."""
+        if not self.policy.adapts:
+            return self._choose(goals, current)
+        exceeds_range = self._exceeds_range(current)
+        missed = next((g for g in goals if self._predict(g.shape, current) > g.limit_s * (1 + _TOLERANCE)), None)
+        self._looks = exceeds_range or missed is not None or not self._looks
+        if not self._looks:  # nothing presses: what more could be offloaded is asked at every other step
+            return current
+        wanted = self._choose(goals, current)
+        if exceeds_range and not self._exceeds_range(wanted):
+            self._may_raise = 0
+            return self._with_few_moves(goals, current, wanted)
+        if missed is not None:
+            self._may_raise = 0
+            plan = self._with_few_moves(goals, current, wanted)
+            return plan if self._is_worth_moving(missed, current, plan) else current
+        # weights come home over the link, and other ones go for a reason: neither is free
+        gains = self._freed_bytes(wanted) > (1 + _GAIN) * self._freed_bytes(current)
+        self._may_raise = self._may_raise + 1 if gains else 0
+        if self._may_raise < _RAISE_AFTER_LOOKS:
+            return current
+        return self._with_few_moves(goals, current, wanted)
+
+    def _exceeds_range(self, plan: OffloadPlan) -> bool:
+        """Whether it offloads more bytes than may be: the link that its copies would take belongs to others."""
+        return self._offloaded_bytes(plan) > (
+            math.inf if self.max_offloaded_bytes is None else self.max_offloaded_bytes
+        )
+
+    def _is_worth_moving(self, missed: _Goal, current: OffloadPlan, plan: OffloadPlan) -> bool:
+        """Whether the objective is exceeded, or shorter steps soon make up for the time in which weights come home."""
+        shape = missed.shape
+        if missed.objective_s == math.inf:  # prefill alone: no longer in all than it would take as it is
+            stays_s, moves_s = (self._predict_first(shape, current, each) for each in (current, plan))
+            saved_s = stays_s - self._predict_first(shape, plan, plan)
+            return moves_s - stays_s < (self._num_chunks - 1) * saved_s
+        if self._predict(shape, current) > missed.objective_s:
+            return True
+        promoted_bytes = sum(self.times.unit_bytes[unit] for unit in set(current.offloaded) - set(plan.offloaded))
+        saved_s = self._predict(shape, current) - self._predict(shape, plan)
+        return saved_s * _PAYS_OFF_STEPS >= promoted_bytes / self.link.link.bytes_per_s
+
+    def _freed_bytes(self, plan: OffloadPlan) -> int:
+        return freed_bytes(plan, self.times.unit_bytes)
+
+    def _with_few_moves(self, goals: Sequence[_Goal], current: OffloadPlan, wanted: OffloadPlan) -> OffloadPlan:
+        if self.policy.name != "select-n":
+            return wanted
+        near = nearest_plan(current, wanted)
+        wanted_bytes = self._freed_bytes(wanted)
+        least_bytes = max((1 - _GAIN) * wanted_bytes, min(wanted_bytes, self.held_freed_bytes))
+        frees_as_much = self._freed_bytes(near) >= least_bytes
+        if self._exceeds_range(near) and not self._exceeds_range(wanted):
+            return wanted
+        is_as_fast = all(
+            self._predict(goal.shape, near) <= min(goal.limit_s, 1.05 * self._predict(goal.shape, wanted))
+            for goal in goals
+        )
+        return near if frees_as_much and is_as_fast else wanted
+
+    # -- after the step -----------------------------------------------------------------------------------------
+
+    def learn(self, record: StepRecord, usage: LinkUsage) -> None:
+        """Takes in what the step took, and what the link has carried in all."""
+        if self._last_usage is not None:
+            self.link.add(usage.since(self._last_usage))
+        self._last_usage = usage
+        unloaded_s = self.times.expected_s(record.shape)
+        unloaded_s *= slowed(unloaded_s, _bytes_copied(record), self.link.link, self._slowdown)
+        self._scales[record.shape.is_decode_only].add((record.duration_s - record.stall_s) / unloaded_s)
+        if self._is_prefill_held:
+            self._scales[False].forget_worst()
+
+    # -- prediction ---------------------------------------------------------------------------------------------
+
+    def _predict(self, shape: StepShape, plan: OffloadPlan) -> float:
+        """Seconds of a step of this shape once `plan` has held for a while, on the careful side."""
+        return self._predicted_s(shape, plan, self._factor(shape, plan, careful=True))
+
+    def _predicted_s(self, shape: StepShape, plan: OffloadPlan, factor: float) -> float:
+        link = self.link.link.beside(factor)
+        return factor * self._remembered.predict_step_s(self.times.expected(shape), plan, link)
+
+    def _factor(self, shape: StepShape, plan: OffloadPlan, *, careful: bool) -> float:
+        """Compute under `plan` over what the record expects: what was learned, and what copies slow it by."""
+        scale, unloaded_s = self._scales[shape.is_decode_only], self.times.expected_s(shape)
+        copied_bytes = self._copied_bytes(plan) if self._slowdown else 0
+        return (scale.high if careful else scale.middle) * slowed(
+            unloaded_s, copied_bytes, self.link.link, self._slowdown
+        )
+
+    def _copied_bytes(self, plan: OffloadPlan) -> int:
+        return self._offloaded_bytes(plan) if plan.num_offloaded > plan.num_slots else 0
+
+    def _offloaded_bytes(self, plan: OffloadPlan) -> int:
+        return self._remembered.get(plan, lambda: sum(self.times.unit_bytes[unit] for unit in plan.offloaded))
+
+    def _predict_first(self, shape: StepShape, current: OffloadPlan, plan: OffloadPlan) -> float:
+        """Seconds that the next step should take, the copies of a change of plan included."""
+        factor = self._factor(shape, plan, careful=False)
+        if plan == current:
+            return self._predicted_s(shape, plan, factor)
+        promoted = sorted(set(current.offloaded) - set(plan.offloaded))
+        in_slots = set(current.offloaded[: current.num_slots])
+        kept = [unit for unit in plan.offloaded if unit in in_slots]
+        costs, link = scaled(self.times.expected(shape), factor), self.link.link
+        return simulate_steps_s(costs, plan.offloaded, plan.num_slots, link, 1, promoted=promoted, in_slots=kept)[0]
+
+
+def _bytes_copied(record: StepRecord) -> int:
+    return record.offloaded_bytes if record.num_offloaded > record.num_slots else 0

@@ -1,0 +1,185 @@
+"""Every plan that competes for a step, and which of them frees most in the time that the step may take.
+
+All bytes are those of the plans themselves: units may be unequal. What a plan's step takes is remembered as by how much
+it exceeds the plan's bound, for all situations that are alike (`remembered.alike`), and is simulated only where the
+bound does not rule the plan out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from selectn_core.latency.placement import OffloadPlan, even_placements, place_integer_interval
+from selectn_core.latency.prediction_cache import Remembered, alike, alike_in_time
+from selectn_core.latency.recurrence import Link, StepCosts, bound_s, predict_step_s
+from selectn_core.planning.unit_sets import size_sets, unequal_few
+
+MOST_SLOTS = 4
+_ROUNDING = 1e-9
+# Placements follow the units' times, and what is known of their steps the link's too.
+_MOST_LAYOUTS, _MOST_SITUATIONS = 16, 64
+# Of plans alike in bytes the fastest is taken, of so many at most.
+_MOST_ALIKE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """One step to be planned: its costs, the link, the seconds it may take, and how much may and must be offloaded.
+
+    `min_freed_bytes` is what device memory lacks to hold every unit; `max_offloaded_bytes` None: as much as fits.
+    """
+
+    costs: StepCosts
+    link: Link
+    limit_s: float
+    min_freed_bytes: int = 0
+    max_offloaded_bytes: float | None = None
+
+    @property
+    def most_s(self) -> float:
+        """The limit, as times are compared with it."""
+        return self.limit_s * (1 + _ROUNDING)
+
+
+class Frontier:
+    """Every candidate plan and what its step takes, from the most device memory freed down."""
+
+    def __init__(
+        self, unit_bytes: Sequence[int], sets: Sequence[Sequence[int]] = (), max_slots: int = MOST_SLOTS
+    ) -> None:
+        """`sets`: units of which a plan offloads some and no others, e.g. all MLP blocks. `size_sets` are too."""
+        self._unit_bytes, self._max_slots = tuple(unit_bytes), max_slots
+        self._sets = list(dict.fromkeys([*size_sets(unit_bytes), *map(tuple, sets)]))
+        nothing: tuple[int, ...] = ()
+        num_units = len(unit_bytes)
+        self._intervals = [place_integer_interval(n, num_units) for n in range(1, num_units + 1)]
+        self._integer_intervals = _Candidates([*self._intervals, nothing], self._unit_bytes, max_slots=1)
+        self.layouts = Remembered(_MOST_LAYOUTS)
+
+    def freest(self, situation: Situation) -> OffloadPlan:
+        """What frees most within the limit and the range; what copies least and frees enough where nothing does."""
+        costs = situation.costs
+        return self.layouts.get(alike_in_time(costs), lambda: self._layout(costs)).choose(situation)
+
+    def largest_interval(self, situation: Situation) -> OffloadPlan:
+        """As `freest`, of the paper's integer intervals through one slot."""
+        return self._integer_intervals.choose(situation)
+
+    def _layout(self, costs: StepCosts) -> _Candidates:
+        """Even placements in every set, the paper's intervals, and any few where units are unequal."""
+        placements = [placed for among in self._sets for placed in even_placements(costs, among)]
+        placements += [*self._intervals, *unequal_few(costs), ()]
+        return _Candidates(placements, self._unit_bytes, self._max_slots)
+
+
+class _Candidates:
+    """Placements, each through every number of slots that competes, from the most memory freed down.
+
+    Of those that free as much the one with most on the host comes first. A plan is known by its place in this order.
+    """
+
+    def __init__(
+        self, placements: Sequence[tuple[int, ...]], unit_bytes: tuple[int, ...], max_slots: int = MOST_SLOTS
+    ) -> None:
+        self.num_units = len(unit_bytes)
+        self.known = Remembered(_MOST_SITUATIONS)
+        self.placements = list(dict.fromkeys(placements))
+        sizes = [[unit_bytes[unit] for unit in placed] for placed in self.placements]
+        count = np.array([len(each) for each in sizes])
+        total, largest = np.array([sum(each) for each in sizes]), np.array([max(each, default=0) for each in sizes])
+        slots = np.arange(1, max_slots + 1)[None, :]
+        freed = total[:, None] - np.minimum(slots, count[:, None]) * largest[:, None]  # [placements, slots]
+        # With as many slots as units nothing is copied and nothing freed; one of one is as good as none.
+        competes = (slots < count[:, None]) | (slots == 1)
+        placement, slot = np.nonzero(competes)
+        order = np.lexsort((-total[placement], -freed[competes]))
+        self.placement, self.num_slots = placement[order], slot[order] + 1
+        self.freed_bytes, self.bytes = freed[competes][order], total[self.placement]
+        count = count[self.placement]
+        is_copied = count > self.num_slots
+        self.copied_bytes, self.num_copies = self.bytes * is_copied, count * is_copied
+        self.by_bytes = np.lexsort((-self.freed_bytes, self.bytes))
+        place = np.zeros((len(self.placements), max_slots), dtype=np.intp)  # of each plan in the order
+        place[self.placement, self.num_slots - 1] = np.arange(len(order))
+        self.roomiest = np.take_along_axis(place, competes.sum(axis=1)[:, None] - 1, axis=1)[self.placement, 0]
+
+    def choose(self, situation: Situation) -> OffloadPlan:
+        """As `Frontier.freest`, of these."""
+        excess = self.known.get(alike(situation.costs, situation.link), lambda: _Excess(self, situation))
+        chosen = excess.freest(situation)
+        return self.plan(chosen if chosen is not None else self._least(situation, excess))
+
+    def plan(self, i: int) -> OffloadPlan:
+        return OffloadPlan(
+            offloaded=self.placements[self.placement[i]],
+            num_slots=int(self.num_slots[i]),
+            num_units=self.num_units,
+        )
+
+    def bounds_s(self, costs: StepCosts, link: Link) -> np.ndarray:  # [num_candidates]
+        """T_bound of each."""
+        copies_s = self.copied_bytes / link.bytes_per_s + self.num_copies * link.copy_s
+        return np.maximum(costs.unloaded_s, copies_s)
+
+    def alike(self, i: int) -> range:
+        """The few plans from `i` on that offload and free as many bytes."""
+        end = i + 1
+        while end < min(len(self.bytes), i + _MOST_ALIKE) and (
+            self.freed_bytes[end] == self.freed_bytes[i] and self.bytes[end] == self.bytes[i]
+        ):
+            end += 1
+        return range(i, end)
+
+    def _least(self, situation: Situation, excess: _Excess) -> int:
+        """What offloads least and frees enough, the fastest of those alike; what frees most where nothing does."""
+        enough = self.freed_bytes[self.by_bytes] >= situation.min_freed_bytes
+        first = int(np.argmax(enough))
+        if not enough[first]:
+            return 0
+        chosen = int(self.by_bytes[first])
+        return min(self.alike(chosen), key=excess.of)
+
+
+class _Excess:
+    """By how much steps of candidates exceed their bounds, in situations like one: known, or not below."""
+
+    def __init__(self, candidates: _Candidates, like: Situation) -> None:
+        self._candidates, self._costs, self._link = candidates, like.costs, like.link
+        self._least = np.ones(len(candidates.bytes))
+        self._is_known = np.zeros(len(candidates.bytes), dtype=bool)
+
+    def freest(self, situation: Situation) -> int | None:
+        """The first candidate that is within range and limit; the fastest of those alike."""
+        candidates, most_s = self._candidates, situation.most_s
+        if situation.costs.unloaded_s > most_s:
+            return None
+        bounds_s = candidates.bounds_s(situation.costs, situation.link)
+        may_be = (bounds_s * self._least <= most_s) & (candidates.freed_bytes >= situation.min_freed_bytes)
+        if situation.max_offloaded_bytes is not None:
+            may_be &= candidates.bytes <= situation.max_offloaded_bytes
+        for i in np.flatnonzero(may_be).tolist():
+            if self._is_within(i, bounds_s, most_s):
+                return min((j for j in candidates.alike(i) if may_be[j]), key=self.of)
+        return None
+
+    def _is_within(self, i: int, bounds_s: np.ndarray, most_s: float) -> bool:
+        """Slots make no step longer: what is too slow with the most of them is simulated once, not for each number."""
+        roomiest = self._candidates.roomiest[i]
+        if self._least[i] < self._least[roomiest]:
+            self._least[i] = self._least[roomiest]
+        if not self._is_known[i] and bounds_s[i] * self.of(roomiest) > most_s:
+            return False
+        return bool(bounds_s[i] * self.of(i) <= most_s)
+
+    def of(self, i: int) -> float:
+        """The step's time over its bound, simulated once."""
+        if not self._is_known[i]:
+            candidates = self._candidates
+            offloaded, num_slots = candidates.placements[candidates.placement[i]], int(candidates.num_slots[i])
+            step_s = predict_step_s(self._costs, offloaded, num_slots, self._link)
+            excess = step_s / bound_s(self._costs, offloaded, num_slots, self._link)
+            self._least[i], self._is_known[i] = excess, True
+        return float(self._least[i])

@@ -1,0 +1,334 @@
+"""Between an engine and its controller: what requests in flight want goes in, what the next step may do comes out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from selectn_core.config import SloConfig
+from selectn_core.control.controller import Controller, Decision
+from selectn_core.control.joining import Admission
+from selectn_core.control.load import PASSED_SHARE, PLANNED_SHARE, Decoding, Load, Waiting
+from selectn_core.control.policies import (
+    Fixed,
+    Frontier,
+    Paper,
+    Policy,
+    SelectN,
+    every_unit_one_ahead,
+    last_of_every_group,
+    worst_case_share,
+)
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.latency.step_times import StepTimes
+from selectn_core.latency.steps import Chunk, StepRecord, StepShape
+from selectn_core.planning.planner import offloadable_sets
+from selectn_core.planning.record import PerformanceRecord
+from selectn_core.requests.handle import RequestHandle
+from selectn_core.requests.objectives import Objectives, resolve_objectives
+
+if TYPE_CHECKING:
+    from selectn_core.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkShare:
+    """This replica's share of its bus: what it may use now, what will be there whatever happens, what may be offloaded.
+
+    `max_offloaded_bytes` None: as much as objectives allow.
+    """
+
+    bytes_per_s: float
+    guaranteed_bytes_per_s: float
+    max_offloaded_bytes: float | None = None
+
+
+class Steering:
+    """An engine's online stage. `admit`, `decide` and `done` are called on the generation thread, in this order.
+
+    Another thread may change objectives and the link's share between any two of them.
+    """
+
+    def __init__(self, engine: Engine, record: PerformanceRecord) -> None:
+        self.record, self._engine = record, engine
+        self._times = record.step_times()
+        self._frontier = Frontier(record.unit_bytes, _unit_sets_of(engine.config.offload.policy, record))
+        self.objectives = resolve_objectives(engine.config.slo, self._times, engine.config.batch)
+        self.controller = Controller(
+            self._times,
+            record.link.link,
+            make_policy(engine, self._times, record, self.objectives, self._frontier),
+            slowdown=record.link.slowdown,
+            max_tokens=engine.config.batch.max_batch_tokens,
+            guaranteed_share=1 / engine.config.offload.num_sharing,
+            ttft_s=self.objectives.ttft_s,
+            percentile=engine.config.slo.percentile,
+        )
+        wanted_bytes = sum(engine.arena.round_up(unit.num_bytes) for unit in engine.units)
+        self._weight_sectors = wanted_bytes // engine.arena.sector_bytes
+        self.controller.min_freed_bytes = max(0, wanted_bytes - engine.arena.reachable_bytes(0))
+        self._decision: Decision | None = None
+        self._admission = Admission(prefill_tokens=0)
+        self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, self.objectives))
+        self._num_decoding = 0
+        self._lock = threading.Lock()
+        self.spent_s = self.stepped_s = 0.0
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Has the policy choose for the steps that may come: the first choice of its kind takes ten times as long.
+
+        They are of all batches, as long as requests were that the record has measured, and of full chunks of prefill.
+        """
+        batch = self._engine.config.batch
+        measured = [step.shape.decodes[0] for step in self._times.steps if step.shape.decodes] or [1]
+        sizes, lengths = _between(1, batch.max_requests, 1.3), _between(min(measured), max(measured), 1.5)
+        steps = [StepShape.decode(size, length) for size, length in product(sizes, lengths)]
+        beside = [StepShape.of([(batch.max_batch_tokens, 0)], each.decodes) for each in steps]
+        self.controller.rehearse([*steps, *(each.sampling() for each in steps), *beside], self.objectives.tpot_s)
+
+    def set_objectives(self, slo: SloConfig) -> None:
+        """Aims at other objectives from the next step on; what was learned of the machine stays."""
+        objectives = resolve_objectives(slo, self._times, self._engine.config.batch)
+        policy = make_policy(self._engine, self._times, self.record, objectives, self._frontier)
+        with self._lock:
+            self.objectives = objectives
+            self.controller.aim_at(policy, objectives.ttft_s, slo.percentile)
+            # On an idle engine no step would do so, and what it promises goes by it.
+            self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, objectives))
+
+    def set_link_share(self, share: LinkShare) -> None:
+        """What the bus's coordinator allows from the next step on."""
+        controller = self.controller
+        controller.link.share_bytes_per_s = share.bytes_per_s
+        controller.link.guaranteed_bytes_per_s = min(share.guaranteed_bytes_per_s, controller.link.nominal.bytes_per_s)
+        controller.max_offloaded_bytes = share.max_offloaded_bytes
+
+    def admit(
+        self, handles: Mapping[str, RequestHandle], progress: Mapping[str, Chunk], backlog: Mapping[str, Chunk]
+    ) -> list[str]:
+        """Looks at every request; which of those that hold no KV may begin, in their turn.
+
+        `progress` and `backlog`: see `ContinuousBatching`.
+        """
+        with self._timed():
+            load = load_of(handles, progress, backlog, self.objectives, self._kv_bytes)
+            num_fitting, is_full = self._num_fitting(load, handles, progress)
+            load = replace(load, num_fitting=load.num_begun + num_fitting, is_full=is_full)
+            self._num_decoding = len(load.decoding)
+            self._admission = self.controller.admit(load, self._engine.executor.plan)
+            return [each.ticket for each in self._admission.beginning]
+
+    def _kv_bytes(self, handle: RequestHandle) -> int:
+        engine = self._engine
+        return engine.batching.geometry.sectors_for_request(handle.max_total_tokens) * engine.arena.sector_bytes
+
+    def _num_fitting(
+        self, load: Load, handles: Mapping[str, RequestHandle], progress: Mapping[str, Chunk]
+    ) -> tuple[int, bool]:
+        """How many of the requests without KV memory will hold to the end of their output, in their order.
+
+        And whether there is no room for another as large as those on average, in memory or in the batch.
+        """
+        engine = self._engine
+        sectors_for = engine.batching.geometry.sectors_for_request
+        held = sum(sectors_for(handles[ticket].max_total_tokens) for ticket in progress if ticket in handles)
+        self._guaranteed = self._guaranteed_for(load)
+        room = engine.target.kv_sectors(self._guaranteed) - held
+        missing = self._weight_sectors + held - engine.arena.num_sectors
+        controller = self.controller
+        controller.lacking_bytes = missing * engine.arena.sector_bytes
+        controller.held_freed_bytes = max(controller.min_freed_bytes, controller.lacking_bytes)
+        places = engine.config.batch.max_requests - len(progress)
+        num_fitting = 0
+        for ticket, handle in handles.items():
+            if ticket in progress:
+                continue
+            room -= sectors_for(handle.max_total_tokens)
+            # One that runs alone has all the memory there is: more is offloaded for it.
+            if (room < 0 and (progress or num_fitting)) or num_fitting >= places:
+                break
+            num_fitting += 1
+        is_full = bool(progress) and (num_fitting >= places or room * len(progress) < held)
+        return num_fitting, is_full
+
+    def _guaranteed_for(self, load: Load) -> OffloadPlan:
+        # Whoever runs now may have asked for little: who comes next may not.
+        return self.controller.guaranteed_plan(load, min(self.controller.promised_tpot_s(load), self.objectives.tpot_s))
+
+    def token_budget(self, most: int) -> int:
+        """Tokens for the step that is about to be scheduled."""
+        return min(most, max(1, self._num_decoding + self._admission.prefill_tokens))
+
+    def decide(self, shape: StepShape) -> Decision:
+        """The plan for the step that was scheduled."""
+        with self._timed():
+            self._decision = self.controller.decide(shape, self._engine.executor.plan)
+        return self._decision
+
+    @property
+    def guaranteed_plan(self) -> OffloadPlan:
+        """Whose memory requests may count on, as of the last step."""
+        return self._guaranteed
+
+    @property
+    def decision(self) -> Decision | None:
+        """What was decided for the step that is under way."""
+        return self._decision
+
+    def done(self, record: StepRecord) -> None:
+        """Learns from a step."""
+        self._decision = None
+        self.stepped_s += record.duration_s
+        with self._timed():
+            self.controller.learn(record, self._engine.device.link_usage())
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began_s = time.perf_counter()
+        with self._lock:
+            yield
+        self.spent_s += time.perf_counter() - began_s
+
+    def snapshot(self) -> dict[str, Any]:
+        """What is aimed at and how well it is known, as JSON-able values."""
+        controller = self.controller
+        return {
+            "policy": controller.policy.name,
+            "ttft_objective_s": self.objectives.ttft_s,
+            "tpot_objective_s": self.objectives.tpot_s,
+            "is_feasible": controller.is_feasible,
+            "link_bytes_per_s": controller.link.link.bytes_per_s,
+            "prediction_error": self._engine.steps.prediction_error(),
+            "controller_share": self.spent_s / self.stepped_s if self.stepped_s else None,
+        }
+
+
+def make_policy(
+    engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives, frontier: Frontier
+) -> Policy:
+    """The configured policy for this engine. Raises ConfigError for one whose plan leaves too much on the device.
+
+    `frontier` is kept while objectives change: what it knows of steps has nothing to do with them.
+    """
+    num_units, config = len(engine.units), engine.config.offload
+
+    def by_name(plan: OffloadPlan) -> Fixed:
+        interval = f" and offload.interval={config.interval}" if config.policy == "group" else ""
+        return Fixed(config.policy, engine.target.checked(f"offload.policy={config.policy}{interval}", plan))
+
+    makers: dict[str, Callable[[], Policy]] = {
+        "select-n": lambda: SelectN(frontier),
+        "paper": lambda: Paper(frontier),
+        "static": lambda: Fixed("static", _static_plan(engine, times, record, objectives)),
+        "group": lambda: by_name(last_of_every_group(config.interval or num_units, num_units)),
+        "all": lambda: by_name(every_unit_one_ahead(num_units)),
+        "none": lambda: Fixed("none", engine.target.fewest(1)),
+    }
+    return makers[config.policy]()
+
+
+def _static_plan(engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives) -> OffloadPlan:
+    batch, num_sharing = engine.config.batch, engine.config.offload.num_sharing
+    full = StepShape.decode(batch.max_requests, max(1, batch.kv_tokens // batch.max_requests))
+    costs = times.expected(full.sampling())
+    link = record.link.link
+    limit_s = PLANNED_SHARE * objectives.tpot_s
+    plan = worst_case_share(costs, link, num_sharing, limit_s)
+    least = engine.target.fewest(plan.num_slots)
+    return plan if plan.num_offloaded >= least.num_offloaded else least
+
+
+def _between(least: int, most: int, ratio: float) -> list[int]:
+    """Numbers that grow by about this ratio, both ends included."""
+    num = math.ceil(math.log(most / least, ratio)) if most > least else 0
+    return sorted({round(least * (most / least) ** (i / max(1, num))) for i in range(num + 1)})
+
+
+def _unit_sets_of(policy: str, record: PerformanceRecord) -> list[tuple[int, ...]]:
+    return unit_sets(record) if policy == "select-n" else []
+
+
+def unit_sets(record: PerformanceRecord) -> list[tuple[int, ...]]:
+    """The sets of units that a plan may be confined to, beside all of them."""
+    names = [record.kinds[kind].name for kind in record.unit_kinds]
+    return [among for among in offloadable_sets(names, record.fingerprint.unit).values() if among is not None]
+
+
+def load_of(
+    handles: Mapping[str, RequestHandle],
+    progress: Mapping[str, Chunk],
+    backlog: Mapping[str, Chunk],
+    default: Objectives,
+    kv_bytes: Callable[[RequestHandle], int] = lambda handle: 0,
+) -> Load:
+    """The requests in flight as the controller sees them, in the order in which they came; `kv_bytes` at their end.
+
+    `progress` has, for those that hold KV, the prefill that is left, in the order in which it is computed, `backlog`
+    that of the others. A request that has tokens and prefill to do was preempted: it waits, and nothing hurries for its
+    first token.
+    """
+    decoding: list[Decoding] = []
+    begun: dict[str, Waiting] = {}
+    others: list[Waiting] = []
+    kv_tokens = 0
+    for ticket, handle in handles.items():
+        objectives = handle.objectives or default
+        left = progress.get(ticket)
+        if left is not None and not left.num_tokens and handle.num_tokens:
+            kv_tokens += handle.num_prompt_tokens + handle.num_tokens
+            decoding.append(
+                Decoding(
+                    num_tokens=handle.num_tokens,
+                    first_token_s=handle.first_token_s,
+                    num_left=handle.max_total_tokens - handle.num_prompt_tokens - handle.num_tokens,
+                    tpot_s=objectives.tpot_s,
+                )
+            )
+            continue
+        to_do = left or backlog.get(ticket) or Chunk(handle.num_prompt_tokens + handle.num_tokens, 0)
+        is_new = not handle.num_tokens
+        request = Waiting(
+            prefill_tokens=to_do.num_tokens,
+            num_past=to_do.num_past,
+            deadline_s=handle.arrived_s + objectives.ttft_s if is_new else math.inf,
+            tpot_s=objectives.tpot_s,
+            kv_bytes=kv_bytes(handle) if left is None else 0,
+            passed_until_s=handle.arrived_s + PASSED_SHARE * objectives.ttft_s if is_new else -math.inf,
+            is_sampled=handle.params is not None and not handle.params.is_greedy,
+            is_truncated=handle.params is not None and handle.params.is_truncated,
+            ticket=ticket,
+        )
+        if left is None:
+            others.append(request)
+        else:
+            begun[ticket] = request
+    holding = [handle for ticket, handle in handles.items() if ticket in progress]
+    sampled_share, truncated_share = _sampling_shares(holding or handles.values())
+    return Load(
+        now_s=time.perf_counter(),
+        decoding=decoding,
+        waiting=[*(begun[ticket] for ticket in progress if ticket in begun), *others],
+        num_begun=len(begun),
+        mean_kv_tokens=kv_tokens // len(decoding) + 1 if decoding else 1,
+        sampled_share=sampled_share,
+        truncated_share=truncated_share,
+    )
+
+
+def _sampling_shares(handles: Iterable[RequestHandle]) -> tuple[float, float]:
+    """Of requests, the shares that draw their tokens, and among the likeliest only. Of none: all do, as by default."""
+    params = [handle.params for handle in handles if handle.params is not None]
+    if not params:
+        return 1.0, 0.0
+    num_sampled = sum(not each.is_greedy for each in params)
+    return num_sampled / len(params), sum(each.is_truncated for each in params) / len(params)

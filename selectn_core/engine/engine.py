@@ -1,0 +1,664 @@
+"""One engine: a model, a device, continuous batching, and an executor whose interval may change at every iteration."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from selectn_core.batching import Callbacks, ContinuousBatching, GenerationOutput, kv_geometry, kv_shapes
+from selectn_core.config import MAX_SLOTS, EngineConfig, SloConfig, require
+from selectn_core.control.guarantee import Promises
+from selectn_core.control.steering import LinkShare, Steering
+from selectn_core.device import Device, open_device, resolve_kind
+from selectn_core.engine.accounts import account
+from selectn_core.engine.device_budget import arena_sectors, everything_bytes, host_sectors
+from selectn_core.engine.headroom import (
+    Headroom,
+    capacity_tokens,
+    decode_step_s,
+    latest,
+    promised_tokens,
+    waiting_prefill_tokens,
+)
+from selectn_core.engine.measure_workspace import measure_workspace
+from selectn_core.engine.self_test import check_model, refusing
+from selectn_core.errors import EngineOverloaded, EngineUnavailable, RequestError, RequestTooLarge
+from selectn_core.latency.placement import OffloadPlan
+from selectn_core.latency.recurrence import Link, recompute_s, swap_s
+from selectn_core.latency.steps import StepLog, StepShape
+from selectn_core.memory.arena import Arena
+from selectn_core.memory.kv_geometry import KvGeometry
+from selectn_core.memory.plan_memory import unmeasured_plan
+from selectn_core.memory.workspace import Workspace
+from selectn_core.offload.executor import Executor, OverlappedExecutor, SynchronousExecutor
+from selectn_core.offload.target import Target
+from selectn_core.planning.record import PerformanceRecord
+from selectn_core.profiling.fingerprint import fingerprint_of
+from selectn_core.profiling.profiler import OnProgress
+from selectn_core.profiling.record_cache import performance_record
+from selectn_core.requests.attainment import Attainment, Outcome
+from selectn_core.requests.handle import RequestHandle, TokenEvent
+from selectn_core.requests.objectives import Objectives, configured_objectives, requested_objectives
+from selectn_core.requests.sampling import SamplingParams
+from selectn_core.requests.table import RequestTable
+from selectn_core.weights.architecture import context_limit
+from selectn_core.weights.checkpoint import LoadedModel
+from selectn_core.weights.host_store import HostStore
+from selectn_core.weights.resident import ResidentWeights
+from selectn_core.weights.shared_model import ReserveHost, load_on_host, reserve_nothing
+from selectn_core.weights.units import find_units, last_of_a_new_kind
+
+logger = logging.getLogger(__name__)
+
+_MAX_RESTARTS = 5
+_RESTART_WINDOW_S = 60.0
+
+
+class Engine:
+    """Serves one model on one device.
+
+    `load` builds it, `start` lets it generate, `close` ends it; a `with` block does the last two. Requests may be
+    submitted before `start` and from any thread.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        *,
+        executor_class: type[Executor] = OverlappedExecutor,
+    ) -> None:
+        """Places `loaded` on the configured device.
+
+        Raises ConfigError, UnsupportedModel, or DeviceMemoryExceeded where not even the fewest resident units fit.
+        """
+        self.config = config
+        self.model, self.tokenizer, self.model_name = loaded.model, loaded.tokenizer, loaded.name
+        self.units = find_units(self.model, config.offload.unit)
+        self._context_limit = context_limit(self.model.config)
+        if self._context_limit is not None and self._context_limit.is_narrowed:
+            limit = self._context_limit
+            logger.warning("requests may have %d tokens, prompt and output: %s", limit.num_tokens, limit.reason)
+        self.steps = StepLog()
+        self.attainment = Attainment(config.slo.percentile)
+        # Called on the generation thread when a step is planned and has not begun: the iteration controller's place.
+        self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
+        self.steering: Steering | None = None  # another thread may end it at any moment: read it once
+        self._resting: Steering | None = None  # during a plan by hand: objectives stay
+        self._record: PerformanceRecord | None = None
+        self.link_share: LinkShare | None = None
+        self.promises = Promises(self)
+        self.requests = RequestTable(config.batch)
+        self._served: frozenset[str] = frozenset()  # tickets of those that hold KV or may begin in the next step
+        self._lock = threading.Lock()  # of the state, and of what is aimed at
+        self._state = "loaded"  # loaded -> running -> closed, or failed
+        self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
+        self._supervisor: threading.Thread | None = None
+        self._limit_compute_threads()
+        with refusing(self.model, "its keys and values cannot be sized"):
+            self._kv_shapes = kv_shapes(self.model, last_of_a_new_kind(self.units).module)
+            geometry = kv_geometry(self.model, config.batch.page_size, self._kv_shapes)
+        everything = everything_bytes(self.model, self.units, geometry, config.batch.kv_tokens)
+        self.device: Device = open_device(config.device, default_capacity_bytes=everything)
+        try:
+            self.store = HostStore(self.units, self.device, loaded.store)
+            self.resident = ResidentWeights(self.model, self.units, self.device)
+            with refusing(self.model, "continuous batching does not take it"):
+                self.workspace = self._measured_workspace(geometry)
+                self.batching = self._make_batching(geometry)
+            self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
+            self.target = Target(self.units, self.arena, config.offload)
+            self.executor = executor_class(self.model, self.store, self.device, self.target.plan, self.arena)
+            self.executor.attach()
+            self.device.synchronize()  # what was placed here is computed on by another thread and stream
+            self._self_test()
+        except BaseException:
+            self.device.close()
+            raise
+
+    def _self_test(self) -> None:
+        try:
+            check_model(self)
+        except BaseException:
+            self.batching.close()
+            self.executor.detach()
+            raise
+
+    @classmethod
+    def load(
+        cls,
+        config: EngineConfig,
+        *,
+        executor_class: type[Executor] = OverlappedExecutor,
+        on_progress: OnProgress = lambda share, what: None,
+        reserve_host: ReserveHost = reserve_nothing,
+    ) -> Engine:
+        """Loads the configured model and builds an engine on it, steered by the configured policy.
+
+        A policy needs a performance record. The first start on a machine makes one, within a minute, and later starts
+        find it in the cache (`performance_record`). `on_progress` is told how far that is. `reserve_host` is asked
+        before weights take host memory.
+        """
+        engine = cls.unsteered(config, executor_class=executor_class, reserve_host=reserve_host)
+        if config.offload.num_offloaded == "auto":
+            try:
+                engine.steer(performance_record(engine, on_progress=on_progress))
+            except BaseException:
+                engine.close()
+                raise
+        return engine
+
+    @classmethod
+    def unsteered(
+        cls,
+        config: EngineConfig,
+        *,
+        executor_class: type[Executor] = OverlappedExecutor,
+        reserve_host: ReserveHost = reserve_nothing,
+    ) -> Engine:
+        """As `load`, without a policy: the fewest units are offloaded, or the configured number."""
+        loaded = load_on_host(config.model, config.host, reserve_host)
+        try:
+            return cls(loaded, config, executor_class=executor_class)
+        except BaseException:
+            if loaded.store is not None:
+                loaded.store.close()
+            raise
+
+    def steer(self, record: PerformanceRecord) -> None:
+        """Lets the configured policy decide from now on. Raises RecordRefused for a record of something else."""
+        record.require(fingerprint_of(self))
+        record.require_units([unit.num_bytes for unit in self.units])
+        self._record = record
+        self.steering = Steering(self, record)
+        if self.link_share is not None:
+            self.steering.set_link_share(self.link_share)
+
+    @property
+    def objectives(self) -> Objectives | None:
+        """What requests are served for that do not name their own; None where nothing says."""
+        steering = self.steering or self._resting
+        return steering.objectives if steering is not None else configured_objectives(self.config.slo)
+
+    def set_objectives(self, slo: SloConfig) -> None:
+        """Changes the objectives from the next step on, for requests in flight too."""
+        self.config = replace(self.config, slo=slo)
+        self.attainment = Attainment(slo.percentile)
+        steering = self.steering or self._resting
+        if steering is not None:
+            steering.set_objectives(slo)
+
+    def set_link_share(self, share: LinkShare) -> None:
+        """What this replica may use of its host bus from the next step on, whoever steers; any thread."""
+        self.link_share = share
+        steering = self.steering
+        if steering is not None:
+            steering.set_link_share(share)
+
+    def resume_policy(self) -> None:
+        """Lets the policy decide again after a plan by hand, if there has been one."""
+        if self._record is not None:
+            self.steer(self._record)
+
+    def objectives_for(self, *, ttft_ms: float | None, tpot_ms: float | None) -> Objectives | None:
+        """A request's objectives: its own where it names them, else the engine's. Raises RequestError."""
+        default = self.objectives
+        if ttft_ms is None and tpot_ms is None:
+            return None
+        if default is None:
+            raise RequestError("slo: this server has no latency objectives: none was configured", field="slo")
+        return requested_objectives(default, self.config.slo, ttft_ms=ttft_ms, tpot_ms=tpot_ms)
+
+    def _make_batching(self, geometry: KvGeometry) -> ContinuousBatching:
+        num_sectors = arena_sectors(self.device, geometry, self.workspace, self.config.batch)
+        longest = self._model_limit or geometry.tokens_in(num_sectors)
+        return ContinuousBatching(
+            self.model,
+            self.config.batch,
+            self.device,
+            Callbacks(
+                before_schedule=self._before_schedule,
+                token_budget=self._token_budget,
+                on_step_planned=self._on_step_planned,
+                on_step_done=self._on_step_done,
+                on_output=self._on_output,
+                swap_is_cheaper=self._swap_is_cheaper,
+            ),
+            shapes=self._kv_shapes,
+            num_sectors=num_sectors,
+            num_host_sectors=host_sectors(self.config, geometry, longest),
+        )
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts generating. Raises EngineUnavailable on an engine that was closed."""
+        with self._lock:
+            if self._state != "loaded":
+                raise EngineUnavailable(f"the engine is {self._state}; only a loaded one can be started")
+            self._state = "running"
+        thread = self.batching.start()
+        self._supervisor = threading.Thread(target=self._supervise, args=(thread,), name="selectn-supervisor")
+        self._supervisor.start()
+
+    def close(self) -> None:
+        """Ends generation, fails what is left and gives all memory back. Idempotent."""
+        with self._lock:
+            if self._state == "closed":
+                return
+            self._state = "closed"
+        self.requests.close("the engine is closed")
+        self.batching.close()
+        if self._supervisor is not None:
+            self._supervisor.join()
+        self._fail_all("the engine was closed")
+        self.executor.detach()
+        self.store.close()
+        self.device.close()
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def is_healthy(self) -> bool:
+        """Whether requests are being served."""
+        return self._state == "running"
+
+    def _supervise(self, thread: threading.Thread) -> None:
+        """Restarts the generation thread when an error has ended it, a few times a minute at most."""
+        while True:
+            thread.join()
+            with self._lock:
+                if self._state != "running":
+                    return
+                if not self._may_restart():
+                    self._state = "failed"
+                    self.requests.close("the engine is failed")
+            self._fail_all(f"generation failed: {self.batching.fatal_error}")
+            if self._state == "failed":
+                logger.error("generation failed %d times in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S)
+                return
+            logger.warning("restarting generation after: %s", self.batching.fatal_error)
+            with self._lock:  # close() must not pass by a thread that is just being started
+                if self._state != "running":
+                    return
+                thread = self.batching.start()
+
+    def _may_restart(self) -> bool:
+        now_s = time.monotonic()
+        if len(self._restarts) == _MAX_RESTARTS and now_s - self._restarts[0] < _RESTART_WINDOW_S:
+            return False
+        self._restarts.append(now_s)
+        return True
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and output tokens that one request may have: the model's limit, or what the KV cache can hold.
+
+        That is what it holds with every unit offloaded: they are, while a request needs it.
+        """
+        capacity = self.batching.geometry.longest_request_in(self.target.most_kv_sectors)
+        return min(self._model_limit or capacity, capacity)
+
+    @property
+    def max_model_len_reason(self) -> str:
+        """What `max_model_len` follows from."""
+        limit = self._context_limit
+        if limit is not None and limit.num_tokens == self.max_model_len:
+            return limit.reason
+        return "what the KV cache can hold with every unit offloaded"
+
+    @property
+    def _model_limit(self) -> int | None:
+        return self._context_limit.num_tokens if self._context_limit is not None else None
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that the KV cache holds now, whoever they belong to."""
+        return self.batching.geometry.tokens_in(self.batching.pages.num_sectors)
+
+    @property
+    def default_eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a generation, from the model's generation configuration."""
+        eos = self.model.generation_config.eos_token_id
+        if eos is None:
+            eos = getattr(self.model.config.get_text_config(), "eos_token_id", None)
+        if eos is None:
+            return ()
+        return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+
+    def reachable_kv_tokens(self, k_max: int | None = None) -> int:
+        """Promised tokens that the KV cache holds if up to `k_max` units are offloaded; None: `promises.plan`.
+
+        Where units are unequal these are so many of the largest, or more of others that have no more bytes together.
+        """
+        target = self.promises.plan
+        if k_max is not None:
+            most_bytes = k_max * max(unit.num_bytes for unit in self.units)
+            if most_bytes > self._offloaded_bytes(target):
+                target = self.target.plans.most_within(target.num_slots, most_bytes)
+        return capacity_tokens(self.batching.geometry, self.arena.num_sectors, self.target.kv_sectors(target))
+
+    def headroom(self, k_max: int | None = None) -> Headroom:
+        """What this engine can take if it offloads up to `k_max` units (None: what may be promised)."""
+        longest = self.max_model_len
+        return Headroom(
+            kv_capacity_tokens=self.reachable_kv_tokens(k_max),
+            longest_request_tokens=longest,
+            is_model_limit=longest == self._model_limit,
+            waiting_prefill_tokens=waiting_prefill_tokens(self.handles()),
+            prefill_s_per_token=self.steps.prefill_s_per_token(),
+            decode_step_s=decode_step_s(latest(self.steps.records)),
+        )
+
+    def handles(self) -> list[RequestHandle]:
+        """The requests in flight, waiting ones included; any thread."""
+        return list(self.requests.by_ticket().values())
+
+    def served_handles(self) -> list[RequestHandle]:
+        """Those that hold KV or may begin now, as of the step that was scheduled last; any thread."""
+        served = self._served
+        return [handle for ticket, handle in self.requests.by_ticket().items() if ticket in served]
+
+    def promised_tokens(self, total_tokens: int) -> int:
+        """What a request of `total_tokens`, prompt and output, takes of `headroom`."""
+        return promised_tokens(self.batching.geometry, self.arena.num_sectors, total_tokens)
+
+    def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises RequestError for what `submit` would refuse whenever it came, RequestTooLarge for want of memory."""
+        self._check_prompt(prompt_ids, params)
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        objectives: Objectives | None = None,
+        waited_s: float = 0.0,
+        returns: bool = False,
+    ) -> RequestHandle:
+        """Queues a request and returns at once. `objectives` None: the engine's.
+
+        `waited_s` is for how long the request has waited elsewhere: so much less of its TTFT objective is left.
+        `returns`: one that is refused now will be offered again, so it does not count as refused.
+
+        Raises RequestError (empty, too long, token out of range, id in use), EngineOverloaded when
+        `batch.max_waiting` requests wait, EngineUnavailable when nothing would serve it.
+        """
+        self._check_prompt(prompt_ids, params)
+        handle = RequestHandle(request_id or uuid.uuid4().hex, len(prompt_ids), self._cancel, waited_s=waited_s)
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        eos_ids = () if params.ignore_eos else self.default_eos_ids
+        handle.eos_ids = frozenset((*eos_ids, *params.stop_token_ids))
+        handle.max_total_tokens += params.max_tokens
+        handle.params, handle.objectives = params, objectives
+        try:
+            self._queue(handle, prompt_ids, params, seed)
+        except (EngineOverloaded, EngineUnavailable):
+            if not returns:
+                self._count(handle, "refused")
+            raise
+        return handle
+
+    def _queue(self, handle: RequestHandle, prompt_ids: Sequence[int], params: SamplingParams, seed: int) -> None:
+        self.requests.add(handle)
+        if not self.batching.submit(handle.ticket, prompt_ids, params, sorted(handle.eos_ids), seed):
+            self.requests.remove(handle.ticket)
+            raise EngineUnavailable("generation is being restarted after an error; send the request again")
+
+    def _count(self, handle: RequestHandle, outcome: Outcome) -> None:
+        self.attainment.add(handle.timing, handle.objectives or self.objectives, outcome)
+
+    def _end(self, handle: RequestHandle, outcome: Outcome, last: TokenEvent) -> None:
+        """Counts it, and then lets its reader know: who has the end finds it in `snapshot`."""
+        handle.push(last, before_seen=lambda: self._count(handle, outcome))
+
+    def _fail_all(self, reason: str) -> None:
+        for handle in self.requests.remove_all():
+            self._end(handle, "failed", TokenEvent(token_ids=(), finish_reason="error", error=reason))
+
+    def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        if not prompt_ids:
+            raise RequestError("the prompt is empty: at least one token is needed", field="prompt")
+        vocab_size = self.model.config.get_text_config().vocab_size
+        if not all(0 <= token < vocab_size for token in prompt_ids):
+            raise RequestError(f"the prompt has token ids outside 0..{vocab_size - 1}", field="prompt")
+        if len(prompt_ids) + params.max_tokens > self.max_model_len:
+            is_model_limit = len(prompt_ids) + params.max_tokens > (self._model_limit or 0) > 0
+            raise (RequestError if is_model_limit else RequestTooLarge)(
+                f"{len(prompt_ids)} prompt tokens and max_tokens={params.max_tokens} are more than the "
+                f"{self.max_model_len} tokens that a request may have here ({self.max_model_len_reason})",
+                field="max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
+            )
+
+    def _cancel(self, ticket: str) -> None:
+        handle = self.requests.remove(ticket)
+        if handle is not None:
+            self.batching.cancel(ticket)
+            outcome: Outcome = "completed" if handle.has_enough else "cancelled"
+            self._end(handle, outcome, TokenEvent(token_ids=(), finish_reason="cancelled"))
+
+    def _on_output(self, output: GenerationOutput) -> None:
+        handle = self.requests.get(output.request_id)
+        if handle is None:  # cancelled, or submitted while generation failed: nobody reads it
+            if not output.is_finished():
+                self.batching.cancel(output.request_id)
+            return
+        new = tuple(output.generated_tokens[handle.num_tokens :])
+        if not output.is_finished():
+            handle.push(TokenEvent(token_ids=new))
+            return
+        self.requests.remove(output.request_id)
+        if output.error is not None:
+            self._end(handle, "failed", TokenEvent(token_ids=new, finish_reason="error", error=output.error))
+        else:
+            stopped = output.generated_tokens[-1] in handle.eos_ids
+            self._end(handle, "completed", TokenEvent(token_ids=new, finish_reason="stop" if stopped else "length"))
+
+    # -- interval -----------------------------------------------------------------------------------------------
+
+    def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
+        """Offloads `num_offloaded` of the units from the next iteration on, by hand: the policy rests until `steer`.
+
+        While the KV cache uses the memory that fewer of them need, or a request needs more of it than this number
+        leaves, more are offloaded: `snapshot` says how many. Raises ConfigError if it can never be.
+        """
+        slots = num_slots if num_slots is not None else self.target.plan.num_slots
+        require(1 <= slots <= MAX_SLOTS, "num_slots", slots, f"1 to {MAX_SLOTS}")
+        self._aim_by_hand(self.target.of("num_offloaded", num_offloaded, slots))
+
+    def set_plan(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
+        """As `set_num_offloaded`, with the units chosen by the caller.
+
+        An `urgent` plan does not wait for running requests to release the memory that it needs: before the next step
+        is scheduled the newest are preempted until it fits or one is left. They go on later, their tokens the same.
+        """
+        self._aim_by_hand(self.target.checked("the plan", plan), urgent=urgent)
+
+    def _aim_by_hand(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
+        with self._lock:  # the policy may be deciding right now: what it comes to is of no interest any more
+            self._resting, self.steering = self.steering or self._resting, None
+            self.target.aim_at(plan, urgent=urgent)
+
+    def _before_schedule(self) -> list[str]:
+        """Moves weights and KV pages to where the next step wants them; which new requests may begin, in their turn."""
+        if self.target.is_urgent:
+            self._preempt_for(self._wanted_plan())
+        beginning = self._may_begin()
+        self._follow_target()
+        # What is still to come back waits for KV to be released: no new request may take its place.
+        return beginning if self.executor.plan == self.executor.wanted else []
+
+    def _may_begin(self) -> list[str]:
+        """Who may begin, of those that hold no KV: as the policy says, else all, as far as there are places."""
+        batching, steering = self.batching, self.steering
+        progress, backlog = batching.progress(), batching.backlog()
+        handles = self.requests.by_ticket()  # after the backlog: who is there and not here is not wanted any more
+        if self._state == "running":  # before that a profile's requests have no handles
+            for ticket in backlog.keys() - handles.keys():
+                batching.cancel(ticket)
+        if steering is not None:
+            beginning = steering.admit(handles, progress, backlog)
+            self._served = frozenset((*progress, *beginning))
+        else:
+            places = self.config.batch.max_requests - len(progress)
+            beginning = [ticket for ticket in handles if ticket not in progress][:places]
+            self._served = frozenset((*progress, *beginning[:1]))  # those behind the first may find no memory yet
+        return beginning
+
+    def _token_budget(self, most: int) -> int:
+        steering = self.steering
+        return steering.token_budget(most) if steering is not None else most
+
+    def _follow_target(self) -> None:
+        wanted = self._wanted_plan()
+        if wanted != self.executor.wanted:
+            self.executor.request_plan(wanted)
+        self.executor.apply_plan()
+
+    def _preempt_for(self, plan: OffloadPlan) -> None:
+        while self.batching.pages.num_in_use > self.target.kv_sectors(plan) and self.batching.preempt_newest():
+            pass
+
+    def _wanted_plan(self) -> OffloadPlan:
+        """The target, with more offloaded while the longest request would not fit the KV cache otherwise.
+
+        Of those that hold KV or may begin now: for one that only waits nothing has to move yet.
+        """
+        longest = max((handle.max_total_tokens for handle in self.served_handles()), default=0)
+        return self.target.with_kv(self.batching.geometry.sectors_for_request(longest))
+
+    def _on_step_planned(self, shape: StepShape) -> None:
+        self.on_step_planned(shape)
+        steering = self.steering
+        if steering is not None:
+            decision = steering.decide(shape)
+            with self._lock:
+                if self.steering is steering:
+                    self.target.aim_at(decision.plan, urgent=decision.urgent)
+        self._follow_target()  # which may have just been changed, for this step
+
+    def _on_step_done(self, shape: StepShape, duration_s: float) -> None:
+        plan, steering = self.executor.plan, self.steering
+        decision = steering.decision if steering is not None else None
+        record = self.steps.add(
+            shape,
+            plan,
+            duration_s=duration_s,
+            stall_s=self.executor.end_step(),
+            offloaded_bytes=self._offloaded_bytes(plan),
+            # What was predicted is of the plan that was decided, which memory may not have allowed.
+            predicted_s=decision.predicted_s if decision is not None and decision.plan == plan else None,
+            limit_s=decision.limit_s if decision is not None else None,
+        )
+        if steering is not None:
+            steering.done(record)
+
+    def _offloaded_bytes(self, plan: OffloadPlan) -> int:
+        return self.target.plans.offloaded_bytes(plan)
+
+    def _swap_is_cheaper(self, num_tokens: int, num_bytes: int) -> bool:
+        """Whether a preempted request's KV should wait in host memory rather than be computed again."""
+        seconds_per_token = self.steps.prefill_s_per_token()
+        if seconds_per_token is None:
+            return True
+        steering = self.steering
+        if steering is not None:  # it knows what the link gives now; all that was ever copied says less
+            link = steering.controller.link.link
+        else:
+            link = Link(bytes_per_s=self.device.link_usage().bytes_per_s)
+        return swap_s(num_bytes, link) < recompute_s(num_tokens, seconds_per_token)
+
+    # -- sizes and state ----------------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the engine holds and does now, as JSON-able values; bytes and seconds."""
+        plan, usage, steering = self.executor.plan, self.device.link_usage(), self.steering
+        num_requests = len(self.requests)
+        running = min(num_requests, self.batching.num_active)
+        return {
+            "state": self._state,
+            "model": self.model_name,
+            "device": self.device.kind,
+            "provenance": self.device.provenance,
+            "num_layers": len({unit.layer for unit in self.units}),
+            "unit": self.config.offload.unit,
+            "num_units": len(self.units),
+            "num_offloaded": plan.num_offloaded,
+            "num_offloaded_wanted": self.executor.wanted.num_offloaded,
+            "num_slots": plan.num_slots,
+            "host_bytes": self.store.num_bytes,
+            "host_store": self.store.location,
+            "offloaded_bytes": self._offloaded_bytes(plan),
+            "memory": account(self).to_json(),
+            "device_bytes": self.device.allocated_bytes,
+            "device_capacity_bytes": self.device.capacity_bytes,
+            "kv_bytes": self.batching.pages.num_sectors * self.arena.sector_bytes,
+            "kv_capacity_tokens": self.kv_capacity_tokens,
+            "max_model_len": self.max_model_len,
+            "max_model_len_reason": self.max_model_len_reason,
+            "running": running,
+            "waiting": num_requests - running,
+            "num_steps": self.steps.num_steps,
+            "interval_history": [list(change) for change in list(self.steps.interval_history)],
+            "step_over_bound": self.steps.median_over_bound(usage.bytes_per_s),
+            "link_bytes": usage.copied_bytes,
+            "link_busy_s": usage.busy_s,
+            "stall_s": self.executor.stats.stall_s,
+            "objectives": asdict(self.objectives) if self.objectives is not None else None,
+            "attainment": self.attainment.snapshot(),
+            "steering": steering.snapshot() if steering is not None else None,
+            "preemptions": self.batching.swap.num_preemptions,
+            "preemptions_swapped": self.batching.swap.num_swapped,
+        }
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if store, homes, slots or KV pages are not as they should be; call it between steps."""
+        self.store.check_integrity()
+        self.executor.check_integrity()
+        self.arena.check_integrity()
+        self.batching.swap.check_integrity()
+        assert self.arena.weight_bytes == self.executor.held_bytes, "weights hold other sectors than their own"
+
+    def _limit_compute_threads(self) -> None:
+        """Leaves a core to the emulated link, whose copies would otherwise wait for the model's own threads."""
+        if resolve_kind(self.config.device) == "emulated":
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(self.config.device.compute_threads or max(1, cores - 1))
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device bytes that are left to activations."""
+        return self.workspace.bytes_for(self.arena.num_sectors)
+
+    def _measured_workspace(self, geometry: KvGeometry) -> Workspace:
+        """What activations need, where the device's size is given: an emulated one may be as large as it takes."""
+        is_emulated = self.device.kind == "emulated"
+        if is_emulated and self.config.device.memory_gib is None:
+            return Workspace()
+        limit = self._model_limit or geometry.tokens_in(self.device.free_bytes // geometry.sector_bytes)
+        with self._computing_on_device() if not is_emulated else nullcontext():
+            return measure_workspace(
+                self.model, self.units, self.config.batch, self.device, geometry, self._kv_shapes, limit
+            )
+
+    def _computing_on_device(self) -> Executor:
+        everything = unmeasured_plan(self.units, len(self.units), 1)
+        return SynchronousExecutor(self.model, self.store, self.device, everything)

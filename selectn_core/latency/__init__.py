@@ -1,0 +1,1 @@
+"""How long steps take: the recurrence, what goes into it, and where it places units. No torch."""

@@ -1,0 +1,1 @@
+"""How device and host memory are laid out, and what a plan makes of them."""

@@ -1,0 +1,1 @@
+"""The data plane: units are copied in while others compute."""

@@ -1,0 +1,1 @@
+"""The offline stage's measurements, and where they are kept."""

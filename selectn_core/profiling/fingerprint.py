@@ -1,0 +1,58 @@
+"""What a performance record of an engine is valid for, read off the engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from selectn_core.batching.attention import ATTENTION_NAME
+from selectn_core.planning.record import Fingerprint, UnitKind
+from selectn_core.weights.units import Unit
+
+if TYPE_CHECKING:
+    from selectn_core.engine.engine import Engine
+
+# Of a model's configuration, what changes with where it was loaded from and not with what it computes.
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation", "dtype")
+
+
+def fingerprint_of(engine: Engine) -> Fingerprint:
+    """The fingerprint of what `engine` runs."""
+    config, batch, device = engine.model.config, engine.config.batch, engine.config.device
+    values = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_MODEL}
+    is_emulated = engine.device.kind == "emulated"
+    return Fingerprint(
+        model=hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        model_type=config.model_type,
+        dtype=str(engine.model.dtype).removeprefix("torch."),
+        attention=ATTENTION_NAME,
+        unit=engine.config.offload.unit,
+        device=engine.device.kind,
+        device_name=_cpu_name() if is_emulated else torch.cuda.get_device_name(engine.device.torch_device),
+        compute_threads=torch.get_num_threads() if is_emulated else 0,
+        link=f"emulated at {device.link_gb_per_s:g} GB/s" if is_emulated else "the GPU's own",
+        max_batch_tokens=batch.max_batch_tokens,
+        max_requests=batch.max_requests,
+        page_size=batch.page_size,
+        torch=str(torch.__version__),
+        transformers=version("transformers"),
+    )
+
+
+def kinds_of(units: Sequence[Unit]) -> tuple[tuple[UnitKind, ...], tuple[int, ...]]:
+    """The kinds of units there are, and for each unit which one it is."""
+    kinds = [UnitKind(name=unit.kind, num_bytes=unit.num_bytes) for unit in units]
+    distinct = tuple(dict.fromkeys(kinds))
+    return distinct, tuple(distinct.index(kind) for kind in kinds)
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

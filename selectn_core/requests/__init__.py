@@ -1,0 +1,1 @@
+"""Requests as their submitter sees them, and whether they met their objectives."""

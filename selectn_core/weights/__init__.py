@@ -1,0 +1,1 @@
+"""From a checkpoint to units whose weights lie in host memory."""
