@@ -52,6 +52,7 @@ from selectn_core.latency.recurrence import Link, StepCosts, predict_step_s
 from selectn_core.memory.plan_memory import unmeasured_plan
 from selectn_core.profiling.unit_timer import UnitTimer
 from selectn_core.requests.sampling import SamplingParams
+from selectn_core.start import load_engine
 
 WANTED = 24
 SHARE = 4
@@ -142,7 +143,7 @@ def _engine(
         offload=OffloadConfig(num_offloaded=0),
         host=HostConfig(kv_gib=kv_gib),
     )
-    return Engine.load(config)
+    return load_engine(config)
 
 
 def _paper_plan(engine: Engine, interval: int) -> OffloadPlan:

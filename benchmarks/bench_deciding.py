@@ -173,7 +173,9 @@ class Loop:
         )
         began_s = time.process_time()
         controller = self.controller
-        self._with_kv(max(self.lengths))  # as `engine._wanted_plan` does, before a step is scheduled and before it runs
+        self._with_kv(
+            max(self.lengths)
+        )  # as `Offloading._wanted_plan` does, before a step is scheduled and before it runs
         controller.guaranteed_plan(load, self.tpot_s)
         admission = controller.admit(load, self.plan)
         chunk = min(admission.prefill_tokens, 200) if waiting else 0

@@ -43,6 +43,7 @@ from selectn_core.latency.steps import StepRecord
 from selectn_core.planning.record import PerformanceRecord
 from selectn_core.requests.objectives import Objectives
 from selectn_core.requests.sampling import SamplingParams
+from selectn_core.start import load_unsteered_engine
 
 LINK_GB_PER_S = 0.4
 AUTO_SLO = SloConfig()  # found by the engine: what is not steered has no use for it
@@ -226,7 +227,7 @@ def _serve(
 ) -> dict[str, Any]:
     served = cell.objectives_of(1)
     slo = SloConfig(ttft_ms=served.ttft_s * 1e3, tpot_ms=served.tpot_s * 1e3)
-    engine = Engine.unsteered(config(unit=_unit(policy), slo=slo))
+    engine = load_unsteered_engine(config(unit=_unit(policy), slo=slo))
     other = _Other(str(engine.config.device.bus))
     try:
         engine.steer(record)
@@ -273,8 +274,7 @@ def _measure(engine: Engine, other: _Other, cell: Cell, policy: str, seconds: fl
     wanted = [cell.objectives_of(request) for request in range(len(handles))]
     every_other = [attained(handles[i::2], wanted[i::2], NEW_TOKENS)["attained"] for i in (0, 1)]
     counts_from_s = started_s + cell.warm_s
-    assert engine.steering is not None
-    steering = engine.steering.snapshot()
+    steering = engine.snapshot()["steering"]
     return {
         "name": cell.name,
         "multiple": cell.multiple,

@@ -42,14 +42,15 @@ from cluster.protocol.messages import BusState, NodeState, RangeUpdate, ReplicaR
 from cluster.protocol.node_reports import HostAnswer, HostClaim
 from cluster.replica.member import Member
 from selectn_core.config import DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
-from selectn_core.control.steering import LinkShare
 from selectn_core.device.bus import Bus
 from selectn_core.engine.engine import Engine
 from selectn_core.latency.steps import StepRecord
+from selectn_core.offload.control import LinkShare
 from selectn_core.planning.record import PerformanceRecord
 from selectn_core.requests.handle import RequestHandle
 from selectn_core.requests.objectives import Objectives
 from selectn_core.requests.sampling import SamplingParams
+from selectn_core.start import load_unsteered_engine
 
 BUS_GB_PER_S = 0.8
 # TPOT objectives in unloaded steps of a full batch, and TTFT objectives in those of TPOT.
@@ -245,7 +246,7 @@ _Manager.register("Node", Node)
 
 
 def _serve(pipe: Connection, replica: Replica, record: PerformanceRecord, node: Any) -> None:
-    engine = Engine.unsteered(replica.config)
+    engine = load_unsteered_engine(replica.config)
     member: Member | None = None
     try:
         engine.steer(record)

@@ -14,13 +14,13 @@ from selectn_core.config import BatchConfig, EngineConfig
 from selectn_core.control.load import PLANNED_SHARE
 from selectn_core.control.policies import Frontier, SelectN, Situation
 from selectn_core.control.steering import unit_sets
-from selectn_core.engine.engine import Engine
 from selectn_core.latency.placement import freed_bytes
 from selectn_core.latency.recurrence import Link
 from selectn_core.latency.steps import StepShape
 from selectn_core.memory.memory_model import MemoryModel
 from selectn_core.planning.record import PerformanceRecord
 from selectn_core.profiling.record_cache import measured_record
+from selectn_core.start import load_unsteered_engine
 
 PROMPT_TOKENS, NEW_TOKENS, MAX_REQUESTS = 16, 32, 24
 REQUEST_TOKENS = PROMPT_TOKENS + NEW_TOKENS
@@ -40,7 +40,7 @@ def with_memory(config: EngineConfig, memory_gib: float) -> EngineConfig:
 
 def roomy_record(config: EngineConfig, budget_s: float) -> PerformanceRecord:
     """Measured on a device of `ROOMY_GIB`, for requests of up to twice `REQUEST_TOKENS`."""
-    engine = Engine.unsteered(with_memory(config, ROOMY_GIB))
+    engine = load_unsteered_engine(with_memory(config, ROOMY_GIB))
     try:
         with tqdm(total=100, desc=f"profiling {config.offload.unit}s", unit="%") as bar:
             return measured_record(
@@ -66,7 +66,7 @@ def device_gib(config: EngineConfig, record: PerformanceRecord) -> float:
     wanted = sum(model.unit_sectors(record.unit_bytes)) + kv_sectors
     gib = model.device_bytes_for(wanted) / 2**30
     for _ in range(MAX_CORRECTIONS):
-        engine = Engine.unsteered(with_memory(config, gib))
+        engine = load_unsteered_engine(with_memory(config, gib))
         missing, per_sector = wanted - engine.arena.num_sectors, engine.workspace.bytes_per_sector
         engine.close()
         if missing == 0:

@@ -9,11 +9,12 @@ import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from deployments.config import IMPORT_PATH, INGRESS_NAME, REPLICA_NAME, AppArgs, check_application
+from deployments.config import IMPORT_PATH, INGRESS_NAME, REPLICA_NAME, AppArgs
 from deployments.http.ingress import Ingress
 from deployments.neighbours import NUM_CPUS
 from deployments.ray_private import running_serve
 from deployments.replica.replica import SelectNReplica
+from deployments.serve_file import check_application
 from selectn_core.config import DeviceConfig
 
 # The ingress only waits and forwards: what bounds requests is its own admission.

@@ -47,7 +47,7 @@ def apply_declared(engine: Engine, wanted: EngineConfig) -> None:
         engine.set_objectives(wanted.slo)
     if offload.num_offloaded != "auto":
         engine.set_num_offloaded(offload.num_offloaded, offload.num_slots)
-    elif engine.steering is None:
+    elif engine.offloading.control.is_manual:
         engine.resume_policy()
 
 

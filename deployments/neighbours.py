@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.config import REPLICA_NAME, AppArgs, app_args, parse, select_n_applications
+from deployments.config import REPLICA_NAME, AppArgs, parse
+from deployments.serve_file import app_args, select_n_applications
 from selectn_core.errors import ConfigError
 
 # A share for Ray's placement, not a limit: a replica's arithmetic is bounded by device.compute_threads.

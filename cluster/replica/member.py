@@ -28,8 +28,8 @@ from selectn_core.errors import HostMemoryExceeded
 
 # torch is imported when a replica starts, not where this module is.
 if TYPE_CHECKING:
-    from selectn_core.control.steering import LinkShare
     from selectn_core.engine.engine import Engine
+    from selectn_core.offload.control import LinkShare
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class Member:
 
         Until the coordinator has said what there is, as few units are offloaded as memory allows.
         """
-        more_bytes = engine.batching.swap.capacity_bytes - self._kv_bytes
+        more_bytes = engine.kv_swap_bytes - self._kv_bytes
         with self._claim_lock:
             self._claim = replace(self._claim, bus_id=bus_id, own_bytes=self._claim.own_bytes + more_bytes)
             self._is_granted = False
@@ -260,7 +260,7 @@ class Member:
         engine, bus_id = self._engine, self._claim.bus_id
         if engine is None or bus_id is None:
             return
-        self._needed.append(engine.promises.num_offloaded)
+        self._needed.append(engine.guarantee.num_offloaded)
         self._wanted = wanted_by_requests(engine, self._wanted)
         link = link_demand(engine, max(self._k_min, *self._needed), self._wanted)
         if self._range is None and self._is_granted:
@@ -269,7 +269,7 @@ class Member:
             self._range.start()
         if self._range is not None:
             kv = KvUse(
-                used_tokens=engine.batching.geometry.tokens_in(engine.batching.pages.num_in_use),
+                used_tokens=engine.used_kv_tokens,
                 reachable_tokens=engine.reachable_kv_tokens(self._range.state.k_range[1]),
             )
             self._range.set_demand(link=link, kv=kv)
@@ -286,7 +286,7 @@ def link_share(engine: Engine, bytes_per_s: float, guaranteed_bytes_per_s: float
 
     What k_min takes is streamed whatever it is, and a link of 0 has no latency.
     """
-    from selectn_core.control.steering import LinkShare
+    from selectn_core.offload.control import LinkShare
 
     return LinkShare(
         bytes_per_s=max(1, bytes_per_s),
@@ -305,7 +305,7 @@ def link_demand(engine: Engine, k_min: int, wanted: int = 0) -> LinkDemand:
     """
     unit_bytes = largest_unit_bytes(engine)
     k_min, wanted, k_max = (as_largest(engine, count) for count in (k_min, wanted, len(engine.units)))
-    if engine.steering is None:
+    if engine.offloading.control.is_manual:
         by_hand = -(-engine.target.plans.offloaded_bytes(engine.target.plan) // unit_bytes)
         k_min = k_max = max(k_min, by_hand)
     objectives, share = engine.objectives, equal_share(engine)
@@ -327,15 +327,13 @@ def as_largest(engine: Engine, num_offloaded: int) -> int:
 
 def wanted_by_requests(engine: Engine, before: int) -> int:
     """Units to be sure of for the requests in flight and those about to come; `before` while that is near."""
-    wanted = math.ceil(_SURE * engine.promises.wanted_offloaded)
+    wanted = math.ceil(_SURE * engine.guarantee.wanted_offloaded)
     return before if (1 - _KEPT_SHARE) * before <= wanted <= before else wanted
 
 
 def equal_share(engine: Engine) -> float:
     """Bytes per second of the link if everybody who may use its bus does: as measured, or else as configured."""
-    steering, config = engine.steering, engine.config
-    link = steering.record.link.link.bytes_per_s if steering is not None else config.device.link_gb_per_s * 1e9
-    return link / config.offload.num_sharing
+    return engine.link_bytes_per_s / engine.config.offload.num_sharing
 
 
 def _first_line(error: BaseException) -> str:

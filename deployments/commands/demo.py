@@ -163,8 +163,8 @@ def _answers_without_offloading(app_args: AppArgs) -> list[Answer]:
     from deployments.messages import ChatMessage, GenerateRequest
     from deployments.replica.detokenizer import Detokenizer
     from deployments.replica.prompting import encode_prompt
-    from selectn_core.engine.engine import Engine
     from selectn_core.requests.sampling import SamplingParams
+    from selectn_core.start import load_engine
 
     config = parse(
         AppArgs,
@@ -176,7 +176,7 @@ def _answers_without_offloading(app_args: AppArgs) -> list[Answer]:
         },
         where="reference",
     ).engine
-    engine = Engine.load(config)
+    engine = load_engine(config)
     prompts = [
         encode_prompt(
             engine.tokenizer,

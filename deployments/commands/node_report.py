@@ -15,7 +15,8 @@ from cluster.node.telemetry import Telemetry, TelemetryConfig
 from cluster.protocol.node_reports import BusReport, GpuReport, HostReport, NodeTelemetry, Unavailable
 from deployments.commands.file_options import file_name
 from deployments.commands.serve import DEFAULT_CONFIG
-from deployments.config import AppArgs, app_args, load_yaml, parse, select_n_applications
+from deployments.config import AppArgs, parse
+from deployments.serve_file import app_args, load_yaml, select_n_applications
 from selectn_core.bounds import Bounds, require_number
 from selectn_core.device.host_memory import SHARED_MEMORY
 

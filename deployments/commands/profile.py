@@ -90,7 +90,8 @@ def require_writable(path: Path | None) -> None:
 
 def _config(args: argparse.Namespace) -> EngineConfig:
     from deployments.commands.serve import DEFAULT_CONFIG
-    from deployments.config import AppArgs, app_args, load_yaml, parse, select_n_applications
+    from deployments.config import AppArgs, parse
+    from deployments.serve_file import app_args, load_yaml, select_n_applications
 
     path = args.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None)
     values = app_args(select_n_applications(load_yaml(path))[0]) if path else {}
@@ -105,15 +106,14 @@ def _config(args: argparse.Namespace) -> EngineConfig:
 def _measured(args: argparse.Namespace, config: EngineConfig) -> tuple[PerformanceRecord, Path]:
     from tqdm import tqdm
 
-    from selectn_core.engine.engine import Engine
-    from selectn_core.profiling.fingerprint import fingerprint_of
     from selectn_core.profiling.profiler import is_long_enough
     from selectn_core.profiling.record_cache import earlier_record, measured_record, record_path
+    from selectn_core.start import load_unsteered_engine
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    engine = Engine.unsteered(config)
+    engine = load_unsteered_engine(config)
     try:
-        path = args.out or record_path(fingerprint_of(engine))
+        path = args.out or record_path(engine.fingerprint)
         earlier = None if args.again else earlier_record(path, engine, strict=args.out is not None)
         if earlier is not None and earlier.is_complete and is_long_enough(earlier, engine, args.max_length):
             return earlier, path

@@ -29,7 +29,8 @@ from deployments.commands.serving import (
     why_not_placed,
     why_waiting,
 )
-from deployments.config import IMPORT_PATH, PORT, AppArgs, app_args, load_yaml, parse, select_n_applications
+from deployments.config import IMPORT_PATH, AppArgs, parse
+from deployments.serve_file import PORT, app_args, load_yaml, select_n_applications
 from selectn_core.bounds import require, require_number
 from selectn_core.config import DEVICE_KINDS, OFFLOAD_UNITS, ModelConfig
 from selectn_core.errors import ConfigError

@@ -16,10 +16,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from deployments.config import AppArgs, app_args, parse, select_n_applications
+from deployments.config import AppArgs, parse
 from deployments.neighbours import missing_resources, with_neighbours
 from deployments.ray_calls import RayIsGone, answer, never
 from deployments.ray_private import begin_to_delete, running_serve, start_serve
+from deployments.serve_file import app_args, select_n_applications
 from selectn_core.device.host_memory import SHARED_MEMORY
 from selectn_core.errors import ConfigError, SelectNError
 from selectn_core.weights.store_files import FILES, remove_abandoned

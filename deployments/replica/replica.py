@@ -80,7 +80,7 @@ class SelectNReplica:
         self._default_max_tokens = default_max_tokens
         self._member, _ = await asyncio.gather(
             asyncio.to_thread(open_member, cluster, telemetry, num_sharing=config.offload.num_sharing),
-            asyncio.to_thread(import_module, "selectn_core.engine.engine"),  # which takes as long
+            asyncio.to_thread(import_module, "selectn_core.start"),  # which takes as long
         )
         self._engine = await asyncio.to_thread(_started_engine, config, self._member)
         close_at_exit(self._engine)
@@ -348,13 +348,13 @@ def _body_field(error: RequestError, request: GenerateRequest) -> str | None:
 
 
 def _started_engine(config: EngineConfig, member: Member | None) -> Engine:
-    from selectn_core.engine.engine import Engine
+    from selectn_core.start import load_engine  # late: it imports torch
 
     if member is None:
-        engine = Engine.load(config)
+        engine = load_engine(config)
     else:
         member.reserve_kv(config.host.kv_gib)
-        engine = Engine.load(config, reserve_host=member.reserve)
+        engine = load_engine(config, reserve_host=member.reserve)
     if engine.tokenizer is None:
         engine.close()
         raise UnsupportedModel(f"{engine.model_name} has no tokenizer, which serving text needs")

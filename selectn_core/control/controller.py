@@ -22,6 +22,7 @@ from selectn_core.latency.prediction_cache import Remembered
 from selectn_core.latency.recurrence import Link, simulate_steps_s
 from selectn_core.latency.step_times import StepTimes, scaled, slowed
 from selectn_core.latency.steps import Chunk, StepRecord, StepShape
+from selectn_core.offload.control import Decision
 
 # While requests wait for memory, what a step may take at most in unloaded steps: they need speed, not more memory.
 _BUSY_STRETCH = 1.1
@@ -47,19 +48,6 @@ class _Goal:
     shape: StepShape
     limit_s: float
     objective_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """The plan for a step; `urgent` where weights must come home though requests hold the memory.
-
-    `predicted_s` is what the step should take, `limit_s` what it may.
-    """
-
-    plan: OffloadPlan
-    urgent: bool
-    predicted_s: float
-    limit_s: float
 
 
 class Controller:

@@ -9,20 +9,18 @@ the engine serves (`ReserveHost`), however few units are offloaded.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from selectn_core.control.steering import LinkShare
 from selectn_core.latency.placement import OffloadPlan
+from selectn_core.offload.control import LinkShare
+from selectn_core.offload.offloading import Offloading
+from selectn_core.requests.handle import RequestHandle
 
-if TYPE_CHECKING:
-    from selectn_core.engine.engine import Engine
 
-
-class Promises:
+class Guarantee:
     """An engine's; any thread may ask."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, offloading: Offloading, max_requests: int) -> None:
+        self._offloading, self._max_requests = offloading, max_requests
         self._cut: tuple[tuple[float, int], OffloadPlan] | None = None  # (bytes at most, slots), and the plan for it
 
     @property
@@ -34,19 +32,19 @@ class Promises:
         on an engine that plans none for want of requests, if it is less: no more bytes than its range has, and no more
         than the guaranteed share streams within the TPOT objective (w k / B <= T, which no schedule beats).
         """
-        engine, steering, share = self._engine, self._engine.steering, self._engine.link_share
-        if steering is None:
-            return engine.target.plan
-        plan = steering.guaranteed_plan
-        if share is None or not steering.controller.policy.adapts:
+        target, control, share = self._offloading.target, self._offloading.control, self._offloading.link_share
+        plan, objectives = control.guaranteed_plan, control.objectives
+        if plan is None:
+            return target.plan
+        if share is None or objectives is None or not control.adapts:
             return plan
-        most_bytes = most_streamed_bytes(share, steering.objectives.tpot_s)
-        if engine.target.plans.offloaded_bytes(plan) <= most_bytes:
+        most_bytes = most_streamed_bytes(share, objectives.tpot_s)
+        if target.plans.offloaded_bytes(plan) <= most_bytes:
             return plan
         asked = (most_bytes, plan.num_slots)
         if self._cut is None or self._cut[0] != asked:
-            least = engine.target.fewest(plan.num_slots)
-            cut = engine.target.plans.most_within(plan.num_slots, most_bytes)
+            least = target.fewest(plan.num_slots)
+            cut = target.plans.most_within(plan.num_slots, most_bytes)
             self._cut = asked, cut if cut.num_offloaded > least.num_offloaded else least
         return self._cut[1]
 
@@ -56,14 +54,16 @@ class Promises:
 
         What several are promised together is never more than `plan` has; what they hold already counts whatever it has.
         """
-        engine = self._engine
-        sectors_for, plan = engine.batching.geometry.sectors_for_request, self.plan
-        handles = engine.handles()
+        offloading, plan = self._offloading, self.plan
+        sectors_for, handles = offloading.geometry.sectors_for_request, self._handles()
         at_their_ends = sum(sectors_for(each.max_total_tokens) for each in handles)
         held = sum(sectors_for(each.num_prompt_tokens + each.num_tokens) for each in handles if each.num_tokens)
-        longest = max((sectors_for(each.max_total_tokens) for each in engine.served_handles()), default=0)
-        num_sectors = max(min(at_their_ends, engine.target.kv_sectors(plan)), held, longest)
+        longest = max((sectors_for(each.max_total_tokens) for each in offloading.served()), default=0)
+        num_sectors = max(min(at_their_ends, offloading.target.kv_sectors(plan)), held, longest)
         return self._fewest_beside(num_sectors, plan.num_slots)
+
+    def _handles(self) -> list[RequestHandle]:
+        return list(self._offloading.requests.by_ticket().values())
 
     @property
     def wanted_offloaded(self) -> int:
@@ -72,21 +72,20 @@ class Promises:
         No more than the batch takes, and through as many slots as the plan has. 0 without requests; all units where not
         even they are enough.
         """
-        engine = self._engine
-        most = engine.config.batch.max_requests
-        lengths = [handle.max_total_tokens for handle in engine.handles()][:most]
+        most = self._max_requests
+        lengths = [handle.max_total_tokens for handle in self._handles()][:most]
         if not lengths:
             return 0
-        sectors = [engine.batching.geometry.sectors_for_request(length) for length in lengths]
+        sectors = [self._offloading.geometry.sectors_for_request(length) for length in lengths]
         num_more = min(len(lengths) // 4 + 1, most - len(lengths))
-        return self._fewest_beside(sum(sectors) + num_more * max(sectors), engine.target.plan.num_slots)
+        return self._fewest_beside(sum(sectors) + num_more * max(sectors), self._offloading.target.plan.num_slots)
 
     def _fewest_beside(self, num_sectors: int, num_slots: int) -> int:
         """The fewest units offloaded with which the KV cache has so many sectors; all where no number is enough."""
-        engine = self._engine
-        budget = (engine.arena.num_sectors - num_sectors) * engine.arena.sector_bytes
-        plan = engine.target.plans.fewest(num_slots, budget)
-        return plan.num_offloaded if plan is not None else len(engine.units)
+        arena = self._offloading.arena
+        budget = (arena.num_sectors - num_sectors) * arena.sector_bytes
+        plan = self._offloading.target.plans.fewest(num_slots, budget)
+        return plan.num_offloaded if plan is not None else len(self._offloading.units)
 
 
 def most_streamed_bytes(share: LinkShare, tpot_s: float) -> float:

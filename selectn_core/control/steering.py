@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from selectn_core.config import SloConfig
-from selectn_core.control.controller import Controller, Decision
+from selectn_core.config import EngineConfig, SloConfig
+from selectn_core.control.controller import Controller
 from selectn_core.control.joining import Admission
 from selectn_core.control.load import PASSED_SHARE, PLANNED_SHARE, Decoding, Load, Waiting
 from selectn_core.control.policies import (
@@ -26,56 +26,43 @@ from selectn_core.control.policies import (
     last_of_every_group,
     worst_case_share,
 )
+from selectn_core.device import LinkUsage
 from selectn_core.latency.placement import OffloadPlan
-from selectn_core.latency.step_times import StepTimes
+from selectn_core.latency.recurrence import Link
 from selectn_core.latency.steps import Chunk, StepRecord, StepShape
+from selectn_core.offload.control import Control, Decision, LinkShare, NextStep
+from selectn_core.offload.offloading import Offloading
 from selectn_core.planning.planner import offloadable_sets
 from selectn_core.planning.record import PerformanceRecord
 from selectn_core.requests.handle import RequestHandle
 from selectn_core.requests.objectives import Objectives, resolve_objectives
 
-if TYPE_CHECKING:
-    from selectn_core.engine.engine import Engine
-
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinkShare:
-    """This replica's share of its bus: what it may use now, what will be there whatever happens, what may be offloaded.
+class Steering(Control):
+    """An engine's online stage: the configured policy decides, by what was measured."""
 
-    `max_offloaded_bytes` None: as much as objectives allow.
-    """
-
-    bytes_per_s: float
-    guaranteed_bytes_per_s: float
-    max_offloaded_bytes: float | None = None
-
-
-class Steering:
-    """An engine's online stage. `admit`, `decide` and `done` are called on the generation thread, in this order.
-
-    Another thread may change objectives and the link's share between any two of them.
-    """
-
-    def __init__(self, engine: Engine, record: PerformanceRecord) -> None:
-        self.record, self._engine = record, engine
-        self._times = record.step_times()
-        self._frontier = Frontier(record.unit_bytes, _unit_sets_of(engine.config.offload.policy, record))
-        self.objectives = resolve_objectives(engine.config.slo, self._times, engine.config.batch)
+    def __init__(self, offloading: Offloading, config: EngineConfig, record: PerformanceRecord) -> None:
+        """Raises ConfigError where the configured policy would leave too much on the device."""
+        self._offloading, self._batch, self._offload = offloading, config.batch, config.offload
+        self._record, self._times = record, record.step_times()
+        self._frontier = Frontier(record.unit_bytes, _unit_sets_of(config.offload.policy, record))
+        self._objectives = resolve_objectives(config.slo, self._times, config.batch)
         self.controller = Controller(
             self._times,
             record.link.link,
-            make_policy(engine, self._times, record, self.objectives, self._frontier),
+            self._policy(),
             slowdown=record.link.slowdown,
-            max_tokens=engine.config.batch.max_batch_tokens,
-            guaranteed_share=1 / engine.config.offload.num_sharing,
+            max_tokens=config.batch.max_batch_tokens,
+            guaranteed_share=1 / config.offload.num_sharing,
             ttft_s=self.objectives.ttft_s,
-            percentile=engine.config.slo.percentile,
+            percentile=config.slo.percentile,
         )
-        wanted_bytes = sum(engine.arena.round_up(unit.num_bytes) for unit in engine.units)
-        self._weight_sectors = wanted_bytes // engine.arena.sector_bytes
-        self.controller.min_freed_bytes = max(0, wanted_bytes - engine.arena.reachable_bytes(0))
+        arena = offloading.arena
+        wanted_bytes = sum(arena.round_up(unit.num_bytes) for unit in offloading.units)
+        self._weight_sectors = wanted_bytes // arena.sector_bytes
+        self.controller.min_freed_bytes = max(0, wanted_bytes - arena.reachable_bytes(0))
         self._decision: Decision | None = None
         self._admission = Admission(prefill_tokens=0)
         self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, self.objectives))
@@ -89,25 +76,65 @@ class Steering:
 
         They are of all batches, as long as requests were that the record has measured, and of full chunks of prefill.
         """
-        batch = self._engine.config.batch
+        batch = self._batch
         measured = [step.shape.decodes[0] for step in self._times.steps if step.shape.decodes] or [1]
         sizes, lengths = _between(1, batch.max_requests, 1.3), _between(min(measured), max(measured), 1.5)
         steps = [StepShape.decode(size, length) for size, length in product(sizes, lengths)]
         beside = [StepShape.of([(batch.max_batch_tokens, 0)], each.decodes) for each in steps]
         self.controller.rehearse([*steps, *(each.sampling() for each in steps), *beside], self.objectives.tpot_s)
 
+    def _policy(self) -> Policy:
+        """The configured one. Raises ConfigError for one whose plan leaves too much on the device."""
+        offload, target, num_units = self._offload, self._offloading.target, len(self._offloading.units)
+
+        def by_name(plan: OffloadPlan) -> Fixed:
+            interval = f" and offload.interval={offload.interval}" if offload.policy == "group" else ""
+            return Fixed(offload.policy, target.checked(f"offload.policy={offload.policy}{interval}", plan))
+
+        makers: dict[str, Callable[[], Policy]] = {
+            "select-n": lambda: SelectN(self._frontier),
+            "paper": lambda: Paper(self._frontier),
+            "static": lambda: Fixed("static", self._static_plan()),
+            "group": lambda: by_name(last_of_every_group(offload.interval or num_units, num_units)),
+            "all": lambda: by_name(every_unit_one_ahead(num_units)),
+            "none": lambda: Fixed("none", target.fewest(1)),
+        }
+        return makers[offload.policy]()
+
+    def _static_plan(self) -> OffloadPlan:
+        batch = self._batch
+        full = StepShape.decode(batch.max_requests, max(1, batch.kv_tokens // batch.max_requests))
+        costs, limit_s = self._times.expected(full.sampling()), PLANNED_SHARE * self._objectives.tpot_s
+        plan = worst_case_share(costs, self._record.link.link, self._offload.num_sharing, limit_s)
+        least = self._offloading.target.fewest(plan.num_slots)
+        return plan if plan.num_offloaded >= least.num_offloaded else least
+
+    @property
+    def objectives(self) -> Objectives:
+        return self._objectives
+
+    @property
+    def adapts(self) -> bool:
+        return self.controller.policy.adapts
+
+    @property
+    def measured_link(self) -> Link:
+        return self._record.link.link
+
+    def link_now(self, usage: LinkUsage) -> Link:
+        """What it has learned: all that was ever copied says less."""
+        return self.controller.link.link
+
     def set_objectives(self, slo: SloConfig) -> None:
-        """Aims at other objectives from the next step on; what was learned of the machine stays."""
-        objectives = resolve_objectives(slo, self._times, self._engine.config.batch)
-        policy = make_policy(self._engine, self._times, self.record, objectives, self._frontier)
+        objectives = resolve_objectives(slo, self._times, self._batch)
         with self._lock:
-            self.objectives = objectives
+            self._objectives = objectives
+            policy = self._policy()
             self.controller.aim_at(policy, objectives.ttft_s, slo.percentile)
             # On an idle engine no step would do so, and what it promises goes by it.
             self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, objectives))
 
     def set_link_share(self, share: LinkShare) -> None:
-        """What the bus's coordinator allows from the next step on."""
         controller = self.controller
         controller.link.share_bytes_per_s = share.bytes_per_s
         controller.link.guaranteed_bytes_per_s = min(share.guaranteed_bytes_per_s, controller.link.nominal.bytes_per_s)
@@ -115,22 +142,19 @@ class Steering:
 
     def admit(
         self, handles: Mapping[str, RequestHandle], progress: Mapping[str, Chunk], backlog: Mapping[str, Chunk]
-    ) -> list[str]:
-        """Looks at every request; which of those that hold no KV may begin, in their turn.
-
-        `progress` and `backlog`: see `ContinuousBatching`.
-        """
+    ) -> NextStep:
         with self._timed():
             load = load_of(handles, progress, backlog, self.objectives, self._kv_bytes)
             num_fitting, is_full = self._num_fitting(load, handles, progress)
             load = replace(load, num_fitting=load.num_begun + num_fitting, is_full=is_full)
             self._num_decoding = len(load.decoding)
-            self._admission = self.controller.admit(load, self._engine.executor.plan)
-            return [each.ticket for each in self._admission.beginning]
+            self._admission = self.controller.admit(load, self._offloading.plan)
+        beginning = [each.ticket for each in self._admission.beginning]
+        return NextStep(beginning=beginning, served=frozenset((*progress, *beginning)))
 
     def _kv_bytes(self, handle: RequestHandle) -> int:
-        engine = self._engine
-        return engine.batching.geometry.sectors_for_request(handle.max_total_tokens) * engine.arena.sector_bytes
+        sectors = self._offloading.geometry.sectors_for_request(handle.max_total_tokens)
+        return sectors * self._offloading.arena.sector_bytes
 
     def _num_fitting(
         self, load: Load, handles: Mapping[str, RequestHandle], progress: Mapping[str, Chunk]
@@ -139,16 +163,15 @@ class Steering:
 
         And whether there is no room for another as large as those on average, in memory or in the batch.
         """
-        engine = self._engine
-        sectors_for = engine.batching.geometry.sectors_for_request
+        arena, sectors_for = self._offloading.arena, self._offloading.geometry.sectors_for_request
         held = sum(sectors_for(handles[ticket].max_total_tokens) for ticket in progress if ticket in handles)
         self._guaranteed = self._guaranteed_for(load)
-        room = engine.target.kv_sectors(self._guaranteed) - held
-        missing = self._weight_sectors + held - engine.arena.num_sectors
+        room = self._offloading.target.kv_sectors(self._guaranteed) - held
+        missing = self._weight_sectors + held - arena.num_sectors
         controller = self.controller
-        controller.lacking_bytes = missing * engine.arena.sector_bytes
+        controller.lacking_bytes = missing * arena.sector_bytes
         controller.held_freed_bytes = max(controller.min_freed_bytes, controller.lacking_bytes)
-        places = engine.config.batch.max_requests - len(progress)
+        places = self._batch.max_requests - len(progress)
         num_fitting = 0
         for ticket, handle in handles.items():
             if ticket in progress:
@@ -166,31 +189,26 @@ class Steering:
         return self.controller.guaranteed_plan(load, min(self.controller.promised_tpot_s(load), self.objectives.tpot_s))
 
     def token_budget(self, most: int) -> int:
-        """Tokens for the step that is about to be scheduled."""
         return min(most, max(1, self._num_decoding + self._admission.prefill_tokens))
 
     def decide(self, shape: StepShape) -> Decision:
-        """The plan for the step that was scheduled."""
         with self._timed():
-            self._decision = self.controller.decide(shape, self._engine.executor.plan)
+            self._decision = self.controller.decide(shape, self._offloading.plan)
         return self._decision
 
     @property
     def guaranteed_plan(self) -> OffloadPlan:
-        """Whose memory requests may count on, as of the last step."""
         return self._guaranteed
 
     @property
     def decision(self) -> Decision | None:
-        """What was decided for the step that is under way."""
         return self._decision
 
     def done(self, record: StepRecord) -> None:
-        """Learns from a step."""
         self._decision = None
         self.stepped_s += record.duration_s
         with self._timed():
-            self.controller.learn(record, self._engine.device.link_usage())
+            self.controller.learn(record, self._offloading.device.link_usage())
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -200,7 +218,6 @@ class Steering:
         self.spent_s += time.perf_counter() - began_s
 
     def snapshot(self) -> dict[str, Any]:
-        """What is aimed at and how well it is known, as JSON-able values."""
         controller = self.controller
         return {
             "policy": controller.policy.name,
@@ -208,44 +225,8 @@ class Steering:
             "tpot_objective_s": self.objectives.tpot_s,
             "is_feasible": controller.is_feasible,
             "link_bytes_per_s": controller.link.link.bytes_per_s,
-            "prediction_error": self._engine.steps.prediction_error(),
             "controller_share": self.spent_s / self.stepped_s if self.stepped_s else None,
         }
-
-
-def make_policy(
-    engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives, frontier: Frontier
-) -> Policy:
-    """The configured policy for this engine. Raises ConfigError for one whose plan leaves too much on the device.
-
-    `frontier` is kept while objectives change: what it knows of steps has nothing to do with them.
-    """
-    num_units, config = len(engine.units), engine.config.offload
-
-    def by_name(plan: OffloadPlan) -> Fixed:
-        interval = f" and offload.interval={config.interval}" if config.policy == "group" else ""
-        return Fixed(config.policy, engine.target.checked(f"offload.policy={config.policy}{interval}", plan))
-
-    makers: dict[str, Callable[[], Policy]] = {
-        "select-n": lambda: SelectN(frontier),
-        "paper": lambda: Paper(frontier),
-        "static": lambda: Fixed("static", _static_plan(engine, times, record, objectives)),
-        "group": lambda: by_name(last_of_every_group(config.interval or num_units, num_units)),
-        "all": lambda: by_name(every_unit_one_ahead(num_units)),
-        "none": lambda: Fixed("none", engine.target.fewest(1)),
-    }
-    return makers[config.policy]()
-
-
-def _static_plan(engine: Engine, times: StepTimes, record: PerformanceRecord, objectives: Objectives) -> OffloadPlan:
-    batch, num_sharing = engine.config.batch, engine.config.offload.num_sharing
-    full = StepShape.decode(batch.max_requests, max(1, batch.kv_tokens // batch.max_requests))
-    costs = times.expected(full.sampling())
-    link = record.link.link
-    limit_s = PLANNED_SHARE * objectives.tpot_s
-    plan = worst_case_share(costs, link, num_sharing, limit_s)
-    least = engine.target.fewest(plan.num_slots)
-    return plan if plan.num_offloaded >= least.num_offloaded else least
 
 
 def _between(least: int, most: int, ratio: float) -> list[int]:

@@ -9,10 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from selectn_core.config import DeviceConfig
+from selectn_core.device.alignment import ALIGNMENT_BYTES, align_up
+from selectn_core.device.link_usage import LinkUsage
 from selectn_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from selectn_core.device.base import ALIGNMENT_BYTES, Device, Event, LinkUsage, align_up
+    from selectn_core.device.base import Device, Event
 
 __all__ = ["ALIGNMENT_BYTES", "Device", "Event", "LinkUsage", "align_up", "open_device", "resolve_kind"]
 

@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from selectn_core.device.base import ALIGNMENT_BYTES, Device, Event, LinkUsage, align_up
+from selectn_core.device.alignment import ALIGNMENT_BYTES, align_up
+from selectn_core.device.base import Device, Event
+from selectn_core.device.link_usage import LinkUsage
 from selectn_core.errors import DeviceMemoryExceeded
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,11 @@ from collections.abc import Callable
 
 import torch
 
-from selectn_core.device.base import ALIGNMENT_BYTES, Device, Event, LinkUsage, align_up
+from selectn_core.device.alignment import ALIGNMENT_BYTES, align_up
+from selectn_core.device.base import Device, Event
 from selectn_core.device.bus import Bus
 from selectn_core.device.cpu_peak import CpuPeak
+from selectn_core.device.link_usage import LinkUsage
 from selectn_core.device.range_allocator import FirstFit
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
 

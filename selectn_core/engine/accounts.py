@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
+from selectn_core.batching import ContinuousBatching
 from selectn_core.device import align_up
+from selectn_core.memory.arena import Arena
 from selectn_core.memory.plan_memory import slot_bytes
-
-if TYPE_CHECKING:
-    from selectn_core.engine.engine import Engine
+from selectn_core.offload.executor import Executor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +48,30 @@ class MemoryAccount:
         return asdict(self)
 
 
-def account(engine: Engine) -> MemoryAccount:
-    """What `engine` holds now."""
-    arena, executor, pages = engine.arena, engine.executor, engine.batching.pages
-    plan = executor.plan
-    slots_bytes = plan.slots_used * arena.round_up(slot_bytes(engine.units, plan))
+def account(
+    arena: Arena,
+    executor: Executor,
+    batching: ContinuousBatching,
+    *,
+    resident_bytes: int,
+    workspace_bytes: int,
+    capacity_bytes: int,
+) -> MemoryAccount:
+    """What is held now of a device of `capacity_bytes` and of host memory."""
+    pages, plan, swap = batching.pages, executor.plan, batching.swap
+    slots_bytes = plan.slots_used * arena.round_up(slot_bytes(executor.units, plan))
     owned = {
-        "resident_bytes": align_up(engine.resident.num_bytes),
+        "resident_bytes": align_up(resident_bytes),
         "homes_bytes": arena.weight_bytes - slots_bytes,
         "slots_bytes": slots_bytes,
         "kv_bytes": pages.num_sectors * arena.sector_bytes,
         "padding_bytes": pages.num_reserved * arena.sector_bytes,
-        "workspace_bytes": engine.workspace_bytes,
+        "workspace_bytes": workspace_bytes,
     }
-    swap = engine.batching.swap
     return MemoryAccount(
-        device=DeviceAccount(**owned, unused_bytes=engine.device.capacity_bytes - sum(owned.values())),
+        device=DeviceAccount(**owned, unused_bytes=capacity_bytes - sum(owned.values())),
         host=HostAccount(
-            weights_bytes=engine.store.num_bytes,
+            weights_bytes=executor.store.num_bytes,
             kv_swap_bytes=swap.capacity_bytes,
             kv_swap_used_bytes=swap.used_bytes,
         ),

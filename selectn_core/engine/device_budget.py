@@ -10,8 +10,7 @@ from selectn_core.batching import KvPages
 from selectn_core.config import BatchConfig, EngineConfig
 from selectn_core.device import Device, align_up
 from selectn_core.errors import DeviceMemoryExceeded
-from selectn_core.memory.arena import weight_sectors
-from selectn_core.memory.kv_geometry import KvGeometry
+from selectn_core.memory.kv_geometry import KvGeometry, weight_sectors
 from selectn_core.memory.plan_memory import most_bytes
 from selectn_core.memory.workspace import Workspace
 from selectn_core.weights.resident import resident_tensors

@@ -5,10 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import threading
-import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -17,12 +14,13 @@ from typing import Any
 import torch
 
 from selectn_core.batching import Callbacks, ContinuousBatching, GenerationOutput, kv_geometry, kv_shapes
-from selectn_core.config import MAX_SLOTS, EngineConfig, SloConfig, require
-from selectn_core.control.guarantee import Promises
-from selectn_core.control.steering import LinkShare, Steering
+from selectn_core.config import EngineConfig, SloConfig
+from selectn_core.control.guarantee import Guarantee
+from selectn_core.control.steering import Steering
 from selectn_core.device import Device, open_device, resolve_kind
-from selectn_core.engine.accounts import account
+from selectn_core.engine.accounts import MemoryAccount, account
 from selectn_core.engine.device_budget import arena_sectors, everything_bytes, host_sectors
+from selectn_core.engine.fingerprint import fingerprint_of
 from selectn_core.engine.headroom import (
     Headroom,
     capacity_tokens,
@@ -32,44 +30,39 @@ from selectn_core.engine.headroom import (
     waiting_prefill_tokens,
 )
 from selectn_core.engine.measure_workspace import measure_workspace
-from selectn_core.engine.self_test import check_model, refusing
+from selectn_core.engine.self_test import Limits, check_model, refusing
+from selectn_core.engine.supervisor import Supervisor
 from selectn_core.errors import EngineOverloaded, EngineUnavailable, RequestError, RequestTooLarge
 from selectn_core.latency.placement import OffloadPlan
-from selectn_core.latency.recurrence import Link, recompute_s, swap_s
 from selectn_core.latency.steps import StepLog, StepShape
 from selectn_core.memory.arena import Arena
 from selectn_core.memory.kv_geometry import KvGeometry
 from selectn_core.memory.plan_memory import unmeasured_plan
 from selectn_core.memory.workspace import Workspace
+from selectn_core.offload.control import LinkShare
 from selectn_core.offload.executor import Executor, OverlappedExecutor, SynchronousExecutor
+from selectn_core.offload.offloading import Offloading
 from selectn_core.offload.target import Target
-from selectn_core.planning.record import PerformanceRecord
-from selectn_core.profiling.fingerprint import fingerprint_of
-from selectn_core.profiling.profiler import OnProgress
-from selectn_core.profiling.record_cache import performance_record
+from selectn_core.planning.record import Fingerprint, PerformanceRecord
 from selectn_core.requests.attainment import Attainment, Outcome
 from selectn_core.requests.handle import RequestHandle, TokenEvent
-from selectn_core.requests.objectives import Objectives, configured_objectives, requested_objectives
+from selectn_core.requests.objectives import Objectives, requested_objectives
 from selectn_core.requests.sampling import SamplingParams
 from selectn_core.requests.table import RequestTable
 from selectn_core.weights.architecture import context_limit
 from selectn_core.weights.checkpoint import LoadedModel
 from selectn_core.weights.host_store import HostStore
 from selectn_core.weights.resident import ResidentWeights
-from selectn_core.weights.shared_model import ReserveHost, load_on_host, reserve_nothing
 from selectn_core.weights.units import find_units, last_of_a_new_kind
 
 logger = logging.getLogger(__name__)
-
-_MAX_RESTARTS = 5
-_RESTART_WINDOW_S = 60.0
 
 
 class Engine:
     """Serves one model on one device.
 
-    `load` builds it, `start` lets it generate, `close` ends it; a `with` block does the last two. Requests may be
-    submitted before `start` and from any thread.
+    `start.load_engine` builds it, `start` lets it generate, `close` ends it; a `with` block does the last two. Requests
+    may be submitted before `start` and from any thread.
     """
 
     def __init__(
@@ -92,19 +85,10 @@ class Engine:
             logger.warning("requests may have %d tokens, prompt and output: %s", limit.num_tokens, limit.reason)
         self.steps = StepLog()
         self.attainment = Attainment(config.slo.percentile)
-        # Called on the generation thread when a step is planned and has not begun: the iteration controller's place.
+        # Called on the generation thread when a step is planned and has not begun.
         self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
-        self.steering: Steering | None = None  # another thread may end it at any moment: read it once
-        self._resting: Steering | None = None  # during a plan by hand: objectives stay
         self._record: PerformanceRecord | None = None
-        self.link_share: LinkShare | None = None
-        self.promises = Promises(self)
         self.requests = RequestTable(config.batch)
-        self._served: frozenset[str] = frozenset()  # tickets of those that hold KV or may begin in the next step
-        self._lock = threading.Lock()  # of the state, and of what is aimed at
-        self._state = "loaded"  # loaded -> running -> closed, or failed
-        self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
-        self._supervisor: threading.Thread | None = None
         self._limit_compute_threads()
         with refusing(self.model, "its keys and values cannot be sized"):
             self._kv_shapes = kv_shapes(self.model, last_of_a_new_kind(self.units).module)
@@ -117,10 +101,13 @@ class Engine:
             with refusing(self.model, "continuous batching does not take it"):
                 self.workspace = self._measured_workspace(geometry)
                 self.batching = self._make_batching(geometry)
+            self.supervisor = Supervisor(self.batching, self.requests, self._fail_all)
             self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
             self.target = Target(self.units, self.arena, config.offload)
             self.executor = executor_class(self.model, self.store, self.device, self.target.plan, self.arena)
             self.executor.attach()
+            self.offloading = Offloading(config, self.requests, self.batching, self.arena, self.executor, self.target)
+            self.guarantee = Guarantee(self.offloading, config.batch.max_requests)
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
             self._self_test()
         except BaseException:
@@ -128,88 +115,58 @@ class Engine:
             raise
 
     def _self_test(self) -> None:
+        limits = Limits(
+            batch=self.config.batch,
+            max_model_len=self.max_model_len,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+            eos_ids=frozenset(self.default_eos_ids),
+        )
         try:
-            check_model(self)
+            check_model(self.model, self.units, self.batching, self.executor, limits)
         except BaseException:
             self.batching.close()
             self.executor.detach()
             raise
 
-    @classmethod
-    def load(
-        cls,
-        config: EngineConfig,
-        *,
-        executor_class: type[Executor] = OverlappedExecutor,
-        on_progress: OnProgress = lambda share, what: None,
-        reserve_host: ReserveHost = reserve_nothing,
-    ) -> Engine:
-        """Loads the configured model and builds an engine on it, steered by the configured policy.
+    # -- what it is for -----------------------------------------------------------------------------------------
 
-        A policy needs a performance record. The first start on a machine makes one, within a minute, and later starts
-        find it in the cache (`performance_record`). `on_progress` is told how far that is. `reserve_host` is asked
-        before weights take host memory.
-        """
-        engine = cls.unsteered(config, executor_class=executor_class, reserve_host=reserve_host)
-        if config.offload.num_offloaded == "auto":
-            try:
-                engine.steer(performance_record(engine, on_progress=on_progress))
-            except BaseException:
-                engine.close()
-                raise
-        return engine
-
-    @classmethod
-    def unsteered(
-        cls,
-        config: EngineConfig,
-        *,
-        executor_class: type[Executor] = OverlappedExecutor,
-        reserve_host: ReserveHost = reserve_nothing,
-    ) -> Engine:
-        """As `load`, without a policy: the fewest units are offloaded, or the configured number."""
-        loaded = load_on_host(config.model, config.host, reserve_host)
-        try:
-            return cls(loaded, config, executor_class=executor_class)
-        except BaseException:
-            if loaded.store is not None:
-                loaded.store.close()
-            raise
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What a performance record must be of."""
+        return fingerprint_of(self.model, self.config, self.device)
 
     def steer(self, record: PerformanceRecord) -> None:
         """Lets the configured policy decide from now on. Raises RecordRefused for a record of something else."""
-        record.require(fingerprint_of(self))
+        record.require(self.fingerprint)
         record.require_units([unit.num_bytes for unit in self.units])
         self._record = record
-        self.steering = Steering(self, record)
-        if self.link_share is not None:
-            self.steering.set_link_share(self.link_share)
-
-    @property
-    def objectives(self) -> Objectives | None:
-        """What requests are served for that do not name their own; None where nothing says."""
-        steering = self.steering or self._resting
-        return steering.objectives if steering is not None else configured_objectives(self.config.slo)
-
-    def set_objectives(self, slo: SloConfig) -> None:
-        """Changes the objectives from the next step on, for requests in flight too."""
-        self.config = replace(self.config, slo=slo)
-        self.attainment = Attainment(slo.percentile)
-        steering = self.steering or self._resting
-        if steering is not None:
-            steering.set_objectives(slo)
-
-    def set_link_share(self, share: LinkShare) -> None:
-        """What this replica may use of its host bus from the next step on, whoever steers; any thread."""
-        self.link_share = share
-        steering = self.steering
-        if steering is not None:
-            steering.set_link_share(share)
+        self.offloading.put_in_control(Steering(self.offloading, self.config, record))
 
     def resume_policy(self) -> None:
         """Lets the policy decide again after a plan by hand, if there has been one."""
         if self._record is not None:
             self.steer(self._record)
+
+    @property
+    def objectives(self) -> Objectives | None:
+        """What requests are served for that do not name their own; None where nothing says."""
+        return self.offloading.control.objectives
+
+    def set_objectives(self, slo: SloConfig) -> None:
+        """Changes the objectives from the next step on, for requests in flight too."""
+        self.config = replace(self.config, slo=slo)
+        self.attainment = Attainment(slo.percentile)
+        self.offloading.control.set_objectives(slo)
+
+    def set_link_share(self, share: LinkShare) -> None:
+        """What this replica may use of its host bus from the next step on, whoever decides; any thread."""
+        self.offloading.set_link_share(share)
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """What the link carries if nobody else uses it: as measured, or else as configured."""
+        measured = self.offloading.control.measured_link
+        return measured.bytes_per_s if measured is not None else self.config.device.link_gb_per_s * 1e9
 
     def objectives_for(self, *, ttft_ms: float | None, tpot_ms: float | None) -> Objectives | None:
         """A request's objectives: its own where it names them, else the engine's. Raises RequestError."""
@@ -244,24 +201,12 @@ class Engine:
 
     def start(self) -> None:
         """Starts generating. Raises EngineUnavailable on an engine that was closed."""
-        with self._lock:
-            if self._state != "loaded":
-                raise EngineUnavailable(f"the engine is {self._state}; only a loaded one can be started")
-            self._state = "running"
-        thread = self.batching.start()
-        self._supervisor = threading.Thread(target=self._supervise, args=(thread,), name="selectn-supervisor")
-        self._supervisor.start()
+        self.supervisor.start()
 
     def close(self) -> None:
         """Ends generation, fails what is left and gives all memory back. Idempotent."""
-        with self._lock:
-            if self._state == "closed":
-                return
-            self._state = "closed"
-        self.requests.close("the engine is closed")
-        self.batching.close()
-        if self._supervisor is not None:
-            self._supervisor.join()
+        if not self.supervisor.close():
+            return
         self._fail_all("the engine was closed")
         self.executor.detach()
         self.store.close()
@@ -276,34 +221,7 @@ class Engine:
 
     def is_healthy(self) -> bool:
         """Whether requests are being served."""
-        return self._state == "running"
-
-    def _supervise(self, thread: threading.Thread) -> None:
-        """Restarts the generation thread when an error has ended it, a few times a minute at most."""
-        while True:
-            thread.join()
-            with self._lock:
-                if self._state != "running":
-                    return
-                if not self._may_restart():
-                    self._state = "failed"
-                    self.requests.close("the engine is failed")
-            self._fail_all(f"generation failed: {self.batching.fatal_error}")
-            if self._state == "failed":
-                logger.error("generation failed %d times in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S)
-                return
-            logger.warning("restarting generation after: %s", self.batching.fatal_error)
-            with self._lock:  # close() must not pass by a thread that is just being started
-                if self._state != "running":
-                    return
-                thread = self.batching.start()
-
-    def _may_restart(self) -> bool:
-        now_s = time.monotonic()
-        if len(self._restarts) == _MAX_RESTARTS and now_s - self._restarts[0] < _RESTART_WINDOW_S:
-            return False
-        self._restarts.append(now_s)
-        return True
+        return self.supervisor.state == "running"
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -334,6 +252,16 @@ class Engine:
         return self.batching.geometry.tokens_in(self.batching.pages.num_sectors)
 
     @property
+    def used_kv_tokens(self) -> int:
+        """Tokens that the parts of the KV cache in use would hold."""
+        return self.batching.geometry.tokens_in(self.batching.pages.num_in_use)
+
+    @property
+    def kv_swap_bytes(self) -> int:
+        """Host bytes that are kept for the KV of preempted requests."""
+        return self.batching.swap.capacity_bytes
+
+    @property
     def default_eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a generation, from the model's generation configuration."""
         eos = self.model.generation_config.eos_token_id
@@ -344,14 +272,14 @@ class Engine:
         return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
     def reachable_kv_tokens(self, k_max: int | None = None) -> int:
-        """Promised tokens that the KV cache holds if up to `k_max` units are offloaded; None: `promises.plan`.
+        """Promised tokens that the KV cache holds if up to `k_max` units are offloaded; None: `guarantee.plan`.
 
         Where units are unequal these are so many of the largest, or more of others that have no more bytes together.
         """
-        target = self.promises.plan
+        target = self.guarantee.plan
         if k_max is not None:
             most_bytes = k_max * max(unit.num_bytes for unit in self.units)
-            if most_bytes > self._offloaded_bytes(target):
+            if most_bytes > self.offloading.offloaded_bytes(target):
                 target = self.target.plans.most_within(target.num_slots, most_bytes)
         return capacity_tokens(self.batching.geometry, self.arena.num_sectors, self.target.kv_sectors(target))
 
@@ -370,11 +298,6 @@ class Engine:
     def handles(self) -> list[RequestHandle]:
         """The requests in flight, waiting ones included; any thread."""
         return list(self.requests.by_ticket().values())
-
-    def served_handles(self) -> list[RequestHandle]:
-        """Those that hold KV or may begin now, as of the step that was scheduled last; any thread."""
-        served = self._served
-        return [handle for ticket, handle in self.requests.by_ticket().items() if ticket in served]
 
     def promised_tokens(self, total_tokens: int) -> int:
         """What a request of `total_tokens`, prompt and output, takes of `headroom`."""
@@ -472,129 +395,43 @@ class Engine:
             stopped = output.generated_tokens[-1] in handle.eos_ids
             self._end(handle, "completed", TokenEvent(token_ids=new, finish_reason="stop" if stopped else "length"))
 
-    # -- interval -----------------------------------------------------------------------------------------------
-
-    def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
-        """Offloads `num_offloaded` of the units from the next iteration on, by hand: the policy rests until `steer`.
-
-        While the KV cache uses the memory that fewer of them need, or a request needs more of it than this number
-        leaves, more are offloaded: `snapshot` says how many. Raises ConfigError if it can never be.
-        """
-        slots = num_slots if num_slots is not None else self.target.plan.num_slots
-        require(1 <= slots <= MAX_SLOTS, "num_slots", slots, f"1 to {MAX_SLOTS}")
-        self._aim_by_hand(self.target.of("num_offloaded", num_offloaded, slots))
-
-    def set_plan(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
-        """As `set_num_offloaded`, with the units chosen by the caller.
-
-        An `urgent` plan does not wait for running requests to release the memory that it needs: before the next step
-        is scheduled the newest are preempted until it fits or one is left. They go on later, their tokens the same.
-        """
-        self._aim_by_hand(self.target.checked("the plan", plan), urgent=urgent)
-
-    def _aim_by_hand(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
-        with self._lock:  # the policy may be deciding right now: what it comes to is of no interest any more
-            self._resting, self.steering = self.steering or self._resting, None
-            self.target.aim_at(plan, urgent=urgent)
+    # -- a step: plan, run, record ------------------------------------------------------------------------------
 
     def _before_schedule(self) -> list[str]:
-        """Moves weights and KV pages to where the next step wants them; which new requests may begin, in their turn."""
-        if self.target.is_urgent:
-            self._preempt_for(self._wanted_plan())
-        beginning = self._may_begin()
-        self._follow_target()
-        # What is still to come back waits for KV to be released: no new request may take its place.
-        return beginning if self.executor.plan == self.executor.wanted else []
-
-    def _may_begin(self) -> list[str]:
-        """Who may begin, of those that hold no KV: as the policy says, else all, as far as there are places."""
-        batching, steering = self.batching, self.steering
-        progress, backlog = batching.progress(), batching.backlog()
-        handles = self.requests.by_ticket()  # after the backlog: who is there and not here is not wanted any more
-        if self._state == "running":  # before that a profile's requests have no handles
-            for ticket in backlog.keys() - handles.keys():
-                batching.cancel(ticket)
-        if steering is not None:
-            beginning = steering.admit(handles, progress, backlog)
-            self._served = frozenset((*progress, *beginning))
-        else:
-            places = self.config.batch.max_requests - len(progress)
-            beginning = [ticket for ticket in handles if ticket not in progress][:places]
-            self._served = frozenset((*progress, *beginning[:1]))  # those behind the first may find no memory yet
-        return beginning
+        """Which new requests may begin in the step that is about to be scheduled, in their turn."""
+        # Before it runs a profile's requests have no handles.
+        return self.offloading.before_schedule(drops_unknown=self.is_healthy())
 
     def _token_budget(self, most: int) -> int:
-        steering = self.steering
-        return steering.token_budget(most) if steering is not None else most
-
-    def _follow_target(self) -> None:
-        wanted = self._wanted_plan()
-        if wanted != self.executor.wanted:
-            self.executor.request_plan(wanted)
-        self.executor.apply_plan()
-
-    def _preempt_for(self, plan: OffloadPlan) -> None:
-        while self.batching.pages.num_in_use > self.target.kv_sectors(plan) and self.batching.preempt_newest():
-            pass
-
-    def _wanted_plan(self) -> OffloadPlan:
-        """The target, with more offloaded while the longest request would not fit the KV cache otherwise.
-
-        Of those that hold KV or may begin now: for one that only waits nothing has to move yet.
-        """
-        longest = max((handle.max_total_tokens for handle in self.served_handles()), default=0)
-        return self.target.with_kv(self.batching.geometry.sectors_for_request(longest))
+        return self.offloading.control.token_budget(most)
 
     def _on_step_planned(self, shape: StepShape) -> None:
         self.on_step_planned(shape)
-        steering = self.steering
-        if steering is not None:
-            decision = steering.decide(shape)
-            with self._lock:
-                if self.steering is steering:
-                    self.target.aim_at(decision.plan, urgent=decision.urgent)
-        self._follow_target()  # which may have just been changed, for this step
+        self.offloading.step_planned(shape)
 
     def _on_step_done(self, shape: StepShape, duration_s: float) -> None:
-        plan, steering = self.executor.plan, self.steering
-        decision = steering.decision if steering is not None else None
-        record = self.steps.add(
-            shape,
-            plan,
-            duration_s=duration_s,
-            stall_s=self.executor.end_step(),
-            offloaded_bytes=self._offloaded_bytes(plan),
-            # What was predicted is of the plan that was decided, which memory may not have allowed.
-            predicted_s=decision.predicted_s if decision is not None and decision.plan == plan else None,
-            limit_s=decision.limit_s if decision is not None else None,
-        )
-        if steering is not None:
-            steering.done(record)
-
-    def _offloaded_bytes(self, plan: OffloadPlan) -> int:
-        return self.target.plans.offloaded_bytes(plan)
+        self.offloading.step_done(self.steps, shape, duration_s)
 
     def _swap_is_cheaper(self, num_tokens: int, num_bytes: int) -> bool:
-        """Whether a preempted request's KV should wait in host memory rather than be computed again."""
-        seconds_per_token = self.steps.prefill_s_per_token()
-        if seconds_per_token is None:
-            return True
-        steering = self.steering
-        if steering is not None:  # it knows what the link gives now; all that was ever copied says less
-            link = steering.controller.link.link
-        else:
-            link = Link(bytes_per_s=self.device.link_usage().bytes_per_s)
-        return swap_s(num_bytes, link) < recompute_s(num_tokens, seconds_per_token)
+        return self.offloading.swap_is_cheaper(num_tokens, num_bytes, self.steps.prefill_s_per_token())
+
+    def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
+        """Offloads so many units by hand from the next step on (`Offloading.set_num_offloaded`)."""
+        self.offloading.set_num_offloaded(num_offloaded, num_slots)
+
+    def set_plan(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
+        """Offloads these units by hand from the next step on (`Offloading.set_plan`)."""
+        self.offloading.set_plan(plan, urgent=urgent)
 
     # -- sizes and state ----------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
         """What the engine holds and does now, as JSON-able values; bytes and seconds."""
-        plan, usage, steering = self.executor.plan, self.device.link_usage(), self.steering
+        plan, usage, steering = self.executor.plan, self.device.link_usage(), self.offloading.control.snapshot()
         num_requests = len(self.requests)
         running = min(num_requests, self.batching.num_active)
         return {
-            "state": self._state,
+            "state": self.supervisor.state,
             "model": self.model_name,
             "device": self.device.kind,
             "provenance": self.device.provenance,
@@ -606,8 +443,8 @@ class Engine:
             "num_slots": plan.num_slots,
             "host_bytes": self.store.num_bytes,
             "host_store": self.store.location,
-            "offloaded_bytes": self._offloaded_bytes(plan),
-            "memory": account(self).to_json(),
+            "offloaded_bytes": self.offloading.offloaded_bytes(plan),
+            "memory": self.account().to_json(),
             "device_bytes": self.device.allocated_bytes,
             "device_capacity_bytes": self.device.capacity_bytes,
             "kv_bytes": self.batching.pages.num_sectors * self.arena.sector_bytes,
@@ -624,10 +461,21 @@ class Engine:
             "stall_s": self.executor.stats.stall_s,
             "objectives": asdict(self.objectives) if self.objectives is not None else None,
             "attainment": self.attainment.snapshot(),
-            "steering": steering.snapshot() if steering is not None else None,
+            "steering": steering and {**steering, "prediction_error": self.steps.prediction_error()},
             "preemptions": self.batching.swap.num_preemptions,
             "preemptions_swapped": self.batching.swap.num_swapped,
         }
+
+    def account(self) -> MemoryAccount:
+        """Who holds which bytes now."""
+        return account(
+            self.arena,
+            self.executor,
+            self.batching,
+            resident_bytes=self.resident.num_bytes,
+            workspace_bytes=self.workspace_bytes,
+            capacity_bytes=self.device.capacity_bytes,
+        )
 
     def check_integrity(self) -> None:
         """Raises AssertionError if store, homes, slots or KV pages are not as they should be; call it between steps."""

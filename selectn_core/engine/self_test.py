@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 
+from selectn_core.batching import ContinuousBatching
 from selectn_core.batching.attention import ATTENTION_NAME
+from selectn_core.config import BatchConfig
 from selectn_core.errors import SelectNError, UnsupportedModel
-from selectn_core.weights.units import running_in_order
-
-if TYPE_CHECKING:
-    from selectn_core.engine.engine import Engine
+from selectn_core.offload.executor import Executor
+from selectn_core.weights.units import Unit, running_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -27,26 +26,39 @@ TOLERANCE_FLOAT32 = 0.01
 TOLERANCE_16_BITS = 0.2
 
 
-def check_model(engine: Engine) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the engine under test can take: requests, tokens of one, tokens of all; and what ends a generation."""
+
+    batch: BatchConfig
+    max_model_len: int
+    kv_capacity_tokens: int
+    eos_ids: frozenset[int]
+
+
+def check_model(
+    model: PreTrainedModel, units: Sequence[Unit], batching: ContinuousBatching, executor: Executor, limits: Limits
+) -> None:
     """Generates a few tokens by continuous batching and compares their logits with those of a plain forward.
 
     Both run on the engine's weights where they are, offloaded ones included. Nothing is left behind but what the
     link has carried. Raises UnsupportedModel, naming the model type, where the two differ or either fails, and where
     the units do not run in their order, once in a step each.
     """
-    model, device = engine.model, engine.device
-    stats = replace(engine.executor.stats)
-    prompts, num_tokens = _requests(engine)
-    with refusing(model, "continuous batching cannot run it"), running_in_order(model, engine.units):
-        batched = engine.batching.generate_now(prompts, num_tokens)  # one [num_tokens, vocab_size] for each prompt
+    device, stats = executor.device, replace(executor.stats)
+    prompts, num_tokens = _requests(limits, model.config.get_text_config().vocab_size)
+    with refusing(model, "continuous batching cannot run it"), running_in_order(model, units):
+        batched = batching.generate_now(prompts, num_tokens)  # one [num_tokens, vocab_size] for each prompt
         device.synchronize()  # continuous batching computes on a stream of its own
     sequences = [[*prompt, *logits.argmax(-1).tolist()[:-1]] for prompt, logits in zip(prompts, batched, strict=True)]
     with refusing(model, "a plain forward fails"):
-        plain = _plain_logits(engine, sequences)[:, -num_tokens:]  # [num_prompts, num_tokens, vocab_size]
+        plain = _plain_logits(model, batching.plain_attention, sequences, device.torch_device)[
+            :, -num_tokens:
+        ]  # [num_prompts, num_tokens, vocab_size]
         device.synchronize()
-    engine.executor.end_step()
-    engine.executor.stats = stats
-    _compare(engine, batched, plain)
+    executor.end_step()
+    executor.stats = stats
+    _compare(model, batched, plain)
 
 
 @contextmanager
@@ -60,41 +72,41 @@ def refusing(model: PreTrainedModel, what: str) -> Iterator[None]:
         raise UnsupportedModel(f"{model.config.model_type}: {what}: {type(error).__name__}: {error}") from error
 
 
-def _requests(engine: Engine) -> tuple[list[list[int]], int]:
+def _requests(limits: Limits, vocab_size: int) -> tuple[list[list[int]], int]:
     """Prompts of equal length that differ in every token, and the tokens to generate from each."""
-    batch, room = engine.config.batch, engine.kv_capacity_tokens
-    limit = min(engine.max_model_len, room)
+    batch, room = limits.batch, limits.kv_capacity_tokens
+    limit = min(limits.max_model_len, room)
     num_new = max(1, min(NUM_NEW_TOKENS, limit // 2))
     # Two where they fit, so that one request's tokens in another's attention would show.
     both_fit = room // 4 >= NUM_PROMPT_TOKENS + NUM_NEW_TOKENS
     num_prompts = 2 if both_fit and batch.max_requests > 1 else 1
     length = max(1, min(NUM_PROMPT_TOKENS, limit - num_new, 2 * batch.max_batch_tokens))  # in a few chunks at most
-    ids = _token_ids(engine, num_prompts * length)
+    ids = _token_ids(vocab_size, limits.eos_ids, num_prompts * length)
     return [ids[i * length : (i + 1) * length] for i in range(num_prompts)], num_new
 
 
-def _token_ids(engine: Engine, count: int) -> list[int]:
+def _token_ids(size: int, eos_ids: frozenset[int], count: int) -> list[int]:
     """Ordinary tokens: the rare ones are late in a vocabulary, the special ones at either end."""
-    size = engine.model.config.get_text_config().vocab_size
-    eos_ids = set(engine.default_eos_ids)
     pool = [token for token in range(size // 8, max(size // 2, 1)) if token not in eos_ids] or [0]
     return [pool[i * 7919 % len(pool)] for i in range(count)]
 
 
-def _plain_logits(engine: Engine, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+def _plain_logits(
+    model: PreTrainedModel, attention: str, sequences: Sequence[Sequence[int]], device: torch.device
+) -> torch.Tensor:
     """Logits of every token, [num_sequences, length, vocab_size], by transformers' own attention."""
-    input_ids = torch.tensor(sequences, device=engine.device.torch_device)
-    engine.model.set_attn_implementation(engine.batching.plain_attention)
+    input_ids = torch.tensor(sequences, device=device)
+    model.set_attn_implementation(attention)
     try:
         with torch.no_grad():
-            logits: torch.Tensor = engine.model(input_ids=input_ids, use_cache=False).logits
+            logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
             return logits
     finally:
-        engine.model.set_attn_implementation(ATTENTION_NAME)
+        model.set_attn_implementation(ATTENTION_NAME)
 
 
-def _compare(engine: Engine, batched: Sequence[torch.Tensor], plain: torch.Tensor) -> None:
-    model_type, dtype = engine.model.config.model_type, engine.model.dtype
+def _compare(model: PreTrainedModel, batched: Sequence[torch.Tensor], plain: torch.Tensor) -> None:
+    model_type, dtype = model.config.model_type, model.dtype
     if _overflows(plain):
         raise UnsupportedModel(
             f"{model_type} computes values that are not finite in {dtype}, without continuous batching too: "

@@ -6,18 +6,10 @@ from typing import Protocol
 
 import torch
 
-from selectn_core.device import ALIGNMENT_BYTES, Device, align_up
+from selectn_core.device import Device, align_up
 from selectn_core.device.range_allocator import FirstFit
 from selectn_core.errors import DeviceMemoryExceeded
-
-
-def weight_sectors(num_bytes: int, sector_bytes: int) -> int:
-    """Sectors that `num_bytes` of weights take.
-
-    Sectors are multiples of 128 bytes; weights that begin at one may have to move up to their own alignment.
-    """
-    padding = 0 if sector_bytes % ALIGNMENT_BYTES == 0 else ALIGNMENT_BYTES - 128
-    return -(-(num_bytes + padding) // sector_bytes)
+from selectn_core.memory.kv_geometry import weight_sectors
 
 
 class WeightMemory(Protocol):

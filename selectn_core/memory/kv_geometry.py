@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from selectn_core.device import ALIGNMENT_BYTES
+
 _MOST_TOKENS = 1 << 24
 
 
@@ -71,3 +73,12 @@ def _largest(fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def weight_sectors(num_bytes: int, sector_bytes: int) -> int:
+    """Sectors that `num_bytes` of weights take.
+
+    Sectors are multiples of 128 bytes; weights that begin at one may have to move up to their own alignment.
+    """
+    padding = 0 if sector_bytes % ALIGNMENT_BYTES == 0 else ALIGNMENT_BYTES - 128
+    return -(-(num_bytes + padding) // sector_bytes)

@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from selectn_core.device import align_up
-from selectn_core.memory.arena import weight_sectors
-from selectn_core.memory.kv_geometry import BlockGeometry, KvGeometry
-
-if TYPE_CHECKING:
-    from selectn_core.memory.workspace import Workspace
+from selectn_core.memory.kv_geometry import BlockGeometry, KvGeometry, weight_sectors
+from selectn_core.memory.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

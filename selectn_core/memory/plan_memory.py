@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from selectn_core.config import MAX_SLOTS
 from selectn_core.device import align_up
 from selectn_core.latency.placement import OffloadPlan, best_placement
 from selectn_core.latency.recurrence import Link, StepCosts
-from selectn_core.weights.units import Unit
+
+if TYPE_CHECKING:  # the planner runs without torch
+    from selectn_core.weights.units import Unit
 
 RoundUp = Callable[[int], int]
 

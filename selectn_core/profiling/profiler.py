@@ -13,22 +13,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import median
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from selectn_core.config import BatchConfig
+from selectn_core.engine.engine import Engine
+from selectn_core.engine.fingerprint import kinds_of
 from selectn_core.latency.step_times import MeasuredStep, StepTimes
 from selectn_core.latency.steps import StepLog, StepShape
 from selectn_core.memory.kv_geometry import KvGeometry
 from selectn_core.memory.plan_memory import fewest_offloaded
 from selectn_core.planning.record import LinkRecord, MeasuredCopy, MemoryRecord, PerformanceRecord
-from selectn_core.profiling.fingerprint import fingerprint_of, kinds_of
 from selectn_core.profiling.sampling_times import measure_sampling
 from selectn_core.profiling.unit_timer import UnitTimer
-
-if TYPE_CHECKING:
-    from selectn_core.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +122,7 @@ class _Session:
         engine = self.engine
         vocab_size = engine.model.config.get_text_config().vocab_size
         return PerformanceRecord(
-            fingerprint=fingerprint_of(engine),
+            fingerprint=engine.fingerprint,
             provenance=engine.device.provenance,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             kinds=self.kinds,

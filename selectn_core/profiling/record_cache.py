@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from selectn_core.engine.engine import Engine
 from selectn_core.errors import RecordRefused
 from selectn_core.file_lock import file_lock
 from selectn_core.planning.record import Fingerprint, PerformanceRecord
 from selectn_core.planning.record_table import derived_table
-from selectn_core.profiling.fingerprint import fingerprint_of
 from selectn_core.profiling.profiler import DEFAULT_BUDGET_S, DEFAULT_MAX_LENGTH, OnProgress, profile
 from selectn_core.weights.embedded_model import cache_directory, made_directory
-
-if TYPE_CHECKING:
-    from selectn_core.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +39,7 @@ def earlier_record(path: Path, engine: Engine, *, strict: bool = False) -> Perfo
         return None
     try:
         record = PerformanceRecord.load(path)
-        record.require(fingerprint_of(engine), str(path))
+        record.require(engine.fingerprint, str(path))
         record.require_units([unit.num_bytes for unit in engine.units], str(path))
         return record
     except RecordRefused as error:
@@ -78,7 +74,7 @@ def performance_record(
     Replicas that start at once on one machine would disturb each other's measurements: one measures, the others wait
     for it. `engine` must not have been started.
     """
-    path = record_path(fingerprint_of(engine))
+    path = record_path(engine.fingerprint)
     made_directory(path.parent)
     with file_lock(path.with_suffix(".lock")):
         known = earlier_record(path, engine)

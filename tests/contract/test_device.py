@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from selectn_core.device.base import ALIGNMENT_BYTES, align_up
+from selectn_core.device import ALIGNMENT_BYTES, align_up
 from selectn_core.errors import DeviceMemoryExceeded
 from selectn_core.weights.shared_store import map_read_only
 from tests.contract.conftest import CAPACITY_BYTES

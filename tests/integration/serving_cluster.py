@@ -344,12 +344,12 @@ def _detached(actor_class: type, name: str, *arguments: Any) -> None:
 
 def _profile(pace: Pace, checkpoint: str) -> None:
     """The performance record that the replicas will find: a short one is enough here."""
-    from selectn_core.engine.engine import Engine
     from selectn_core.profiling.record_cache import performance_record
+    from selectn_core.start import load_unsteered_engine
 
     args = application(pace, checkpoint)["args"]
     config = AppArgs.model_validate({**args, "device": {**args["device"], "bus": None}}).engine
-    engine = Engine.unsteered(config)
+    engine = load_unsteered_engine(config)
     try:
         performance_record(engine, budget_s=4)
     finally:

@@ -6,8 +6,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, HostConfig, ModelConfig, OffloadConfig
-from selectn_core.engine.engine import Engine
 from selectn_core.requests.sampling import SamplingParams
+from selectn_core.start import load_engine
 from tests.unit.store_users import PROCESSES
 
 
@@ -48,7 +48,7 @@ class EngineUser:
 
 def _serve(pipe: Connection, checkpoint: str, directory: Path) -> None:
     pipe.send("begun")
-    with Engine.load(shared_config(checkpoint, directory)) as engine:
+    with load_engine(shared_config(checkpoint, directory)) as engine:
         pipe.send(f"inode {Path(engine.store.location).stat().st_ino}")
         while not pipe.poll():
             for length in (9, 30):

@@ -278,10 +278,10 @@ def test_what_must_be_offloaded_for_the_requests_in_flight() -> None:
     """With that many units offloaded all have room to their end, and some to come; with fewer they do not."""
     engine = build(kv_tokens=48)
     sectors_for = engine.batching.geometry.sectors_for_request
-    wanted = [engine.promises.wanted_offloaded]
+    wanted = [engine.guarantee.wanted_offloaded]
     for prompt in PROMPTS:
         engine.submit(prompt, greedy(MOST_TOKENS))
-        wanted.append(engine.promises.wanted_offloaded)
+        wanted.append(engine.guarantee.wanted_offloaded)
     engine.close()
     lengths = [len(prompt) + MOST_TOKENS for prompt in PROMPTS]
     for num_requests, num_offloaded in enumerate(wanted[1:], 1):

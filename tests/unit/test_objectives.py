@@ -10,10 +10,10 @@ import pytest
 
 from selectn_core.config import BatchConfig, SloConfig
 from selectn_core.control.controller import Decision
-from selectn_core.control.steering import LinkShare
 from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError, RequestError
 from selectn_core.latency.steps import StepShape
+from selectn_core.offload.control import LinkShare
 from selectn_core.profiling.record_cache import performance_record
 from selectn_core.requests.objectives import (
     TPOT_MULTIPLE,
@@ -103,11 +103,11 @@ def test_a_plan_by_hand_rests_the_policy_until_it_is_resumed(tmp_path: Path, mon
     engine.steer(performance_record(engine, budget_s=2.0))
     with engine:
         engine.set_num_offloaded(2)
-        assert engine.steering is None
+        assert engine.offloading.control.is_manual
         engine.submit(make_prompts()[0], greedy()).result()
         assert engine.executor.plan.num_offloaded == 2
         engine.resume_policy()
-        assert engine.steering is not None
+        assert not engine.offloading.control.is_manual
         assert len(engine.submit(make_prompts()[0], greedy()).result()) > 0
 
 
@@ -115,7 +115,7 @@ def test_a_plan_by_hand_stands_though_the_policy_was_deciding(tmp_path: Path, mo
     monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
     engine = Engine(tiny_model(), engine_config("auto"))
     engine.steer(performance_record(engine, budget_s=2.0))
-    steering = engine.steering
+    steering = engine.offloading.control
     assert steering is not None
     decide = steering.decide
 
@@ -129,7 +129,7 @@ def test_a_plan_by_hand_stands_though_the_policy_was_deciding(tmp_path: Path, mo
     monkeypatch.setattr(steering, "decide", decide_and_be_overruled)
     with engine:
         engine.submit(make_prompts()[0], greedy()).result()
-    assert engine.steering is None
+    assert engine.offloading.control.is_manual
     assert engine.target.plan.num_offloaded == 2
 
 
@@ -157,7 +157,7 @@ def test_a_share_of_the_bus_bounds_what_is_offloaded(tmp_path: Path, monkeypatch
     engine = Engine(tiny_model(), engine_config("auto"))
     engine.set_link_share(share_of(2, engine))
     engine.steer(performance_record(engine, budget_s=2.0))
-    assert engine.steering is not None
+    assert not engine.offloading.control.is_manual
     engine.set_objectives(SloConfig(ttft_ms=60_000.0, tpot_ms=60_000.0))
     with engine:
         for prompt in make_prompts():

@@ -13,7 +13,7 @@ from selectn_core.errors import Infeasible
 from selectn_core.latency.placement import place_by_index, place_evenly
 from selectn_core.latency.recurrence import Link, StepCosts, predict_step_s
 from selectn_core.latency.step_times import scaled, while_copying
-from selectn_core.memory.arena import weight_sectors
+from selectn_core.memory.kv_geometry import weight_sectors
 from selectn_core.memory.memory_model import MemoryModel, kv_of_tokens
 from selectn_core.memory.workspace import Workspace
 from selectn_core.planning.candidates import (

@@ -15,7 +15,6 @@ from selectn_core.latency.steps import StepShape
 from selectn_core.memory.kv_geometry import BlockGeometry, KvGeometry
 from selectn_core.planning.record import PerformanceRecord
 from selectn_core.planning.record_table import derived_table
-from selectn_core.profiling.fingerprint import fingerprint_of
 from selectn_core.profiling.profiler import Extent, coarse_grid, fine_grid, is_long_enough, profile
 from selectn_core.profiling.record_cache import performance_record, record_path
 from tests.tiny_models import tiny_model
@@ -103,7 +102,7 @@ def test_whatever_may_be_configured_can_be_measured(cache: Path, num_slots: int,
 
 def test_the_first_start_measures_and_the_second_finds_the_record(engine: Engine) -> None:
     record = performance_record(engine, budget_s=BUDGET_S)
-    assert record_path(fingerprint_of(engine)).exists()
+    assert record_path(engine.fingerprint).exists()
     assert performance_record(engine, budget_s=0.0).created == record.created
 
 
@@ -201,7 +200,7 @@ def test_a_record_of_other_units_is_refused_and_measured_again(
             record, kinds=(replace(kind, num_bytes=1), *record.kinds[1:])
         ),
     }
-    path = record_path(fingerprint_of(engine))
+    path = record_path(engine.fingerprint)
     for flaw, other in others.items():
         with pytest.raises(RecordRefused, match=flaw):
             engine.steer(other)
@@ -212,7 +211,7 @@ def test_a_record_of_other_units_is_refused_and_measured_again(
 
 
 def test_a_damaged_record_in_the_cache_is_measured_again(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    path = record_path(fingerprint_of(engine))
+    path = record_path(engine.fingerprint)
     path.parent.mkdir(parents=True)
     path.write_text("version: 7\n")
     record = performance_record(engine, budget_s=0.01)

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from selectn_core.config import SloConfig
-from selectn_core.control.steering import LinkShare
 from selectn_core.engine.engine import Engine
 from selectn_core.engine.headroom import capacity_tokens
 from selectn_core.memory.plan_memory import unmeasured_plan
+from selectn_core.offload.control import LinkShare
 from selectn_core.profiling.record_cache import performance_record
 from tests.tiny_models import tiny_model
 from tests.unit.engines import engine_config, greedy
@@ -65,13 +65,13 @@ def test_no_more_is_promised_than_range_and_guaranteed_share_hold(idle, values):
     """However much more the link gives while the lease runs; and at once, though no step has been planned."""
     units, guaranteed, more = values
     idle.set_link_share(share_of(idle, units, guaranteed, more))
-    slots = idle.steering.guaranteed_plan.num_slots
+    slots = idle.offloading.control.guaranteed_plan.num_slots
     most = int(min(guaranteed + 1e-6, len(idle.units) if units is None else units + 1e-6))
     least = idle.target.fewest(slots).num_offloaded
     allowed = max(tokens_with(idle, k, slots) for k in range(max(most, least) + 1) if k <= len(idle.units))
     assert tokens_with(idle, least, slots) <= idle.reachable_kv_tokens() <= allowed
     assert idle.headroom().kv_capacity_tokens == idle.reachable_kv_tokens()
-    assert idle.promises.plan.num_offloaded <= max(most, least)
+    assert idle.guarantee.plan.num_offloaded <= max(most, least)
 
 
 def test_what_bounds_is_seen(cache):
@@ -93,10 +93,10 @@ def test_what_bounds_is_seen(cache):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_what_promises_need_offloaded_is_the_fewest_that_hold_them(idle, lengths):
     idle.set_link_share(share_of(idle, None, 12))
-    plan, sectors_for = idle.promises.plan, idle.batching.geometry.sectors_for_request
+    plan, sectors_for = idle.guarantee.plan, idle.batching.geometry.sectors_for_request
     handles = [idle.submit([5], greedy(length)) for length in lengths]
     try:
-        needed = idle.promises.num_offloaded
+        needed = idle.guarantee.num_offloaded
     finally:
         for handle in handles:
             handle.cancel()

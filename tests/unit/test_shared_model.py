@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from selectn_core.config import DeviceConfig, EngineConfig, HostConfig, ModelConfig, OffloadConfig
 from selectn_core.device.host_memory import HostMemory, is_in_memory
-from selectn_core.engine.engine import Engine
 from selectn_core.errors import (
     ConfigError,
     DeviceMemoryExceeded,
@@ -26,6 +25,7 @@ from selectn_core.errors import (
     StoreRefused,
     UnsupportedModel,
 )
+from selectn_core.start import load_engine
 from selectn_core.weights import shared_model
 from selectn_core.weights.checkpoint import LoadedModel, load_model, resolve_source
 from selectn_core.weights.shared_model import fingerprint_of, load_on_host
@@ -170,7 +170,7 @@ def test_a_model_with_an_infinite_limit_by_default_is_made_again_from_its_descri
 
 def test_an_engine_gives_its_store_up(checkpoint_of, host) -> None:
     config = EngineConfig(model=ModelConfig(source=checkpoint_of()), host=host)
-    with Engine.load(config) as engine:
+    with load_engine(config) as engine:
         assert engine.snapshot()["host_store"].startswith(host.directory)
     assert engine.snapshot()["host_store"] == "private"
     assert torch.isfinite(engine.model.get_input_embeddings().weight).all(), "what is left of the model still works"
@@ -203,7 +203,7 @@ def test_replicas_killed_at_any_moment_leave_nothing_that_the_next_start_does_no
         time.sleep(max(0.0, began_s + delay_ms / 1e3 - time.monotonic()))
         user.kill()
     prompt = make_prompts()[0]
-    with Engine.load(shared_config(checkpoint_of(), Path(host.directory))) as engine:
+    with load_engine(shared_config(checkpoint_of(), Path(host.directory))) as engine:
         tokens = engine.submit(prompt, greedy()).result()
         engine.store.check_integrity()
     assert tokens == unloaded_tokens_of_one()
@@ -215,7 +215,7 @@ def test_an_engine_that_cannot_be_gives_its_store_up(checkpoint_of, host) -> Non
         model=ModelConfig(source=checkpoint_of()), host=host, device=DeviceConfig(kind="emulated", memory_gib=1e-5)
     )
     with pytest.raises(DeviceMemoryExceeded):
-        Engine.load(config)
+        load_engine(config)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2_moe"])
@@ -259,7 +259,7 @@ def test_a_store_with_another_layout_is_refused(checkpoint_of, host, monkeypatch
     older = load_on_host(config.model, host)
     monkeypatch.setattr("selectn_core.weights.units.TENSOR_ALIGNMENT_BYTES", 8192)
     with pytest.raises(StoreRefused, match=r"layers\.0.* laid out otherwise, by another version"):
-        Engine.load(config)
+        load_engine(config)
     older.store.close()
 
 

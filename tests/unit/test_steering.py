@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from selectn_core.config import SloConfig
-from selectn_core.control.steering import LinkShare, load_of
+from selectn_core.control.steering import load_of
 from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.latency.steps import Chunk, StepLog, StepShape
 from selectn_core.memory.plan_memory import unmeasured_plan
+from selectn_core.offload.control import LinkShare
 from selectn_core.profiling.record_cache import performance_record
 from selectn_core.requests.handle import RequestHandle, TokenEvent
 from selectn_core.requests.objectives import Objectives
@@ -161,11 +162,11 @@ def test_tighter_objectives_lower_what_an_idle_engine_promises() -> None:
         before = engine.reachable_kv_tokens()
         engine.set_objectives(SloConfig(ttft_ms=60_000.0, tpot_ms=1e-3))
         assert engine.reachable_kv_tokens() < before
-        assert engine.steering.controller.percentile == 99.0
+        assert engine.offloading.control.controller.percentile == 99.0
         engine.set_objectives(replace(LOOSE, percentile=50.0))
         assert engine.reachable_kv_tokens() == before
-        assert engine.steering.controller.percentile == 50.0
-        assert engine.steering.controller.ttft_s == 60.0
+        assert engine.offloading.control.controller.percentile == 50.0
+        assert engine.offloading.control.controller.ttft_s == 60.0
     finally:
         engine.close()
 
@@ -175,7 +176,7 @@ def test_one_that_asks_for_little_promises_nothing_to_those_who_come_after_it() 
     try:
         before = engine.reachable_kv_tokens()
         slow = a_handle(3, tpot_s=1e3)
-        engine.steering.admit({slow.ticket: slow}, {slow.ticket: Chunk(0, 13)}, {})
+        engine.offloading.control.admit({slow.ticket: slow}, {slow.ticket: Chunk(0, 13)}, {})
         assert engine.reachable_kv_tokens() == before
     finally:
         engine.close()
@@ -186,14 +187,14 @@ def test_one_that_waits_takes_nothing_from_what_is_promised() -> None:
     engine = steered(kv_tokens=64)
     try:
         before = engine.reachable_kv_tokens()
-        alone_s = engine.steering.controller.times.expected_s(StepShape.decode(1, 16))
+        alone_s = engine.offloading.control.controller.times.expected_s(StepShape.decode(1, 16))
         for tpot_s in (2 * alone_s, 1e-9):
             tight = a_handle(0, tpot_s=tpot_s)
             slow = a_handle(3, tpot_s=60.0)
             handles = {slow.ticket: slow, tight.ticket: tight}
-            engine.steering.admit(handles, {slow.ticket: Chunk(0, 13)}, {tight.ticket: Chunk(10, 0)})
+            engine.offloading.control.admit(handles, {slow.ticket: Chunk(0, 13)}, {tight.ticket: Chunk(10, 0)})
             assert engine.reachable_kv_tokens() == before
-        engine.steering.admit(handles, {slow.ticket: Chunk(0, 13), tight.ticket: Chunk(10, 0)}, {})
+        engine.offloading.control.admit(handles, {slow.ticket: Chunk(0, 13), tight.ticket: Chunk(10, 0)}, {})
         assert engine.reachable_kv_tokens() == before  # it is missed in any case
     finally:
         engine.close()
@@ -242,9 +243,9 @@ def test_a_policy_by_name_that_leaves_too_much_on_the_device_is_refused_at_the_s
 def test_the_share_of_deciding_is_of_all_steps_and_not_of_the_last() -> None:
     with steered() as engine:
         engine.submit(make_prompts()[0], greedy()).result()
-    before = engine.steering.snapshot()["controller_share"]
+    before = engine.offloading.control.snapshot()["controller_share"]
     engine.steps = StepLog()
-    assert 0 < engine.steering.snapshot()["controller_share"] == before
+    assert 0 < engine.offloading.control.snapshot()["controller_share"] == before
 
 
 def test_a_link_that_has_become_slow_is_not_thought_good_for_swapping() -> None:

@@ -22,7 +22,7 @@ def test_a_long_request_that_only_waits_offloads_nothing() -> None:
     assert engine.batching.geometry.sectors_for_request(190) > engine.target.kv_sectors(engine.target.plan)
     engine.before_step = lambda each: seen[first.num_tokens < 10].add(each.executor.plan.num_offloaded)
     least: list[int] = []
-    engine.before_schedule = lambda each: least.append(each.promises.num_offloaded)
+    engine.before_schedule = lambda each: least.append(each.guarantee.num_offloaded)
     with engine:
         first.result()
         assert len(then.result()) == 40
@@ -91,11 +91,11 @@ def test_what_no_plan_leaves_room_for_is_not_counted_on() -> None:
     """As many units stay on the device as the plan by hand says while the request that has begun fits beside them."""
     engine = CheckedEngine(tiny_model(), engine_config(0, 1, memory_gib=memory_gib_for(5, **NARROW), **NARROW))
     try:
-        assert engine.served_handles() == []
+        assert engine.offloading.served() == []
         handle = engine.submit(make_prompts([150])[0], greedy(40))
-        assert engine.served_handles() == []
+        assert engine.offloading.served() == []
         engine._before_schedule()
-        assert engine.served_handles() == [handle]
+        assert engine.offloading.served() == [handle]
         assert engine.executor.plan.num_offloaded > 0
         assert engine.target.plan == unmeasured_plan(engine.units, 0, 1)
     finally:

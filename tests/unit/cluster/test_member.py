@@ -164,19 +164,19 @@ def test_ranges_reach_the_engine_and_lapse_to_the_fallback(node, member, engine)
     assert snapshot["range"] == [3, 3], "a plan by hand is what it wants"
     assert snapshot["epoch"]["life"] == 1
     assert 0 < snapshot["lease_left_s"] <= LEASE_S
-    assert engine.link_share.bytes_per_s == BUS_BYTES_PER_S
-    assert engine.link_share.guaranteed_bytes_per_s == BUS_BYTES_PER_S // 2
-    assert engine.link_share.max_offloaded_bytes == 3 * max(unit.num_bytes for unit in engine.units)
+    assert engine.offloading.link_share.bytes_per_s == BUS_BYTES_PER_S
+    assert engine.offloading.link_share.guaranteed_bytes_per_s == BUS_BYTES_PER_S // 2
+    assert engine.offloading.link_share.max_offloaded_bytes == 3 * max(unit.num_bytes for unit in engine.units)
     node.fault = fail
     wait_until(lambda: member.snapshot()["lease_left_s"] is None)
-    wait_until(lambda: engine.link_share.bytes_per_s == BUS_BYTES_PER_S // 2)
+    wait_until(lambda: engine.offloading.link_share.bytes_per_s == BUS_BYTES_PER_S // 2)
 
 
 def test_before_it_has_a_share_it_offloads_what_it_must(node, member, engine):
     node.fault = fail
     member.join(engine, "b")
     assert engine.target.fewest(2).num_offloaded == 0
-    assert engine.link_share.max_offloaded_bytes == 0
+    assert engine.offloading.link_share.max_offloaded_bytes == 0
 
 
 def test_other_objectives_are_another_demand(node, member, engine):
@@ -204,13 +204,13 @@ def test_what_requests_were_promised_is_what_it_needs_of_its_bus(node, member, t
         member.join(engine, "b")
         wait_until(lambda: k_min() == 0)
         handles = [engine.submit([5], greedy(60)) for _ in range(12)]  # nothing generates: they wait
-        needed = engine.promises.num_offloaded
+        needed = engine.guarantee.num_offloaded
         assert needed > 0
         wait_until(lambda: k_min() == needed)
         assert member.snapshot()["range"][0] == needed
         for handle in handles:
             handle.cancel()
-        assert engine.promises.num_offloaded == 0
+        assert engine.guarantee.num_offloaded == 0
         wait_until(lambda: k_min() == 0)
     finally:
         member.stop()

@@ -12,7 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.app import build_app, resolve_device
-from deployments.config import IMPORT_PATH, NUM_CONTROL_CALLS, AppArgs, load_yaml, parse
+from deployments.config import IMPORT_PATH, NUM_CONTROL_CALLS, AppArgs, parse
+from deployments.serve_file import load_yaml
 from selectn_core.config import DeviceConfig, EngineConfig
 from selectn_core.errors import ConfigError
 

@@ -125,7 +125,7 @@ class Replica:
 
 
 def state_of(engine: Engine) -> tuple[object, ...]:
-    plan = engine.target.plan if engine.steering is None else "policy"
+    plan = engine.target.plan if engine.offloading.control.is_manual else "policy"
     return engine.config.slo, engine.objectives, plan
 
 
@@ -155,7 +155,7 @@ def test_objectives_stay_with_a_plan_by_hand(engine):
     assert objectives is not None
     assert objectives.ttft_s == 0.9  # tpot_ms is "auto", which the record says
     reconfigured(engine, BY_HAND)
-    assert engine.steering is None
+    assert engine.offloading.control.is_manual
     assert engine.objectives == objectives
     _, changed, plan = reconfigured(engine, {**BY_HAND, "slo": {"tpot_ms": 200}})
     assert (changed.ttft_s, changed.tpot_s, plan.num_offloaded) == (0.9, 0.2, 2)

@@ -8,36 +8,35 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from selectn_core.batching.attention import ATTENTION_NAME
+from selectn_core.config import EngineConfig
+from selectn_core.device import Device
 from selectn_core.planning.record import Fingerprint, UnitKind
 from selectn_core.weights.units import Unit
-
-if TYPE_CHECKING:
-    from selectn_core.engine.engine import Engine
 
 # Of a model's configuration, what changes with where it was loaded from and not with what it computes.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation", "dtype")
 
 
-def fingerprint_of(engine: Engine) -> Fingerprint:
-    """The fingerprint of what `engine` runs."""
-    config, batch, device = engine.model.config, engine.config.batch, engine.config.device
-    values = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_MODEL}
-    is_emulated = engine.device.kind == "emulated"
+def fingerprint_of(model: PreTrainedModel, config: EngineConfig, device: Device) -> Fingerprint:
+    """The fingerprint of an engine that runs `model` on `device`."""
+    batch = config.batch
+    values = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    is_emulated = device.kind == "emulated"
     return Fingerprint(
         model=hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        model_type=config.model_type,
-        dtype=str(engine.model.dtype).removeprefix("torch."),
+        model_type=model.config.model_type,
+        dtype=str(model.dtype).removeprefix("torch."),
         attention=ATTENTION_NAME,
-        unit=engine.config.offload.unit,
-        device=engine.device.kind,
-        device_name=_cpu_name() if is_emulated else torch.cuda.get_device_name(engine.device.torch_device),
+        unit=config.offload.unit,
+        device=device.kind,
+        device_name=_cpu_name() if is_emulated else torch.cuda.get_device_name(device.torch_device),
         compute_threads=torch.get_num_threads() if is_emulated else 0,
-        link=f"emulated at {device.link_gb_per_s:g} GB/s" if is_emulated else "the GPU's own",
+        link=f"emulated at {config.device.link_gb_per_s:g} GB/s" if is_emulated else "the GPU's own",
         max_batch_tokens=batch.max_batch_tokens,
         max_requests=batch.max_requests,
         page_size=batch.page_size,
