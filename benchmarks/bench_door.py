@@ -23,7 +23,7 @@ from benchmarks.common import Check, finish, parse_arguments, table
 from deployments.replica.door import Door, Visit
 from deployments.routing.admission import Admission, AdmissionConfig
 from deployments.routing.board import Board
-from deployments.routing.headroom_report import MAX_ORIGINS, Ask, Promise, ReplicaReport
+from deployments.routing.headroom_report import MAX_ORIGINS, Ask, HeadroomReport, Promise
 from deployments.routing.shared_board import SharedBoard
 
 NUM_INSIDE, NUM_REPLICAS = (64, 128, 256, 512), (16, 32, 64, 128)
@@ -93,7 +93,7 @@ async def _board(num_replicas: int, num_samples: int) -> dict[str, Any]:
     config = AdmissionConfig(max_queued_requests=NUM_QUEUED, timeout_s=600.0, refuse_late=False)
     admission = Admission(shared, config)
     names = [f"replica{number}" for number in range(num_replicas)]
-    empty = ReplicaReport(
+    empty = HeadroomReport(
         replica_id="r",
         reported_s=0.0,
         kv_capacity_tokens=100 * OWN_PER_REPLICA,
@@ -105,9 +105,9 @@ async def _board(num_replicas: int, num_samples: int) -> dict[str, Any]:
     others = tuple(Promise(origin=f"o{number}", tokens=100, requests=8) for number in range(MAX_ORIGINS))
     full = replace(empty, promises=others, prefixes=tuple(range(128)))
 
-    latest: dict[str, ReplicaReport | None] = dict.fromkeys(names, full)
+    latest: dict[str, HeadroomReport | None] = dict.fromkeys(names, full)
 
-    def a_fifth_reports(number: int) -> dict[str, ReplicaReport | None]:
+    def a_fifth_reports(number: int) -> dict[str, HeadroomReport | None]:
         """Replicas report twice a second, and Serve tells callers of what is new ten times a second."""
         latest.update({name: replace(full, reported_s=1.0 + number) for name in names[number % 5 :: 5]})
         return dict(latest)
@@ -138,7 +138,7 @@ async def _board(num_replicas: int, num_samples: int) -> dict[str, Any]:
     return {"what": "board", "of": "replicas", "number": num_replicas, "seconds": seconds}
 
 
-def _observe(board: Board, reports: dict[str, ReplicaReport | None]) -> None:
+def _observe(board: Board, reports: dict[str, HeadroomReport | None]) -> None:
     """Takes them in, and adds up what is asked of them next."""
     board.observe(reports)
     board.drain_tokens_per_s()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from selectn_core.config import EngineConfig
 from selectn_core.engine.engine import Engine
-from selectn_core.offload.executor import Executor, OverlappedExecutor
+from selectn_core.offload.executor import Executor
+from selectn_core.offload.overlapped import OverlappedExecutor
 from selectn_core.profiling.profiler import OnProgress
 from selectn_core.profiling.record_cache import performance_record
 from selectn_core.weights.shared_model import ReserveHost, load_on_host, reserve_nothing

@@ -40,7 +40,8 @@ from deployments.replica.detokenizer import Detokenizer, StopStrings
 from deployments.replica.door import Door, Visit
 from deployments.replica.membership import open_member
 from deployments.replica.prompting import PromptEncoder
-from deployments.routing.headroom_report import RecentPrefixes, ReplicaReport, prefix_hashes
+from deployments.routing.headroom_report import HeadroomReport
+from deployments.routing.prefixes import RecentPrefixes, prefix_hashes
 from deployments.routing.sizing import prompt_bytes
 from selectn_core.config import EngineConfig, SloConfig
 from selectn_core.errors import (
@@ -277,14 +278,14 @@ def require_replica(wanted: str | None, own: str) -> None:
         )
 
 
-def replica_report(replica_id: str, engine: Engine, door: Door, prefixes: RecentPrefixes) -> ReplicaReport:
+def replica_report(replica_id: str, engine: Engine, door: Door, prefixes: RecentPrefixes) -> HeadroomReport:
     """What the routers rank a replica by, and its callers admit requests by."""
     headroom, objectives, slo = engine.headroom(), engine.objectives, engine.config.slo
     slack = None
     if headroom.decode_step_s is not None and objectives is not None:
         slack = 1 - headroom.decode_step_s / objectives.tpot_s
     ttft_s = objectives.ttft_s if objectives is not None else None
-    return ReplicaReport(
+    return HeadroomReport(
         replica_id=replica_id,
         reported_s=time.monotonic(),
         kv_capacity_tokens=headroom.kv_capacity_tokens,

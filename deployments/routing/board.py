@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deployments.routing.headroom_report import Ask, ReplicaReport
+from deployments.routing.headroom_report import Ask, HeadroomReport
 from deployments.routing.tallies import NOTHING, Mine, Promised, Seen, Sent
 
 # A caller may have one request waiting at a full replica's door: the next one is there when the last one leaves. And
@@ -61,7 +61,7 @@ class Board:
 
     # -- what is known ------------------------------------------------------------------------------------------
 
-    def observe(self, reports: Mapping[str, ReplicaReport | None]) -> None:
+    def observe(self, reports: Mapping[str, HeadroomReport | None]) -> None:
         """The replicas that run now, with their latest reports. Any other is away for a moment, and then gone.
 
         One that is away is sent nothing. But where it has reported it is expected back: nothing that was known of it is
@@ -94,9 +94,9 @@ class Board:
         """Those that run; where none does, those that are away for a moment."""
         return frozenset(self._seen or self._present())
 
-    def models(self) -> dict[str, ReplicaReport]:
+    def models(self) -> dict[str, HeadroomReport]:
         """The models that replicas serve, as far as they have said, by name: of one name who loaded it last."""
-        found: dict[str, ReplicaReport] = {}
+        found: dict[str, HeadroomReport] = {}
         for seen in (self._seen or self._present()).values():
             report = seen.report
             if report is None or not report.model:
@@ -265,7 +265,7 @@ class Board:
     def _is_fresh(self, seen: Seen, now_s: float) -> bool:
         return seen.report is not None and now_s - seen.seen_s <= self._stale_after_s
 
-    def _fresh_reports(self) -> dict[str, ReplicaReport]:
+    def _fresh_reports(self) -> dict[str, HeadroomReport]:
         """By replica."""
         now_s = self._clock()
         return {
@@ -354,22 +354,22 @@ def _num_requests(seen: Seen, num_unreported: int) -> int:
     return seen.num_requests + num_unreported - min(seen.ended_requests, seen.own_requests)
 
 
-def _prefill_s(report: ReplicaReport, ask: Ask) -> float:
+def _prefill_s(report: HeadroomReport, ask: Ask) -> float:
     return (report.waiting_prefill_tokens + ask.prompt_tokens) * (report.prefill_s_per_token or 0.0)
 
 
-def _may_serve(report: ReplicaReport | None, model: str) -> bool:
+def _may_serve(report: HeadroomReport | None, model: str) -> bool:
     return report is None or not model or not report.model or report.model == model
 
 
-def _may_hold(report: ReplicaReport | None, ask: Ask) -> bool:
+def _may_hold(report: HeadroomReport | None, ask: Ask) -> bool:
     # What is too long for the model itself is the request's mistake, which the replica explains.
     return report is None or (
         _may_serve(report, ask.model) and (report.is_model_limit or ask.least_tokens <= report.longest_request_tokens)
     )
 
 
-def _is_draining(report: ReplicaReport | None) -> bool:
+def _is_draining(report: HeadroomReport | None) -> bool:
     return report is not None and report.is_draining
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import inf, isfinite
 from typing import Any
 
+from deployments.routing.prefixes import MAX_PREFIXES
+
 MAX_ORIGINS = 64
-MAX_PREFIXES = 128
-FIRST_PREFIX_BYTES, NUM_PREFIX_LENGTHS = 128, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +26,7 @@ class Promise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplicaReport:
+class HeadroomReport:
     """What a replica can hold and what it has promised.
 
     `reported_s` is the replica's own clock, and only tells one report from the next. `kv_capacity_tokens` is what it
@@ -78,7 +76,7 @@ class ReplicaReport:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ReplicaReport | None:
+    def from_json(cls, values: Mapping[str, Any]) -> HeadroomReport | None:
         """The report, or None for anything that is none: a replica of another version is unknown, not an error."""
         try:
             known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
@@ -122,34 +120,3 @@ class Ask:
     ttft_s: float | None = None
     prefixes: tuple[int, ...] = ()
     model: str = ""
-
-
-# -- prefixes ---------------------------------------------------------------------------------------------------
-
-
-def prefix_hashes(prompt: bytes) -> tuple[int, ...]:
-    """Hashes of ever longer beginnings of a prompt: 128 bytes, 256, 512, ..., as far as it goes."""
-    lengths = (FIRST_PREFIX_BYTES << i for i in range(NUM_PREFIX_LENGTHS))
-    return tuple(digest(prompt[:length]) for length in lengths if length <= len(prompt))
-
-
-class RecentPrefixes:
-    """The prefixes of a replica's latest requests, `capacity` hashes at most."""
-
-    def __init__(self, capacity: int = MAX_PREFIXES) -> None:
-        self._capacity = capacity
-        self._hashes: OrderedDict[int, None] = OrderedDict()
-
-    def add(self, hashes: Iterable[int]) -> None:
-        for value in hashes:
-            self._hashes[value] = None
-            self._hashes.move_to_end(value)
-        while len(self._hashes) > self._capacity:
-            self._hashes.popitem(last=False)
-
-    def hashes(self) -> tuple[int, ...]:
-        return tuple(self._hashes)
-
-
-def digest(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

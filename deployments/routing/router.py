@@ -12,7 +12,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from deployments.messages import GenerateRequest
 from deployments.routing import shared_board as boards
-from deployments.routing.headroom_report import ReplicaReport
+from deployments.routing.headroom_report import HeadroomReport
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class HeadroomRouter(RequestRouter):
     def initialize_state(self, **_: Any) -> None:
         """Serve's hook."""
         self._shared = boards.board_of(self.app_name)
-        self._read: dict[str, tuple[dict[str, Any], ReplicaReport | None]] = {}
+        self._read: dict[str, tuple[dict[str, Any], HeadroomReport | None]] = {}
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve's hook: the running replicas, or their reports, have changed."""
@@ -33,11 +33,11 @@ class HeadroomRouter(RequestRouter):
             board.observe({replica_id: report for replica_id, (_, report) in self._read.items()})
         self._shared.changed()
 
-    def _read_stats(self, replica: RunningReplica) -> tuple[dict[str, Any], ReplicaReport | None]:
+    def _read_stats(self, replica: RunningReplica) -> tuple[dict[str, Any], HeadroomReport | None]:
         """What the replica has said, and the report that it is. Serve tells of all when one has said anything."""
         stats = replica.routing_stats
         before = self._read.get(replica.replica_id.unique_id)
-        return before if before is not None and before[0] == stats else (stats, ReplicaReport.from_json(stats))
+        return before if before is not None and before[0] == stats else (stats, HeadroomReport.from_json(stats))
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Serve's hook."""

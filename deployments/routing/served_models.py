@@ -12,7 +12,7 @@ from pathlib import Path
 from deployments.api.errors import model_not_found, unavailable
 from deployments.messages import ModelCard
 from deployments.prompt_length import TextBound
-from deployments.routing.headroom_report import ReplicaReport
+from deployments.routing.headroom_report import HeadroomReport
 from deployments.routing.shared_board import SharedBoard
 from selectn_core.config import ModelConfig
 from selectn_core.weights.embedded_model import SERVED_NAME
@@ -81,7 +81,7 @@ def possible_names(config: ModelConfig) -> frozenset[str]:
     return frozenset((config.source, Path(config.source).name, Path(config.source).stem))
 
 
-def _card_in(report: ReplicaReport) -> ModelCard:
+def _card_in(report: HeadroomReport) -> ModelCard:
     bound = None
     if report.most_prompt_chars is not None:
         bound = TextBound(max_chars=report.most_prompt_chars, uncounted=report.uncounted_chars)

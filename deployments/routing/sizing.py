@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from deployments.messages import ChatMessage, GenerateRequest
-from deployments.routing.headroom_report import Ask, prefix_hashes
+from deployments.routing.headroom_report import Ask
+from deployments.routing.prefixes import prefix_hashes
 
 # Until a replica has said how many tokens a prompt had: few texts have more.
 FIRST_TOKENS_PER_BYTE = 0.3

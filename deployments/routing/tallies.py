@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from deployments.routing.headroom_report import Ask, ReplicaReport, digest
+from deployments.routing.headroom_report import Ask, HeadroomReport
+from deployments.routing.prefixes import digest
 
 
 @dataclass(kw_only=True)
@@ -19,7 +20,7 @@ class Sent:
 class Seen:
     """A report, when it came, what it adds up to, and which of our requests in it have ended since."""
 
-    def __init__(self, replica_id: str, report: ReplicaReport | None, seen_s: float, origin: str) -> None:
+    def __init__(self, replica_id: str, report: HeadroomReport | None, seen_s: float, origin: str) -> None:
         self.report, self.seen_s = report, seen_s
         self.ended_tokens = self.ended_requests = 0
         promises = report.promises if report is not None else ()
@@ -77,7 +78,7 @@ class Promised:
 
     def __init__(self, origin: str) -> None:
         self._origin = origin
-        self._counted: dict[str, ReplicaReport] = {}
+        self._counted: dict[str, HeadroomReport] = {}
         self._by_origin: dict[str, list[int]] = {}  # promises, and their tokens
         self.tokens = 0
 
@@ -85,7 +86,7 @@ class Promised:
     def num_origins(self) -> int:
         return len(self._by_origin)
 
-    def update(self, fresh: Mapping[str, ReplicaReport]) -> None:
+    def update(self, fresh: Mapping[str, HeadroomReport]) -> None:
         """These count, and no others: what has changed since is added and taken away."""
         for replica_id, report in [*self._counted.items()]:
             if fresh.get(replica_id) is not report:
@@ -95,7 +96,7 @@ class Promised:
                 self._counted[replica_id] = report
                 self._count(report, 1)
 
-    def _count(self, report: ReplicaReport, sign: int) -> None:
+    def _count(self, report: HeadroomReport, sign: int) -> None:
         for promise in report.promises:
             if promise.origin != self._origin:
                 counts = self._by_origin.setdefault(promise.origin, [0, 0])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from selectn_core.control.estimates import ComputeScale, LinkEstimate
-from selectn_core.control.joining import Admission, Joining, chunks, decode_step, rounded_up
+from selectn_core.control.joining import Joining, StepAdmission, chunks, decode_step, rounded_up
 from selectn_core.control.load import PLANNED_SHARE, TTFT_SHARE, Load, in_turn
 from selectn_core.control.policies import Policy, Situation
 from selectn_core.device import LinkUsage
@@ -117,7 +117,7 @@ class Controller:
             factor = (1 + self._slowdown) * slower
             self._wanted(shape, factor, link, PLANNED_SHARE * tpot_s, self.min_freed_bytes, self.max_offloaded_bytes)
 
-    def admit(self, load: Load, plan: OffloadPlan) -> Admission:
+    def admit(self, load: Load, plan: OffloadPlan) -> StepAdmission:
         """What may join the next step, while `plan` holds."""
         is_short = load.is_full or len(load.fitting) < len(load.waiting)
         self._busy_steps = _BUSY_STEPS if is_short else max(0, self._busy_steps - 1)
@@ -126,7 +126,7 @@ class Controller:
         self._plan_for(load, admission)
         return admission
 
-    def _plan_for(self, load: Load, admission: Admission) -> None:
+    def _plan_for(self, load: Load, admission: StepAdmission) -> None:
         """Notes the step that a plan is made for, with its prefill, and the decode step after it where none decodes."""
         self._planned = self._following = decode_step(load)
         turn, tokens = admission.turn, admission.prefill_tokens

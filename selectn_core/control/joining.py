@@ -24,7 +24,7 @@ HasMemory = Callable[[Load, float, int], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Admission:
+class StepAdmission:
     """What the next step may take in: tokens of prefill, and the requests without KV that may begin, in their turn.
 
     `turn` are those that hold KV and have prefill to do, and those that may begin.
@@ -50,14 +50,14 @@ class Joining:
         self.tpot_s = self.limit_s = self.prefill_s_per_token = math.inf
         self._decoding: list[tuple[float, float]] = []  # of each: its TPOT, and what steps may take for it
 
-    def admit(self, load: Load, lacking_bytes: int, has_memory: HasMemory) -> Admission:
+    def admit(self, load: Load, lacking_bytes: int, has_memory: HasMemory) -> StepAdmission:
         """What may join the next step. Those who hold KV lack `lacking_bytes` of memory if nothing is offloaded."""
         unloaded_s = self.unloaded_s(decode_step(load))
         self._decoding = [(each.tpot_s, tpot_limit_s(each, load.now_s, unloaded_s)) for each in load.decoding]
         beginning = self._beginning(load, lacking_bytes, has_memory) if load.candidates else []
         turn = [*load.begun, *beginning]
         self.prefill_s_per_token = prefill_pace_s(turn, load.now_s, self._max_tokens, self._full_chunk_s)
-        return Admission(prefill_tokens=self._join(load, turn), beginning=beginning, turn=turn)
+        return StepAdmission(prefill_tokens=self._join(load, turn), beginning=beginning, turn=turn)
 
     def _join(self, load: Load, turn: Sequence[Waiting]) -> int:
         """Tokens of prefill for the next step, which is aimed at what those want who will hold KV, and no others."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from selectn_core.config import EngineConfig, SloConfig
 from selectn_core.control.controller import Controller
-from selectn_core.control.joining import Admission
+from selectn_core.control.joining import StepAdmission
 from selectn_core.control.load import PASSED_SHARE, PLANNED_SHARE, Decoding, Load, Waiting
 from selectn_core.control.policies import (
     Fixed,
@@ -64,7 +64,7 @@ class Steering(Control):
         self._weight_sectors = wanted_bytes // arena.sector_bytes
         self.controller.min_freed_bytes = max(0, wanted_bytes - arena.reachable_bytes(0))
         self._decision: Decision | None = None
-        self._admission = Admission(prefill_tokens=0)
+        self._admission = StepAdmission(prefill_tokens=0)
         self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, self.objectives))
         self._num_decoding = 0
         self._lock = threading.Lock()

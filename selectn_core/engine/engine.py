@@ -40,8 +40,10 @@ from selectn_core.memory.kv_geometry import KvGeometry
 from selectn_core.memory.plan_memory import unmeasured_plan
 from selectn_core.memory.workspace import Workspace
 from selectn_core.offload.control import LinkShare
-from selectn_core.offload.executor import Executor, OverlappedExecutor, SynchronousExecutor
+from selectn_core.offload.executor import Executor
 from selectn_core.offload.offloading import Offloading
+from selectn_core.offload.overlapped import OverlappedExecutor
+from selectn_core.offload.synchronous import SynchronousExecutor
 from selectn_core.offload.target import Target
 from selectn_core.planning.record import Fingerprint, PerformanceRecord
 from selectn_core.requests.attainment import Attainment, Outcome

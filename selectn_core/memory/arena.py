@@ -48,7 +48,7 @@ class FixedMemory:
     reachable_bytes = available_bytes
 
 
-class KvPages(Protocol):
+class KvSectors(Protocol):
     """The KV cache's side of the arena, whose sectors are numbered from 0."""
 
     memory: torch.Tensor  # uint8 [num_reserved * sector_bytes + num_sectors * sector_bytes]
@@ -84,7 +84,7 @@ class Arena:
     `min_kv_sectors`.
     """
 
-    def __init__(self, pages: KvPages, *, min_kv_sectors: int) -> None:
+    def __init__(self, pages: KvSectors, *, min_kv_sectors: int) -> None:
         self._pages, self.min_kv_sectors = pages, min_kv_sectors
         self.sector_bytes = pages.sector_bytes
         self.num_sectors = pages.num_sectors

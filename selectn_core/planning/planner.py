@@ -21,8 +21,8 @@ TPOT, TTFT = "TPOT", "TTFT"
 _LARGEST = 1 << 24
 
 
-class StepTimes(Protocol):
-    """What can be promised of a step (`step_times.StepTimes` of a performance record)."""
+class CostModel(Protocol):
+    """What can be promised of a step (`latency.step_times.StepTimes` of a performance record does)."""
 
     def conservative(self, shape: StepShape) -> StepCosts:
         """Costs that a step of this shape does not exceed. Raises NotMeasured."""
@@ -75,7 +75,7 @@ class Workload:
 class UnitSource:
     """One granularity: its times, its memory, and by name the units of it that may be offloaded (None: all)."""
 
-    times: StepTimes
+    times: CostModel
     memory: MemoryModel
     sets: Mapping[str, tuple[int, ...] | None]
 
@@ -89,7 +89,7 @@ class UnitSource:
         ]
 
 
-def _objectives(workload: Workload, times: StepTimes) -> Iterator[Objective]:
+def _objectives(workload: Workload, times: CostModel) -> Iterator[Objective]:
     # Without a limit of its own a decode step is still predicted: the planner says what it takes.
     tpot_s = math.inf if workload.tpot_s is None else workload.tpot_s
     yield Objective(name=TPOT, limit_s=tpot_s, steps=(times.conservative(workload.tpot_shape()),))

@@ -108,7 +108,7 @@ def open_shared(
     resolved: ModelConfig, host: HostConfig, reserve_host: ReserveHost = reserve_nothing
 ) -> tuple[PreTrainedModel, SharedStore]:
     """A model bound to this node's store of its weights, which is built if it is not there. Raises NotShareable."""
-    places, fingerprint = _usable_places(host), fingerprint_of(resolved)
+    places, fingerprint = _usable_places(host), store_fingerprint(resolved)
     store = find_or_build(
         [place.directory for place in places], fingerprint, lambda: _build(resolved, fingerprint, places, reserve_host)
     )
@@ -124,7 +124,7 @@ def open_shared(
 # -- identity -----------------------------------------------------------------------------------------------------
 
 
-def fingerprint_of(resolved: ModelConfig) -> str:
+def store_fingerprint(resolved: ModelConfig) -> str:
     """Equal for equal weights made by equal code, as far as names, sizes, times and versions tell."""
     identity = {
         "source": _source_identity(resolved),

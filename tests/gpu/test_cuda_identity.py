@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selectn_core.offload.executor import OverlappedExecutor, SynchronousExecutor
+from selectn_core.offload.overlapped import OverlappedExecutor
+from selectn_core.offload.synchronous import SynchronousExecutor
 from tests.tiny_models import FAMILIES, NUM_LAYERS
 from tests.unit import test_block_units as blocks
 from tests.unit.engines import engine_config, generate

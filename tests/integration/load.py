@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deployments.replica.detokenizer import Detokenizer
-from deployments.routing.headroom_report import prefix_hashes
+from deployments.routing.prefixes import prefix_hashes
 from tests.integration.processes import wait_until
 
 TIMEOUT_S = 150

@@ -42,7 +42,7 @@ from deployments.commands.local_cluster import LOOPBACK, end_processes, keep_ray
 from deployments.commands.recovery import Loss, Surroundings, recovery_bounds_s
 from deployments.config import IMPORT_PATH, REPLICA_NAME, AppArgs
 from deployments.ray_private import start_serve
-from deployments.routing.headroom_report import ReplicaReport as HeadroomReport
+from deployments.routing.headroom_report import HeadroomReport
 from tests.integration.agent_cluster import IMPATIENT as IMPATIENT_RAY
 
 APP, MODEL, BUS = "tiny", "tiny", "bus"

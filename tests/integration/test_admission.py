@@ -24,7 +24,7 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.config import REPLICA_NAME, AppArgs
 from deployments.routing.admission import Admission
 from deployments.routing.board import DOOR_REQUESTS
-from deployments.routing.headroom_report import ReplicaReport
+from deployments.routing.headroom_report import HeadroomReport
 from deployments.routing.shared_board import board_of
 from tests.integration.conftest import (
     NUM_PAIR_INGRESSES,
@@ -64,15 +64,15 @@ def replica_actors(deployment: str = REPLICA_NAME) -> list[ray.actor.ActorHandle
     return actors
 
 
-def report_of(actor: ray.actor.ActorHandle) -> ReplicaReport | None:
+def report_of(actor: ray.actor.ActorHandle) -> HeadroomReport | None:
     """None for one that is starting or gone."""
     try:
-        return ReplicaReport.from_json(ray.get(actor.record_routing_stats.remote(), timeout=20))
+        return HeadroomReport.from_json(ray.get(actor.record_routing_stats.remote(), timeout=20))
     except (ray.exceptions.RayError, TypeError):
         return None
 
 
-def reports() -> dict[str, ReplicaReport]:
+def reports() -> dict[str, HeadroomReport]:
     """Each running replica's report."""
     found = [report_of(actor) for actor in replica_actors()]
     return {each.replica_id: each for each in found if each is not None}

@@ -12,7 +12,9 @@ from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError, UnsupportedModel
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.memory.plan_memory import fewest_offloaded, plan_bytes
-from selectn_core.offload.executor import Executor, OverlappedExecutor, SynchronousExecutor
+from selectn_core.offload.executor import Executor
+from selectn_core.offload.overlapped import OverlappedExecutor
+from selectn_core.offload.synchronous import SynchronousExecutor
 from selectn_core.weights.units import Unit
 from tests.tiny_models import FAMILIES, NUM_LAYERS, tiny_model
 from tests.unit.engines import BeforeStep, CheckedEngine, engine_config, generate, greedy, make_prompts

@@ -13,7 +13,9 @@ from selectn_core.device.emulated import EmulatedDevice, EmulatedEvent
 from selectn_core.engine.engine import Engine
 from selectn_core.errors import LinkError
 from selectn_core.latency.placement import OffloadPlan
-from selectn_core.offload.executor import Executor, OverlappedExecutor, SynchronousExecutor
+from selectn_core.offload.executor import Executor
+from selectn_core.offload.overlapped import OverlappedExecutor
+from selectn_core.offload.synchronous import SynchronousExecutor
 from tests.tiny_models import FAMILIES, NUM_LAYERS, tiny_model
 from tests.unit.engines import BeforeStep, CheckedEngine, engine_config, generate, greedy, make_prompts
 

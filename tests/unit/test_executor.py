@@ -16,7 +16,9 @@ from selectn_core.device.emulated import EmulatedDevice, EmulatedEvent
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.memory.plan_memory import plan_bytes
-from selectn_core.offload.executor import Executor, OverlappedExecutor, SynchronousExecutor
+from selectn_core.offload.executor import Executor
+from selectn_core.offload.overlapped import OverlappedExecutor
+from selectn_core.offload.synchronous import SynchronousExecutor
 from selectn_core.weights.host_store import HostStore
 from selectn_core.weights.units import find_units
 from tests.tiny_models import FAMILIES

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selectn_core.control.controller import Controller, Decision
-from selectn_core.control.joining import Admission
+from selectn_core.control.joining import StepAdmission
 from selectn_core.control.load import PLANNED_SHARE, Decoding, Load, Waiting, prefill_pace_s
 from selectn_core.control.policies import SelectN
 from selectn_core.control.steering import load_of
@@ -51,7 +51,7 @@ def waiting(tpot_s: float, tokens: int = 16, **values: float) -> Waiting:
     return Waiting(**{"prefill_tokens": tokens, "deadline_s": FAR_S, "tpot_s": tpot_s, **values})
 
 
-def answers(load: Load, num_steps: int = 6, times: StepTimes = TIMES) -> tuple[Admission, list[Decision]]:
+def answers(load: Load, num_steps: int = 6, times: StepTimes = TIMES) -> tuple[StepAdmission, list[Decision]]:
     """What a new controller says of the same requests, step after step, until it has settled."""
     controller = Controller(times, LINK, SelectN(FRONTIER), max_tokens=MAX_TOKENS)
     plan, decisions = OffloadPlan(offloaded=(), num_slots=1, num_units=NUM_UNITS), []

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 
 from selectn_core.batching.attention import ATTENTION_NAME, varlen_attention
 from selectn_core.errors import LinkError, UnsupportedModel
-from selectn_core.offload.executor import OverlappedExecutor
+from selectn_core.offload.overlapped import OverlappedExecutor
 from selectn_core.weights.checkpoint import LoadedModel
 from selectn_core.weights.units import Unit
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model

@@ -28,7 +28,7 @@ from selectn_core.errors import (
 from selectn_core.start import load_engine
 from selectn_core.weights import shared_model
 from selectn_core.weights.checkpoint import LoadedModel, load_model, resolve_source
-from selectn_core.weights.shared_model import fingerprint_of, load_on_host
+from selectn_core.weights.shared_model import load_on_host, store_fingerprint
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.unit.engine_users import EngineUser, shared_config
 from tests.unit.engines import CheckedEngine, engine_config, generate, greedy, make_prompts
@@ -274,12 +274,12 @@ def test_a_private_copy_needs_no_store(checkpoint_of, host) -> None:
 def test_the_same_checkpoint_has_the_same_fingerprint(checkpoint_of) -> None:
     resolved = resolve_source(ModelConfig(source=checkpoint_of()))
     named = resolve_source(ModelConfig(source=checkpoint_of() + "/../" + Path(checkpoint_of()).name, served_name="x"))
-    assert fingerprint_of(resolved) == fingerprint_of(named)
+    assert store_fingerprint(resolved) == store_fingerprint(named)
 
 
 def test_different_weights_have_different_fingerprints(tmp_path, checkpoint_of) -> None:
     def fingerprint(source: str, **settings) -> str:
-        return fingerprint_of(resolve_source(ModelConfig(source=source, **settings)))
+        return store_fingerprint(resolve_source(ModelConfig(source=source, **settings)))
 
     mine = tmp_path / "mine"
     tiny_model().model.save_pretrained(mine)
@@ -297,7 +297,7 @@ def test_different_weights_have_different_fingerprints(tmp_path, checkpoint_of) 
 def test_commits_of_a_hub_model_have_different_fingerprints(monkeypatch) -> None:
     monkeypatch.setattr(shared_model, "cached_file", lambda *_, revision: f"/cache/snapshots/{revision}/config.json")
     commits = [ModelConfig(source="some/model", revision=revision) for revision in ("aaa", "bbb")]
-    assert fingerprint_of(commits[0]) == fingerprint_of(commits[0]) != fingerprint_of(commits[1])
+    assert store_fingerprint(commits[0]) == store_fingerprint(commits[0]) != store_fingerprint(commits[1])
 
 
 # -- where there is no room ---------------------------------------------------------------------------------------

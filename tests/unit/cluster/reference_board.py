@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deployments.routing.headroom_report import Ask, Promise, ReplicaReport
+from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
 
 # A caller may have one request waiting at a full replica's door: the next one is there when the last one leaves. And
 # where that waits for KV, one more that is smaller: there may be room for it before there is for the other.
@@ -53,7 +53,7 @@ class _Sent:
 class _Seen:
     """A report, when it came, and which of our requests in it have ended since. `left_s` None: the replica runs."""
 
-    report: ReplicaReport | None
+    report: HeadroomReport | None
     seen_s: float
     left_s: float | None = None
     ended_tokens: int = 0
@@ -72,7 +72,7 @@ class Board:
 
     # -- what is known ------------------------------------------------------------------------------------------
 
-    def observe(self, reports: Mapping[str, ReplicaReport | None]) -> None:
+    def observe(self, reports: Mapping[str, HeadroomReport | None]) -> None:
         """The replicas that run now, with their latest reports; any other is away for a moment, and then gone."""
         now_s, before = self._clock(), self._present
         for replica_id, seen in before.items():
@@ -250,7 +250,7 @@ class Board:
     def _is_fresh(self, seen: _Seen) -> bool:
         return seen.report is not None and self._clock() - seen.seen_s <= self._stale_after_s
 
-    def _fresh_reports(self) -> list[ReplicaReport]:
+    def _fresh_reports(self) -> list[HeadroomReport]:
         return [seen.report for seen in self._seen.values() if seen.report is not None and self._is_fresh(seen)]
 
     def _add(self, sent: _Sent) -> None:
@@ -261,10 +261,10 @@ class Board:
     def _mine(self, replica_id: str) -> list[_Sent]:
         return list(self._sent_to.get(replica_id, {}).values())
 
-    def _own(self, report: ReplicaReport) -> list[Promise]:
+    def _own(self, report: HeadroomReport) -> list[Promise]:
         return [promise for promise in report.promises if promise.origin == self._origin]
 
-    def _unreported(self, report: ReplicaReport, mine: list[_Sent]) -> list[_Sent]:
+    def _unreported(self, report: HeadroomReport, mine: list[_Sent]) -> list[_Sent]:
         """Those of `mine` that the report knows nothing of."""
         reported = max((promise.sequence for promise in self._own(report)), default=0)
         return [sent for sent in mine if sent.sequence > reported]
@@ -285,14 +285,14 @@ class Board:
             return 0
         return max(0, room)
 
-    def _num_requests(self, replica_id: str, report: ReplicaReport, mine: list[_Sent]) -> int:
+    def _num_requests(self, replica_id: str, report: HeadroomReport, mine: list[_Sent]) -> int:
         """Requests on the replica and on their way there, those that have ended since it reported not counted."""
         own = sum(promise.requests for promise in self._own(report))
         ended = min(self._seen[replica_id].ended_requests, own)
         reported = sum(promise.requests for promise in report.promises)
         return reported + len(self._unreported(report, mine)) - ended
 
-    def _standing(self, replica_id: str, report: ReplicaReport | None, ask: Ask) -> Standing:
+    def _standing(self, replica_id: str, report: HeadroomReport | None, ask: Ask) -> Standing:
         mine = [sent for sent in self._mine(replica_id) if sent.ask.request_id != ask.request_id]
         at_door = [sent.ask.tokens for sent in mine if sent.at_door]
         room = self._room(replica_id, mine)
@@ -315,7 +315,7 @@ class Board:
             may_pass=may_pass,
         )
 
-    def _prefill_s(self, report: ReplicaReport, ask: Ask) -> float:
+    def _prefill_s(self, report: HeadroomReport, ask: Ask) -> float:
         return (report.waiting_prefill_tokens + ask.prompt_tokens) * (report.prefill_s_per_token or 0.0)
 
     def _by_room(self, standings: list[Standing], ask: Ask) -> list[Standing]:
@@ -334,12 +334,12 @@ class Board:
         return sorted(standings, key=key)
 
 
-def _may_hold(report: ReplicaReport | None, ask: Ask) -> bool:
+def _may_hold(report: HeadroomReport | None, ask: Ask) -> bool:
     # What is too long for the model itself is the request's mistake, which the replica explains.
     return report is None or report.is_model_limit or ask.least_tokens <= report.longest_request_tokens
 
 
-def _is_draining(report: ReplicaReport | None) -> bool:
+def _is_draining(report: HeadroomReport | None) -> bool:
     return report is not None and report.is_draining
 
 

@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from deployments.routing.board import DOOR_REQUESTS, Board
-from deployments.routing.headroom_report import (
-    MAX_PREFIXES,
-    Ask,
-    Promise,
-    RecentPrefixes,
-    ReplicaReport,
-    prefix_hashes,
-)
+from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
+from deployments.routing.prefixes import MAX_PREFIXES, RecentPrefixes, prefix_hashes
 
 ME = "me"
 STALE_AFTER_S = 5.0
@@ -32,9 +26,9 @@ class Clock:
         return self.now_s
 
 
-def report(replica_id: str, capacity: int = 1000, **fields: Any) -> ReplicaReport:
+def report(replica_id: str, capacity: int = 1000, **fields: Any) -> HeadroomReport:
     values = {"reported_s": 1.0, "longest_request_tokens": 2000, "max_requests": 8, **fields}
-    return ReplicaReport(replica_id=replica_id, kv_capacity_tokens=capacity, **values)
+    return HeadroomReport(replica_id=replica_id, kv_capacity_tokens=capacity, **values)
 
 
 def ask(request_id: str = "r", tokens: int = 100, **fields: Any) -> Ask:
@@ -42,7 +36,7 @@ def ask(request_id: str = "r", tokens: int = 100, **fields: Any) -> Ask:
     return Ask(request_id=request_id, tokens=tokens, **values)
 
 
-def board_of(*reports: ReplicaReport, clock: Clock | None = None) -> Board:
+def board_of(*reports: HeadroomReport, clock: Clock | None = None) -> Board:
     board = Board(ME, stale_after_s=STALE_AFTER_S, clock=clock or Clock())
     board.observe({each.replica_id: each for each in reports})
     return board
@@ -244,34 +238,34 @@ class TestMissingAndStaleReports:
 
     @given(
         st.dictionaries(
-            st.sampled_from([*ReplicaReport.__dataclass_fields__, "zzz"]),
+            st.sampled_from([*HeadroomReport.__dataclass_fields__, "zzz"]),
             st.none() | st.text() | st.integers() | st.lists(st.integers()),
         )
     )
     def test_anything_that_is_no_report_is_none_or_one(self, values):
-        found = ReplicaReport.from_json({**report("a").to_json(), **values})
-        assert found is None or isinstance(found, ReplicaReport)
+        found = HeadroomReport.from_json({**report("a").to_json(), **values})
+        assert found is None or isinstance(found, HeadroomReport)
 
     def test_a_report_survives_the_way(self):
         sent = report("a", promises=others(3), prefixes=(1, 2), slack=0.5, drain_tokens_per_s=7.0)
-        assert ReplicaReport.from_json(sent.to_json()) == sent
-        assert ReplicaReport.from_json({}) is None
+        assert HeadroomReport.from_json(sent.to_json()) == sent
+        assert HeadroomReport.from_json({}) is None
         for name in ("drain_tokens_per_s", "reported_s", "slack"):
             for value in (float("nan"), float("inf")):
-                assert ReplicaReport.from_json({**sent.to_json(), name: value}) is None
+                assert HeadroomReport.from_json({**sent.to_json(), name: value}) is None
 
     def test_a_report_that_names_its_model_arrives_whole(self):
         sent = report("a", model="m", max_model_len=8, model_created_unix_s=3)
-        assert ReplicaReport.from_json(sent.to_json()) == sent
+        assert HeadroomReport.from_json(sent.to_json()) == sent
         for wrong in ({"model": 1}, {"max_model_len": -1}, {"model_created_unix_s": 0.5}):
-            assert ReplicaReport.from_json({**sent.to_json(), **wrong}) is None
+            assert HeadroomReport.from_json({**sent.to_json(), **wrong}) is None
 
     def test_an_objective_is_a_time_and_may_be_endless(self):
         sent = report("a", ttft_s=0.5, tightest_ttft_s=0.25, loosest_ttft_s=float("inf"))
-        assert ReplicaReport.from_json(sent.to_json()) == sent
+        assert HeadroomReport.from_json(sent.to_json()) == sent
         for name in ("ttft_s", "tightest_ttft_s", "loosest_ttft_s"):
             for value in (0.0, -1.0, float("nan"), "1"):
-                assert ReplicaReport.from_json({**sent.to_json(), name: value}) is None
+                assert HeadroomReport.from_json({**sent.to_json(), name: value}) is None
 
 
 def test_a_callers_share_of_what_drains_is_its_share_of_what_is_promised():
@@ -295,7 +289,7 @@ def test_recent_prefixes_are_bounded_and_the_latest():
     recent.add([3, 1, 4])
     assert set(recent.hashes()) == {3, 1, 4}
     assert (
-        len(ReplicaReport.from_json(replace(report("a"), prefixes=tuple(range(999))).to_json()).prefixes)
+        len(HeadroomReport.from_json(replace(report("a"), prefixes=tuple(range(999))).to_json()).prefixes)
         == MAX_PREFIXES
     )
 
@@ -310,7 +304,7 @@ class BoardMachine(RuleBasedStateMachine):
         super().__init__()
         self.clock = Clock()
         self.board = Board(ME, stale_after_s=STALE_AFTER_S, clock=self.clock)
-        self.reports: dict[str, ReplicaReport | None] = {}
+        self.reports: dict[str, HeadroomReport | None] = {}
         self.placed: dict[str, tuple[str, Ask]] = {}
         self.num = 0
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from deployments.replica.door import Door, Visit
 from deployments.replica.forecast import Course, Footprints, Forecast
 from deployments.routing.board import Board
-from deployments.routing.headroom_report import Ask, Promise, ReplicaReport
+from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
 from selectn_core.errors import EngineOverloaded
 from tests.unit.cluster import reference_board, reference_door
 
@@ -187,7 +187,7 @@ PROMISES = st.lists(
     unique_by=lambda promise: promise.origin,
 ).map(tuple)
 REPORTS = st.builds(
-    ReplicaReport,
+    HeadroomReport,
     replica_id=st.just("r"),
     reported_s=st.integers(0, 3).map(float),
     kv_capacity_tokens=st.integers(0, 600),
@@ -329,7 +329,7 @@ def full_board(num_replicas: int, num_origins: int, board_type: Any = Board) -> 
     board = board_type(ME, stale_after_s=5.0, clock=lambda: 0.0)
     names = [f"replica{number}" for number in range(num_replicas)]
     promises = tuple(Promise(origin=f"o{i}", tokens=10, requests=1) for i in range(num_origins))
-    report = ReplicaReport(
+    report = HeadroomReport(
         replica_id="r",
         reported_s=0.0,
         kv_capacity_tokens=40,

@@ -19,7 +19,7 @@ from deployments.api.errors import ApiError
 from deployments.messages import Priority
 from deployments.replica.door import Door, Visit
 from deployments.routing.admission import Admission, AdmissionConfig
-from deployments.routing.headroom_report import Ask, ReplicaReport
+from deployments.routing.headroom_report import Ask, HeadroomReport
 from deployments.routing.shared_board import SharedBoard
 
 STEP_S, STEP_SPREAD = 0.2, 0.1
@@ -113,7 +113,7 @@ class ModelledReplica:
             self._door.let_in()
             self._num_reports += 1
             waiting_prompts = sum(request.visit.prompt_tokens for request in self._prompts)
-            report = ReplicaReport(
+            report = HeadroomReport(
                 replica_id="a",
                 reported_s=float(self._num_reports),
                 kv_capacity_tokens=self._capacity,

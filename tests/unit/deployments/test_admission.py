@@ -10,7 +10,7 @@ import pytest
 from deployments.api.errors import ApiError
 from deployments.routing.admission import Admission, AdmissionConfig, Claim, Turn
 from deployments.routing.board import Board
-from deployments.routing.headroom_report import Ask, Promise, ReplicaReport
+from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
 from deployments.routing.shared_board import SharedBoard
 
 # Of one replica, full of somebody else's requests.
@@ -33,7 +33,7 @@ class Case:
         with self.shared.locked() as board:
             board.observe(
                 {
-                    name: ReplicaReport(replica_id=name, reported_s=float(self.num_reports), **values)
+                    name: HeadroomReport(replica_id=name, reported_s=float(self.num_reports), **values)
                     for name in replica_ids or ("a",)
                 }
             )
@@ -659,7 +659,7 @@ def test_a_replica_that_has_died_or_was_stopping_is_not_expected_back():
     for is_draining in (True, False):
         board = Board("me", stale_after_s=5.0, clock=lambda: now_s[0])
         values = {"kv_capacity_tokens": 1000, "longest_request_tokens": 1500, "max_requests": 8}
-        board.observe({"a": ReplicaReport(replica_id="a", reported_s=1.0, is_draining=is_draining, **values)})
+        board.observe({"a": HeadroomReport(replica_id="a", reported_s=1.0, is_draining=is_draining, **values)})
         board.observe({})
         if not is_draining:
             assert board.replica_ids

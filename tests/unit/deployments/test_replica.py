@@ -11,7 +11,8 @@ import pytest
 
 from deployments.replica.door import Door
 from deployments.replica.replica import replica_report, require_replica
-from deployments.routing.headroom_report import RecentPrefixes, ReplicaReport
+from deployments.routing.headroom_report import HeadroomReport
+from deployments.routing.prefixes import RecentPrefixes
 from selectn_core.config import SloConfig
 from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError, EngineUnavailable, RequestError
@@ -28,10 +29,10 @@ def engine() -> Iterator[Engine]:
         yield engine
 
 
-def report_of(engine: Engine) -> ReplicaReport:
+def report_of(engine: Engine) -> HeadroomReport:
     door = Door(engine.reachable_kv_tokens, max_requests=4, max_waiting=4)
     report = replica_report("a", engine, door, RecentPrefixes())
-    assert ReplicaReport.from_json(report.to_json()) == report
+    assert HeadroomReport.from_json(report.to_json()) == report
     return report
 
 

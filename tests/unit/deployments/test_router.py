@@ -12,7 +12,8 @@ import pytest
 
 from deployments.messages import GenerateRequest, Sampling
 from deployments.routing import shared_board as boards
-from deployments.routing.headroom_report import Ask, Promise, ReplicaReport, prefix_hashes
+from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
+from deployments.routing.prefixes import prefix_hashes
 from deployments.routing.router import HeadroomRouter
 from deployments.routing.shared_board import SharedBoard
 from tests.unit.deployments.serve_router import MAX_ONGOING_REQUESTS, ServeRouting
@@ -36,7 +37,7 @@ class Case:
         """What the replica's `record_routing_stats` answers."""
         self.num_reports += 1
         values = {"longest_request_tokens": 2000, "max_requests": 8, "prefill_s_per_token": 0.001, **fields}
-        report = ReplicaReport(
+        report = HeadroomReport(
             replica_id=replica_id, reported_s=float(self.num_reports), kv_capacity_tokens=capacity, **values
         )
         return report.to_json()

@@ -13,7 +13,7 @@ from deployments.api.errors import ApiError
 from deployments.messages import ModelCard
 from deployments.prompt_length import TextBound
 from deployments.replica.replica import served_fields
-from deployments.routing.headroom_report import ReplicaReport
+from deployments.routing.headroom_report import HeadroomReport
 from deployments.routing.served_models import ServedModels, possible_names
 from deployments.routing.shared_board import SharedBoard
 from selectn_core.config import ModelConfig
@@ -31,7 +31,7 @@ class Case:
         self.num_asked += 1
         return self.asked
 
-    def run(self, **replicas: str | ReplicaReport | None) -> None:
+    def run(self, **replicas: str | HeadroomReport | None) -> None:
         """These replicas run, each with this model; None: it has not said."""
         reports = {
             name: report(name, model=model) if isinstance(model, str) else model for name, model in replicas.items()
@@ -46,9 +46,9 @@ class Case:
             return error.status if error.status != 503 or error.retry_after_s is not None else "503 without a time"
 
 
-def report(replica_id: str, **fields: Any) -> ReplicaReport:
+def report(replica_id: str, **fields: Any) -> HeadroomReport:
     values = {"kv_capacity_tokens": 1000, "longest_request_tokens": 500, "max_requests": 8, "max_model_len": 100}
-    return ReplicaReport(replica_id=replica_id, reported_s=1.0, **{**values, **fields})
+    return HeadroomReport(replica_id=replica_id, reported_s=1.0, **{**values, **fields})
 
 
 def run(check: Callable[[], Awaitable[None]]) -> None:
@@ -90,7 +90,7 @@ def test_of_one_name_the_limits_are_those_of_who_loaded_it_last() -> None:
 def test_a_card_is_the_same_by_way_of_a_report(bound: TextBound | None) -> None:
     card = ModelCard(name="m", max_model_len=100, created_unix_s=2, text_bound=bound)
     said = report("a", **served_fields(card))
-    read = ReplicaReport.from_json(json.loads(json.dumps(said.to_json())))
+    read = HeadroomReport.from_json(json.loads(json.dumps(said.to_json())))
 
     async def check() -> None:
         case = Case()
@@ -102,7 +102,7 @@ def test_a_card_is_the_same_by_way_of_a_report(bound: TextBound | None) -> None:
 
 @pytest.mark.parametrize("fields", [{"most_prompt_chars": -1}, {"most_prompt_chars": 0.5}, {"uncounted_chars": None}])
 def test_a_report_with_no_sensible_bound_is_none(fields: dict[str, Any]) -> None:
-    assert ReplicaReport.from_json({**report("a", model="m").to_json(), **fields}) is None
+    assert HeadroomReport.from_json({**report("a", model="m").to_json(), **fields}) is None
 
 
 def test_where_no_replica_has_reported_one_is_asked_again_whenever_the_replicas_change() -> None:

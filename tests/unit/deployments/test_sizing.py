@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.messages import ChatMessage, GenerateRequest, Sampling
-from deployments.routing.headroom_report import prefix_hashes
+from deployments.routing.prefixes import prefix_hashes
 from deployments.routing.sizing import PromptSizes, prompt_bytes
 
 
