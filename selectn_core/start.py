@@ -11,7 +11,8 @@ from selectn_core.offload.executor import Executor
 from selectn_core.offload.overlapped import OverlappedExecutor
 from selectn_core.profiling.profiler import OnProgress
 from selectn_core.profiling.record_cache import performance_record
-from selectn_core.weights.shared_model import ReserveHost, load_on_host, reserve_nothing
+from selectn_core.weights.shared_model import load_on_host
+from selectn_core.weights.store_places import ReserveHost, reserve_nothing
 
 
 def load_engine(

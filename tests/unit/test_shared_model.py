@@ -26,7 +26,7 @@ from selectn_core.errors import (
     UnsupportedModel,
 )
 from selectn_core.start import load_engine
-from selectn_core.weights import shared_model
+from selectn_core.weights import shared_model, store_binding, store_building, store_places
 from selectn_core.weights.checkpoint import LoadedModel, load_model, resolve_source
 from selectn_core.weights.shared_model import load_on_host, store_fingerprint
 from tests.tiny_models import FAMILIES, tiny_model
@@ -119,7 +119,7 @@ def test_a_family_of_these_ties_its_embeddings() -> None:
 def test_the_second_does_not_read_the_checkpoint(checkpoint_of, host, monkeypatch) -> None:
     config = ModelConfig(source=checkpoint_of())
     first = load_on_host(config, host)
-    monkeypatch.setattr(shared_model, "load_weights", lambda _: pytest.fail("the checkpoint is read again"))
+    monkeypatch.setattr(store_building, "load_weights", lambda _: pytest.fail("the checkpoint is read again"))
     second = load_on_host(config, host)
     assert same_tensors(first.model, second.model)
     first.store.close()
@@ -164,7 +164,7 @@ def test_a_model_with_an_infinite_limit_by_default_is_made_again_from_its_descri
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     assert float("inf") in model.config.time_step_limit
-    again = shared_model._empty_model(shared_model._describe(model))
+    again = store_binding.empty_model(store_building.describe(model))
     assert tuple(again.config.time_step_limit) == tuple(model.config.time_step_limit)
 
 
@@ -308,7 +308,7 @@ def files(tmp_path, monkeypatch):
     """Where `auto` falls back to."""
     directory = tmp_path / "files"
     directory.mkdir()
-    monkeypatch.setattr(shared_model, "FILES", directory)
+    monkeypatch.setattr(store_places, "FILES", directory)
     yield directory
     assert not list(directory.iterdir())
 
@@ -333,7 +333,7 @@ def test_a_directory_for_files_that_is_also_for_memory_is_one_place(checkpoint_o
         directory = tmp_path / "link"
         directory.symlink_to(files)
     host = HostConfig(directory=str(directory))
-    (place,) = shared_model._usable_places(host)
+    (place,) = store_places.usable_places(host)
     assert place.in_memory == is_in_memory(files)
     loaded = load_on_host(ModelConfig(source=checkpoint_of()), host)
     assert loaded.store.path.parent.samefile(files)
@@ -364,7 +364,7 @@ def test_small_shared_memory_that_was_asked_for_is_an_error(checkpoint_of, small
 
 def test_the_cgroups_limit_is_honoured(checkpoint_of, host, files, monkeypatch, caplog) -> None:
     little = HostMemory(available_bytes=4096, limit_bytes=8192, limited_by="/sys/fs/cgroup/pod/memory.max")
-    monkeypatch.setattr(shared_model, "available_host_memory", lambda: little)
+    monkeypatch.setattr(store_places, "available_host_memory", lambda: little)
     config = ModelConfig(source=checkpoint_of())
     with pytest.raises(HostMemoryExceeded, match=r"4,096 are left by /sys/fs/cgroup/pod/memory.max: raise that limit"):
         load_on_host(config, host)
@@ -375,7 +375,7 @@ def test_the_cgroups_limit_is_honoured(checkpoint_of, host, files, monkeypatch, 
 
 
 def test_no_room_anywhere_names_every_place(checkpoint_of, host, files, monkeypatch) -> None:
-    monkeypatch.setattr(shared_model, "free_bytes", lambda _: 17)
+    monkeypatch.setattr(store_places, "free_bytes", lambda _: 17)
     with pytest.raises(HostMemoryExceeded, match=r"stores has 17 bytes free.*; .*files has 17 bytes free"):
         load_on_host(ModelConfig(source=checkpoint_of()), HostConfig(directory=host.directory))
 
@@ -406,7 +406,7 @@ class ForeignModel(LlamaForCausalLM):
 
 def test_a_model_with_code_of_its_own_stays_private(checkpoint_of, host, monkeypatch, caplog) -> None:
     foreign = ForeignModel.from_pretrained(checkpoint_of())
-    monkeypatch.setattr(shared_model, "load_weights", lambda _: foreign)
+    monkeypatch.setattr(store_building, "load_weights", lambda _: foreign)
     config = ModelConfig(source=checkpoint_of())
     loaded = load_on_host(config, HostConfig(directory=host.directory))
     assert loaded.model is foreign
@@ -419,26 +419,26 @@ def test_a_model_with_code_of_its_own_stays_private(checkpoint_of, host, monkeyp
 def test_a_model_with_a_tensor_that_is_neither_parameter_nor_buffer_stays_private(
     checkpoint_of, host, monkeypatch
 ) -> None:
-    describe = shared_model._empty_model
+    describe = store_binding.empty_model
 
     def with_a_plain_tensor(description):
         model = describe(description)
         model.model.norm.scale = torch.ones(3, device="meta")
         return model
 
-    monkeypatch.setattr(shared_model, "_empty_model", with_a_plain_tensor)
+    monkeypatch.setattr(store_building, "empty_model", with_a_plain_tensor)
     with pytest.raises(UnsupportedModel, match=r"model\.norm\.scale is a tensor that is neither"):
         load_on_host(ModelConfig(source=checkpoint_of()), host)
 
 
 def test_a_configuration_that_leads_to_other_tensors_stays_private(checkpoint_of, host, monkeypatch) -> None:
-    describe = shared_model._describe
+    describe = store_building.describe
 
     def with_fewer_layers(model):
         description = describe(model)
         return {**description, "config": {**description["config"], "num_hidden_layers": 2}}
 
-    monkeypatch.setattr(shared_model, "_describe", with_fewer_layers)
+    monkeypatch.setattr(store_building, "describe", with_fewer_layers)
     with pytest.raises(UnsupportedModel, match="its configuration alone leads to other tensors"):
         load_on_host(ModelConfig(source=checkpoint_of()), host)
 
