@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check bench gpu-check constraints clean
+.PHONY: help demo serve test test-fast check bench gpu-check constraints clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -22,13 +22,17 @@ demo: $(READY)  ## Serve a real model with most of it in host memory, ask it a f
 serve: $(READY)  ## Serve the embedded model on http://127.0.0.1:8000 until Ctrl-C
 	$(BIN)/selectn serve
 
-test: $(READY)  ## Run the tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## Run the tests; ARGS are pytest's, e.g. ARGS='tests/unit/control -k limit'
+	$(BIN)/python -m pytest $(ARGS)
 
-check: $(READY)  ## Lint, format check, types
+test-fast: $(READY)  ## Run the tests that need neither torch nor Ray, in half a minute
+	$(BIN)/python -m pytest --fast -q $(ARGS)
+
+check: $(READY)  ## Lint, format check, types, and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --fast -q
 
 bench: $(READY)  ## Run every benchmark; results go to build/
 	mkdir -p build

@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks.common import Check, finish, parse_arguments, table
 from deployments.commands.recovery import LOSSES, Loss, Surroundings
-from tests.integration.load import NUM_CLIENTS, Answer
-from tests.integration.serving_cluster import DEFAULT_PACE, IMPATIENT
-from tests.integration.tiny_checkpoint import save_tiny_llama
-from tests.integration.watched_cluster import Ledgers, WatchedCluster, watched_cluster
+from tests.support.load import NUM_CLIENTS, Answer
+from tests.support.serving_cluster import DEFAULT_PACE, IMPATIENT
+from tests.support.tiny_checkpoint import save_tiny_llama
+from tests.support.watched_cluster import Ledgers, WatchedCluster, watched_cluster
 
 NUM_ROUNDS, NUM_ROUNDS_QUICK = 3, 1
 # What takes longer than its bound is a check that fails; what takes so many times as long ends the benchmark.

@@ -53,7 +53,7 @@ from deployments.routing.replica_client import Generation, ReplicaClient
 from deployments.routing.shared_board import board_of
 from deployments.routing.sizing import PromptSizes
 from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
-from tests.integration.tiny_checkpoint import NUM_LAYERS, save_tiny_llama
+from tests.support.tiny_checkpoint import NUM_LAYERS, save_tiny_llama
 
 NUM_REPLICAS = 2
 # A layer of about 0.15 MB every 8 ms: steps of about 30 ms.

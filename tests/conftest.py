@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.support.imports import libraries_of
+
+HEAVY = {"torch", "transformers", "ray"}
 
 # How long an example takes on a shared machine says nothing about the code.
 settings.register_profile("selectn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -17,3 +22,28 @@ def imports_out_of_the_collector() -> None:
     """Closing an engine collects garbage; walking all of torch and transformers each time takes half the run."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="only tests that load neither torch nor Ray, and are not marked slow"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--fast`: loading torch alone takes longer than these tests."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if config.getoption("--fast") and is_test and HEAVY & libraries_of(collection_path) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks tests that load Ray `ray`, and all that start servers `slow`. With `--fast` slow ones are left out."""
+    for item in items:
+        if "ray" in libraries_of(item.path):
+            item.add_marker(pytest.mark.ray)
+        if "integration" in item.path.parts:
+            item.add_marker(pytest.mark.slow)
+    if config.getoption("--fast"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]

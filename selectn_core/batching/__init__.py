@@ -1,6 +1,6 @@
 """The one place that touches private names of transformers' continuous batching.
 
-tests/unit/test_private_names.py fails, naming the culprit, when an upgrade moves one of them.
+tests/unit/batching/test_private_names.py fails, naming the culprit, when an upgrade moves one of them.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from selectn_core.control.estimates import ComputeScale, LinkEstimate
 from selectn_core.control.joining import Joining, StepAdmission, chunks, decode_step, rounded_up
 from selectn_core.control.load import PLANNED_SHARE, TTFT_SHARE, Load, in_turn
 from selectn_core.control.policies import Policy, Situation
+from selectn_core.control.tuning import ControllerTuning
 from selectn_core.device import LinkUsage
 from selectn_core.latency.placement import OffloadPlan, freed_bytes, nearest_plan
 from selectn_core.latency.prediction_cache import Remembered
@@ -23,22 +24,6 @@ from selectn_core.latency.recurrence import Link, simulate_steps_s
 from selectn_core.latency.step_times import StepTimes, scaled, slowed
 from selectn_core.latency.steps import Chunk, StepRecord, StepShape
 from selectn_core.offload.control import Decision
-
-# While requests wait for memory, what a step may take at most in unloaded steps: they need speed, not more memory.
-_BUSY_STRETCH = 1.1
-# For so many steps after the last one that waited: more are likely to follow, and moving weights costs steps.
-_BUSY_STEPS = 24
-_RAISE_AFTER_LOOKS = 2  # at every other step
-# By how much a step may exceed its limit before weights come home for it (predictions are rounded to a few percent),
-# and by how much more must be freed before others move.
-_TOLERANCE, _GAIN = 0.04, 0.1
-_ROUNDING = 0.02
-_PAYS_OFF_STEPS = 16
-# Steps longer than this many objectives are reason to take memory from running requests.
-_URGENT_SHARE = 1.25
-_FEWEST_COPIED = 2
-# How much slower than recorded steps are rehearsed.
-_REHEARSED = (0.95, 1.05, 1.15)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +49,14 @@ class Controller:
         guaranteed_share: float = 1.0,
         ttft_s: float = math.inf,
         percentile: float = 99.0,
+        tuning: ControllerTuning | None = None,
     ) -> None:
         """`link` is the record's, `slowdown` how much a link that is always busy slows compute.
 
         `guaranteed_share` of the link is there whatever others on its bus do. `ttft_s` is the server's TTFT objective;
         `percentile` of requests, in percent, are to be within theirs.
         """
+        self._tuning = tuning or ControllerTuning()
         self.times, self.policy, self.ttft_s, self.percentile = times, policy, ttft_s, percentile
         self.link = LinkEstimate(link, guaranteed_share)
         self.min_freed_bytes, self.max_offloaded_bytes = 0, None  # type: int, float | None
@@ -113,14 +100,14 @@ class Controller:
         if not self.policy.adapts:
             return
         links = {self.link.link, self.link.guaranteed}
-        for shape, link, slower in product(shapes, links, _REHEARSED):
+        for shape, link, slower in product(shapes, links, self._tuning.rehearsed):
             factor = (1 + self._slowdown) * slower
             self._wanted(shape, factor, link, PLANNED_SHARE * tpot_s, self.min_freed_bytes, self.max_offloaded_bytes)
 
     def admit(self, load: Load, plan: OffloadPlan) -> StepAdmission:
         """What may join the next step, while `plan` holds."""
         is_short = load.is_full or len(load.fitting) < len(load.waiting)
-        self._busy_steps = _BUSY_STEPS if is_short else max(0, self._busy_steps - 1)
+        self._busy_steps = self._tuning.busy_steps if is_short else max(0, self._busy_steps - 1)
         admission = self._joining.admit(load, self.lacking_bytes, self._has_memory)
         self._is_prefill_held = not admission.prefill_tokens and any(each.prefill_tokens for each in admission.turn)
         self._plan_for(load, admission)
@@ -169,7 +156,7 @@ class Controller:
     def _guaranteed_within(self, load: Load, limit_s: float) -> OffloadPlan:
         shape = load.decode_step(len(load.decoding) + 1, rounded_up(load.mean_kv_tokens))
         factor, link = (1 + self._slowdown) * self._scales[True].high, self.link.guaranteed
-        factor = math.ceil(factor / _ROUNDING) * _ROUNDING
+        factor = math.ceil(factor / self._tuning.rounding) * self._tuning.rounding
         asked = (shape, factor, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
         least, most = self.min_freed_bytes, self.max_offloaded_bytes
         return self._remembered.get(asked, lambda: self._wanted(shape, factor, link, limit_s, least, most))
@@ -196,7 +183,7 @@ class Controller:
     def decide(self, shape: StepShape, current: OffloadPlan) -> Decision:
         """The plan for this step."""
         limit_s = self._limit_of(shape)
-        late_s = _URGENT_SHARE * self._joining.tpot_s
+        late_s = self._tuning.urgent_share * self._joining.tpot_s
         self._is_broken = self.link.is_below_guarantee and self._predict(self._following, current) > late_s
         goals = self._goals(limit_s)
         plan = self._settle(goals, current)
@@ -224,7 +211,9 @@ class Controller:
             ]
         in_time_s = TTFT_SHARE * self.ttft_s
         prompts = map(StepShape.prefill, chunks(self._max_tokens) if in_time_s < math.inf else ())
-        largest = next((each for each in prompts if _BUSY_STRETCH * self._joining.unloaded_s(each) <= in_time_s), None)
+        largest = next(
+            (each for each in prompts if self._tuning.busy_stretch * self._joining.unloaded_s(each) <= in_time_s), None
+        )
         if largest is not None:
             goals.append(_Goal(shape=largest, limit_s=in_time_s, objective_s=self.ttft_s))
         return goals
@@ -236,20 +225,20 @@ class Controller:
             planned_tokens = max(1, self._planned.num_tokens - self._planned.num_decodes)
             limit_s = min(limit_s, max(planned_tokens, prefill_tokens) * self._joining.prefill_s_per_token)
         # Below this nothing is won by bringing weights home, and the link is busy with them meanwhile.
-        fastest_s = _BUSY_STRETCH * self._joining.unloaded_s(self._planned)
+        fastest_s = self._tuning.busy_stretch * self._joining.unloaded_s(self._planned)
         is_prefill_alone = self._following is not self._planned  # then no token of anybody's waits for this step
         limit_s = max(limit_s, fastest_s if is_prefill_alone else min(fastest_s, PLANNED_SHARE * self._joining.tpot_s))
         if self._busy_steps and self._guaranteed is not None:
             # Not below what the memory of those who run needs.
             fast_s = max(fastest_s, self._predict(self._planned, self._guaranteed))
-            limit_s = min(limit_s, fast_s * (1 + _ROUNDING))
+            limit_s = min(limit_s, fast_s * (1 + self._tuning.rounding))
         return limit_s
 
     def _choose(self, goals: Sequence[_Goal], current: OffloadPlan) -> OffloadPlan:
         """What the policy wants now: for the first goal, or for another one that this does not meet."""
         wanted = self._choose_for(goals[0], current)
         for goal in goals[1:]:
-            if self._predict(goal.shape, wanted) > goal.limit_s * (1 + _ROUNDING):
+            if self._predict(goal.shape, wanted) > goal.limit_s * (1 + self._tuning.rounding):
                 wanted = self._choose_for(goal, current)
         return wanted
 
@@ -257,7 +246,7 @@ class Controller:
         """At what compute takes beside the copies of `current`, and beside its own."""
         shape, limit_s = goal.shape, goal.limit_s
         wanted = self._choose_beside(shape, current, current, limit_s)
-        if wanted != current and self._predict(shape, wanted) > limit_s * (1 + _ROUNDING):
+        if wanted != current and self._predict(shape, wanted) > limit_s * (1 + self._tuning.rounding):
             wanted = self._choose_beside(shape, wanted, current, limit_s)
         return wanted
 
@@ -270,9 +259,9 @@ class Controller:
 
     def _most_offloaded_bytes(self, current: OffloadPlan) -> float | None:
         """While nothing is copied the link is not known: then it is tried with two units before more depend on it."""
-        if not self.link.is_stale or current.num_offloaded > _FEWEST_COPIED:
+        if not self.link.is_stale or current.num_offloaded > self._tuning.fewest_copied:
             return self.max_offloaded_bytes
-        most = _FEWEST_COPIED * max(self.times.unit_bytes)
+        most = self._tuning.fewest_copied * max(self.times.unit_bytes)
         return most if self.max_offloaded_bytes is None else min(most, self.max_offloaded_bytes)
 
     def _settle(self, goals: Sequence[_Goal], current: OffloadPlan) -> OffloadPlan:
@@ -280,7 +269,9 @@ class Controller:
         if not self.policy.adapts:
             return self._choose(goals, current)
         exceeds_range = self._exceeds_range(current)
-        missed = next((g for g in goals if self._predict(g.shape, current) > g.limit_s * (1 + _TOLERANCE)), None)
+        missed = next(
+            (g for g in goals if self._predict(g.shape, current) > g.limit_s * (1 + self._tuning.tolerance)), None
+        )
         self._looks = exceeds_range or missed is not None or not self._looks
         if not self._looks:  # nothing presses: what more could be offloaded is asked at every other step
             return current
@@ -293,9 +284,9 @@ class Controller:
             plan = self._with_few_moves(goals, current, wanted)
             return plan if self._is_worth_moving(missed, current, plan) else current
         # weights come home over the link, and other ones go for a reason: neither is free
-        gains = self._freed_bytes(wanted) > (1 + _GAIN) * self._freed_bytes(current)
+        gains = self._freed_bytes(wanted) > (1 + self._tuning.gain) * self._freed_bytes(current)
         self._may_raise = self._may_raise + 1 if gains else 0
-        if self._may_raise < _RAISE_AFTER_LOOKS:
+        if self._may_raise < self._tuning.raise_after_looks:
             return current
         return self._with_few_moves(goals, current, wanted)
 
@@ -316,7 +307,7 @@ class Controller:
             return True
         promoted_bytes = sum(self.times.unit_bytes[unit] for unit in set(current.offloaded) - set(plan.offloaded))
         saved_s = self._predict(shape, current) - self._predict(shape, plan)
-        return saved_s * _PAYS_OFF_STEPS >= promoted_bytes / self.link.link.bytes_per_s
+        return saved_s * self._tuning.pays_off_steps >= promoted_bytes / self.link.link.bytes_per_s
 
     def _freed_bytes(self, plan: OffloadPlan) -> int:
         return freed_bytes(plan, self.times.unit_bytes)
@@ -326,7 +317,7 @@ class Controller:
             return wanted
         near = nearest_plan(current, wanted)
         wanted_bytes = self._freed_bytes(wanted)
-        least_bytes = max((1 - _GAIN) * wanted_bytes, min(wanted_bytes, self.held_freed_bytes))
+        least_bytes = max((1 - self._tuning.gain) * wanted_bytes, min(wanted_bytes, self.held_freed_bytes))
         frees_as_much = self._freed_bytes(near) >= least_bytes
         if self._exceeds_range(near) and not self._exceeds_range(wanted):
             return wanted

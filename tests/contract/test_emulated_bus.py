@@ -10,7 +10,6 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,8 @@ import torch
 from selectn_core.device.bus import Bus
 from selectn_core.device.emulated import EmulatedDevice
 from selectn_core.errors import ConfigError, LinkError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 BYTES_PER_S = 200e6
 

@@ -7,10 +7,10 @@ import torch
 
 from selectn_core.offload.overlapped import OverlappedExecutor
 from selectn_core.offload.synchronous import SynchronousExecutor
-from tests.tiny_models import FAMILIES, NUM_LAYERS
-from tests.unit import test_block_units as blocks
-from tests.unit.engines import engine_config, generate
-from tests.unit.test_engine_identity import random_plans
+from tests.support.engines import engine_config, generate
+from tests.support.tiny_models import FAMILIES, NUM_LAYERS
+from tests.unit.engine import test_block_units as blocks
+from tests.unit.engine.test_engine_identity import random_plans
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,8 +15,8 @@ from ray.serve.handle import DeploymentHandle
 from deployments.commands.local_cluster import ClusterConfig, local_cluster
 from deployments.commands.serving import base_urls, deployed, free_port, wait_until_serving
 from deployments.config import IMPORT_PATH, REPLICA_NAME
-from tests.integration.processes import alive
-from tests.integration.tiny_checkpoint import NUM_LAYERS, save_tiny_llama
+from tests.support.processes import alive
+from tests.support.tiny_checkpoint import NUM_LAYERS, save_tiny_llama
 
 MODEL = "tiny"
 # A layer takes about 0.15 MB / 0.008 GB/s = 18 ms to arrive: slow enough to act during a generation.

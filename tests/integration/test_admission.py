@@ -33,8 +33,8 @@ from tests.integration.conftest import (
     PAIR_MAX_REQUESTS,
     SMALL_MAX_REQUESTS,
 )
-from tests.integration.processes import wait_until
 from tests.integration.test_running_requests import body
+from tests.support.processes import wait_until
 
 NUM_REPLICAS, HEADROOM_PERIOD_S = 2, AppArgs().headroom_period_s
 KEY = {"Authorization": f"Bearer {PAIR_KEY}"}

@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from cluster.protocol.node_reports import GpuReport, NodeTelemetry, NvmlInfo, Unavailable
-from tests.integration import serving_cluster
-from tests.integration.load import NUM_CLIENTS, Answer, LongRequest, hosts
-from tests.integration.processes import wait_until
-from tests.integration.serving_cluster import BUS, HOST_GIB, IMPATIENT
-from tests.integration.watched_cluster import (
+from tests.standins.nvml import NO_COMPILER, StandIn, find_compiler
+from tests.support import serving_cluster
+from tests.support.load import NUM_CLIENTS, Answer, LongRequest, hosts
+from tests.support.processes import wait_until
+from tests.support.serving_cluster import BUS, HOST_GIB, IMPATIENT
+from tests.support.watched_cluster import (
     BUS_BYTES_PER_S,
     Ledgers,
     WatchedCluster,
     host_bytes_offered,
     watched_cluster,
 )
-from tests.standins.nvml import NO_COMPILER, StandIn, find_compiler
 
 TIMEOUT_S = 90
 HOST_BYTES = int(HOST_GIB * 2**30)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 
-from tests.integration.processes import is_loopback, listening_addresses
+from tests.support.processes import is_loopback, listening_addresses
 
 
 def test_every_listener_is_on_loopback(http, cluster_processes):

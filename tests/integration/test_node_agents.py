@@ -9,10 +9,10 @@ import pytest
 
 from cluster.node.bus_topology import BusConfig
 from cluster.protocol.node_reports import NodeReport, NvmlInfo, Unavailable
-from tests.integration import agent_cluster
-from tests.integration.agent_cluster import Driver
-from tests.integration.processes import is_loopback, wait_until
 from tests.standins.nvml import StandIn
+from tests.support import agent_cluster
+from tests.support.agent_cluster import Driver
+from tests.support.processes import is_loopback, wait_until
 
 TIMEOUT_S = 60
 BUSES = (

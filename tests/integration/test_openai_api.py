@@ -8,8 +8,8 @@ import openai
 import pytest
 
 from tests.integration.conftest import MODEL
-from tests.integration.tiny_checkpoint import MAX_MODEL_LEN
-from tests.unit.deployments.tokenizers_in_process import byte_level_tokenizer
+from tests.support.tiny_checkpoint import MAX_MODEL_LEN
+from tests.support.tokenizers_in_process import byte_level_tokenizer
 
 PROMPT = "The quick brown fox"
 MESSAGES = [{"role": "user", "content": PROMPT}]

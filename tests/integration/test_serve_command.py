@@ -8,15 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.integration.processes import alive, is_loopback, listening_addresses
+from tests.support.paths import ROOT
+from tests.support.processes import alive, is_loopback, listening_addresses
 
 STOP_TIMEOUT_S = 40
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def server(checkpoint, tmp_path) -> Iterator[subprocess.Popen[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen(
         [*command, *options],
-        env={**environment, "PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path)},
+        env={**environment, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

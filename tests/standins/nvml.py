@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 SOURCE = Path(__file__).with_name("nvml.c")
 SAMPLER = "tests.standins.sampler"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.enumerate_intervals import markdown_tables
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 

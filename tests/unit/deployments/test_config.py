@@ -16,8 +16,7 @@ from deployments.config import IMPORT_PATH, NUM_CONTROL_CALLS, AppArgs, parse
 from deployments.serve_file import load_yaml
 from selectn_core.config import DeviceConfig, EngineConfig
 from selectn_core.errors import ConfigError
-
-REPOSITORY = Path(__file__).parents[3]
+from tests.support.paths import ROOT
 
 
 def test_the_defaults_are_the_engines_defaults():
@@ -112,11 +111,11 @@ class TestYaml:
         return path
 
     def test_the_repositorys_own_config_is_valid_and_says_the_defaults(self):
-        document = load_yaml(REPOSITORY / "serve_config.yaml")
+        document = load_yaml(ROOT / "serve_config.yaml")
         assert parse(AppArgs, document["applications"][0]["args"], where="args") == AppArgs()
 
     def test_its_commented_keys_are_valid_and_say_the_defaults_too(self):
-        text = (REPOSITORY / "serve_config.yaml").read_text(encoding="utf-8")
+        text = (ROOT / "serve_config.yaml").read_text(encoding="utf-8")
         args = text.split("    args:\n")[1].split("    # Changing user_config")[0]
         uncommented = yaml.safe_load(re.sub(r"^( +)# ( *\w+:)", r"\1\2", args, flags=re.MULTILINE))
         assert set(uncommented) == set(AppArgs.model_fields)

@@ -17,8 +17,8 @@ from selectn_core.config import EngineConfig, OffloadConfig, SloConfig
 from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError
 from selectn_core.profiling.record_cache import performance_record
-from tests.tiny_models import tiny_model
-from tests.unit.engines import engine_config
+from tests.support.engines import engine_config
+from tests.support.tiny_models import tiny_model
 
 ARGS = EngineConfig(slo=SloConfig(ttft_ms=900.0, tightest=0.9, loosest=4.0))
 

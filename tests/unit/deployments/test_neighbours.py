@@ -12,7 +12,7 @@ from deployments.commands.serving import cleaned_up, free_port, require_free_por
 from deployments.config import IMPORT_PATH
 from deployments.neighbours import RunningApp, RunningServe, missing_resources, with_neighbours
 from selectn_core.errors import ConfigError
-from tests.unit.store_users import StoreUser, names
+from tests.support.store_users import StoreUser, names
 
 OTHER = {"name": "other", "route_prefix": "/other", "import_path": "a:b", "args": {"x": 1}}
 EARLIER = {"name": "selectn", "route_prefix": "/", "import_path": IMPORT_PATH, "args": {"num_replicas": 2}}

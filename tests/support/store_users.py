@@ -1,0 +1,147 @@
+"""Real processes that use a store of known bytes, for tests that end them in every way there is."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selectn_core.weights.shared_store import Chunks, Section, SharedStore, StoredTensor, find_or_build, write_store
+
+NUM_SECTIONS, CHUNKS_PER_SECTION = 4, 3
+NUM_CHUNKS = NUM_SECTIONS * CHUNKS_PER_SECTION
+_CHUNK_BYTES = 5_000  # no multiple of a page, nor of the alignment
+_PITCH_BYTES = 5_120
+
+# A server that has torch and transformers loaded and forks: a new user takes milliseconds, and is free of this
+# process's threads. There is one such server per process, for both modules.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__, "tests.support.engine_users"])
+
+
+def sections() -> list[Section]:
+    """Sections of a few small tensors each."""
+    return [
+        Section(
+            name=f"section {s}",
+            num_bytes=CHUNKS_PER_SECTION * _PITCH_BYTES,
+            tensors=tuple(
+                StoredTensor(
+                    names=(f"{s}.{t}", f"{s}.{t} again"),
+                    dtype="int8",
+                    shape=(_CHUNK_BYTES // 2, 2),
+                    offset=t * _PITCH_BYTES,
+                    num_bytes=_CHUNK_BYTES,
+                )
+                for t in range(CHUNKS_PER_SECTION)
+            ),
+        )
+        for s in range(NUM_SECTIONS)
+    ]
+
+
+def chunks(section: Section) -> Chunks:
+    """The bytes of a section: the same every time, and different everywhere."""
+    generator = torch.Generator().manual_seed(int(section.name.split()[1]))
+    for spec in section.tensors:
+        yield spec.offset, torch.randint(0, 256, (spec.num_bytes,), dtype=torch.uint8, generator=generator)
+
+
+def build(directory: Path, fingerprint: str, read: Any = chunks) -> SharedStore:
+    return write_store(directory, fingerprint, {"of": fingerprint}, sections(), read)
+
+
+def open_here(directory: Path, fingerprint: str = "aa") -> SharedStore:
+    """The store, in this process."""
+    return find_or_build([directory], fingerprint, lambda: build(directory, fingerprint))
+
+
+def has_the_right_bytes(store: SharedStore) -> bool:
+    """Compares every tensor with what was to be written."""
+    expected = {section.name: [chunk for _, chunk in chunks(section)] for section in sections()}
+    flat = [chunk for each in expected.values() for chunk in each]
+    found = [tensor.reshape(-1).view(torch.uint8) for _, tensor in store.tensors()]
+    return len(found) == len(flat) and all(map(torch.equal, found, flat))
+
+
+class StoreUser:
+    """A process that opens a store, building it if need be, and uses it until told to close or killed."""
+
+    def __init__(self, directory: Path, fingerprint: str = "aa", *, pause_at_chunk: int | None = None) -> None:
+        """With `pause_at_chunk`, a process that builds says "paused" there and goes on when told to."""
+        self._pipe, theirs = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(
+            target=_run, args=(theirs, directory, fingerprint, pause_at_chunk), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def says(self, timeout_s: float = 60) -> str:
+        """Its next message: "paused", "built", "found", an error's name, or "closed"."""
+        assert self._pipe.poll(timeout_s), "the process says nothing"
+        return str(self._pipe.recv())
+
+    def is_silent(self, seconds: float = 0.2) -> bool:
+        return not self._pipe.poll(seconds)
+
+    def tell(self, command: str) -> None:
+        """ "go on" after a pause; "check" has it say whether the bytes are right; "close", "end" without closing."""
+        self._pipe.send(command)
+
+    def close(self) -> None:
+        self.tell("close")
+        assert self.says() == "closed"
+        self.process.join()
+
+    def kill(self) -> None:
+        """kill -9, and waits until the kernel has dropped what it held."""
+        self.process.kill()
+        self.process.join()
+
+
+def _run(pipe: Connection, directory: Path, fingerprint: str, pause_at_chunk: int | None) -> None:
+    built, count = [], itertools.count()
+
+    def read(section: Section) -> Chunks:
+        for chunk in chunks(section):
+            if next(count) == pause_at_chunk:
+                pipe.send("paused")
+                assert pipe.recv() == "go on"
+            yield chunk
+
+    def build_and_tell() -> SharedStore:
+        built.append(True)
+        return build(directory, fingerprint, read)
+
+    try:
+        store = find_or_build([directory], fingerprint, build_and_tell)
+    except Exception as error:
+        pipe.send(type(error).__name__)
+        return
+    pipe.send("built" if built else "found")
+    for command in iter(pipe.recv, "close"):
+        if command == "check":
+            pipe.send("right" if has_the_right_bytes(store) else "wrong")
+        elif command == "write":
+            store.memory[5000] = 1
+        elif command == "fork":
+            child = os.fork()
+            if child == 0:
+                store.close()
+                os._exit(0)
+            os.waitpid(child, 0)
+            pipe.send("forked")
+    store.close()
+    pipe.send("closed")
+
+
+def names(directory: Path) -> Iterator[str]:
+    """What is in the directory, without the part of the names that all share."""
+    prefix = f"selectn-store-{os.geteuid()}-"
+    return (path.name.removeprefix(prefix) for path in sorted(directory.iterdir()))
