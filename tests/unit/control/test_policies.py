@@ -168,7 +168,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         plans.append((offloaded, num_slots))
         return predict_step_s(costs, offloaded, num_slots, link)
 
-    for module in ("frontier", "placement", "remembered"):
+    for module in ("control.frontier", "latency.placement", "latency.prediction_cache"):
         monkeypatch.setattr(f"selectn_core.{module}.predict_step_s", counted)
     return plans
 
