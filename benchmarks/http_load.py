@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from selectn_core.requests.handle import Gaps, RequestTiming, attainment
+from selectn_core.requests import attainment
+from selectn_core.requests.handle import Gaps, RequestTiming
 from selectn_core.requests.objectives import Objectives
 
 TIMEOUT_S = 120.0

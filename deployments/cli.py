@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from deployments import demo_command, node_report_command, plan_command, profile_command, serve_command
+from deployments.commands import demo, node_report, plan, profile, serve
 from selectn_core.errors import SelectNError
 
 EXIT_OK, EXIT_ERROR = 0, 2
@@ -33,11 +33,11 @@ examples:
 
 # Each adds a sub-command, whose parser sets `run`: from the parsed arguments to the exit code.
 COMMANDS: tuple[Callable[[Any], None], ...] = (
-    serve_command.register,
-    profile_command.register,
-    plan_command.register,
-    demo_command.register,
-    node_report_command.register,
+    serve.register,
+    profile.register,
+    plan.register,
+    demo.register,
+    node_report.register,
 )
 
 

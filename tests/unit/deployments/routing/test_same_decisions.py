@@ -16,7 +16,7 @@ from deployments.replica.forecast import Course, Footprints, Forecast
 from deployments.routing.board import Board
 from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
 from selectn_core.errors import EngineOverloaded
-from tests.unit.cluster import reference_board, reference_door
+from tests.support import reference_board, reference_door
 
 # -- the door ------------------------------------------------------------------------------------------------------
 
