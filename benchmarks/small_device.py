@@ -20,6 +20,7 @@ from selectn_core.policies import Frontier, SelectN, Situation
 from selectn_core.record import PerformanceRecord
 from selectn_core.record_cache import measured_record
 from selectn_core.steering import unit_sets
+from selectn_core.step_times import slowed
 from selectn_core.steps import StepShape
 
 PROMPT_TOKENS, NEW_TOKENS, MAX_REQUESTS = 16, 32, 24
@@ -78,7 +79,8 @@ def device_gib(config: EngineConfig, record: PerformanceRecord) -> float:
 def capacity(record: PerformanceRecord, tpot_s: float, *, guaranteed_share: float, usual_share: float) -> float:
     """Requests per second that Select-N can serve at this TPOT (modelled).
 
-    What they need must be freed with the bus share that is guaranteed; it is copied with the usual one.
+    What they need must be freed with the bus share that is guaranteed; it is copied with the usual one, and slows
+    compute meanwhile as the record says.
     """
     times, link, geometry = record.step_times(), record.link.link, record.memory.geometry
     policy = SelectN(Frontier(record.unit_bytes, unit_sets(record)))
@@ -91,7 +93,8 @@ def capacity(record: PerformanceRecord, tpot_s: float, *, guaranteed_share: floa
         needed_sectors = max(0, batch - HELD_REQUESTS) * geometry.sectors_for_request(REQUEST_TOKENS)
         # In its NEW_TOKENS steps a batch takes in as many prompts as it has requests: so much of each step is prefill.
         prefill_s = times.expected_s(StepShape.prefill(PROMPT_TOKENS)) * batch / NEW_TOKENS
-        step_s = max(costs.unloaded_s + prefill_s, copied_bytes / (usual_share * link.bytes_per_s))
+        factor = slowed(costs.unloaded_s, copied_bytes, link, record.link.slowdown)
+        step_s = max(factor * (costs.unloaded_s + prefill_s), copied_bytes / (usual_share * link.bytes_per_s))
         if needed_sectors * geometry.sector_bytes > freed_bytes(plan, record.unit_bytes) or step_s > limit_s:
             break
         best = batch / (NEW_TOKENS * step_s)
