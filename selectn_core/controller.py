@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from selectn_core.device import LinkUsage
-from selectn_core.in_flight import PLANNED_SHARE, TTFT_SHARE, Chunk, Load, in_turn
-from selectn_core.joining import Admission, Joining, chunks, decode_step, rounded_up
+from selectn_core.in_flight import PLANNED_SHARE, TTFT_SHARE, Chunk, Load, in_turn, rounded_up
+from selectn_core.joining import Admission, Joining, chunks
 from selectn_core.latency import Link, simulate_steps_s
 from selectn_core.learning import ComputeScale, LinkEstimate
 from selectn_core.placement import OffloadPlan, freed_bytes, nearest_plan, place_by_index
@@ -140,7 +140,7 @@ class Controller:
 
     def _plan_for(self, load: Load, admission: Admission) -> None:
         """Notes the step that a plan is made for, with its prefill, and the decode step after it where none decodes."""
-        self._planned = self._following = decode_step(load)
+        self._planned = self._following = load.decoding_now
         turn, tokens = admission.turn, admission.prefill_tokens
         if not tokens:
             return
