@@ -24,7 +24,7 @@ from selectn_core.control.load import Decoding, Load, Waiting
 from selectn_core.control.policies import Frontier, SelectN
 from selectn_core.device import LinkUsage, align_up
 from selectn_core.latency.placement import OffloadPlan
-from selectn_core.latency.recurrence import Link, predict_step_s
+from selectn_core.latency.recurrence import Link, StepCosts, predict_step_s, simulate_steps_s
 from selectn_core.latency.step_times import MeasuredStep, StepTimes, scaled
 from selectn_core.latency.steps import StepRecord, StepShape
 from selectn_core.memory.plan_memory import UnmeasuredPlans
@@ -157,9 +157,9 @@ class Loop:
 
     def run(self, num_steps: int) -> None:
         for i in range(num_steps):
-            self._step(i, is_bus_shared=num_steps // 3 < i < 2 * num_steps // 3)
+            self.step(i, is_bus_shared=num_steps // 3 < i < 2 * num_steps // 3)
 
-    def _step(self, i: int, *, is_bus_shared: bool) -> None:
+    def step(self, i: int, *, is_bus_shared: bool) -> None:
         waiting = [Waiting(prefill_tokens=200, deadline_s=self.now_s + 2.0, tpot_s=self.tpot_s)] if i % 10 < 3 else []
         decoding = [
             Decoding(num_tokens=50, first_token_s=self.now_s - 48 * self.tpot_s, num_left=200, tpot_s=self.tpot_s)
@@ -202,8 +202,8 @@ class Loop:
         rate = nominal.bytes_per_s * self.rng.gauss(1.0, 0.05) * (0.5 if is_bus_shared else 1.0)
         copied = plan.offloaded if plan.num_offloaded > plan.num_slots else ()
         copied_bytes = sum(costs.unit_bytes[unit] for unit in copied)
+        self.steps_s.append(_taken_s(costs, self.plan, plan, replace(nominal, bytes_per_s=rate)))
         self.plan = plan
-        self.steps_s.append(predict_step_s(costs, plan.offloaded, plan.num_slots, replace(nominal, bytes_per_s=rate)))
         self.computed_s = costs.unloaded_s
         self.usage = LinkUsage(
             copied_bytes=self.usage.copied_bytes + copied_bytes,
@@ -228,6 +228,18 @@ class Loop:
 
     def _grow(self) -> None:
         self.lengths = [length + 1 if length < 900 else self.rng.randint(16, 400) for length in self.lengths]
+
+
+def _taken_s(costs: StepCosts, before: OffloadPlan, plan: OffloadPlan, link: Link) -> float:
+    """What a step takes, the copies of a change of plan included."""
+    if plan == before:
+        return predict_step_s(costs, plan.offloaded, plan.num_slots, link)
+    promoted = sorted(set(before.offloaded) - set(plan.offloaded))
+    in_slots = set(plan.offloaded) & set(before.offloaded[: before.num_slots])
+    (step_s,) = simulate_steps_s(
+        costs, plan.offloaded, plan.num_slots, link, 1, promoted=promoted, in_slots=sorted(in_slots)
+    )
+    return step_s
 
 
 def _sample(machine: Machine, num_steps: int) -> dict[str, Any]:

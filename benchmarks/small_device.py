@@ -16,6 +16,7 @@ from selectn_core.control.policies import Frontier, SelectN, Situation
 from selectn_core.control.steering import unit_sets
 from selectn_core.latency.placement import freed_bytes
 from selectn_core.latency.recurrence import Link
+from selectn_core.latency.step_times import slowed
 from selectn_core.latency.steps import StepShape
 from selectn_core.memory.memory_model import MemoryModel
 from selectn_core.planning.record import PerformanceRecord
@@ -78,7 +79,8 @@ def device_gib(config: EngineConfig, record: PerformanceRecord) -> float:
 def capacity(record: PerformanceRecord, tpot_s: float, *, guaranteed_share: float, usual_share: float) -> float:
     """Requests per second that Select-N can serve at this TPOT (modelled).
 
-    What they need must be freed with the bus share that is guaranteed; it is copied with the usual one.
+    What they need must be freed with the bus share that is guaranteed; it is copied with the usual one, and slows
+    compute meanwhile as the record says.
     """
     times, link, geometry = record.step_times(), record.link.link, record.memory.geometry
     policy = SelectN(Frontier(record.unit_bytes, unit_sets(record)))
@@ -91,7 +93,8 @@ def capacity(record: PerformanceRecord, tpot_s: float, *, guaranteed_share: floa
         needed_sectors = max(0, batch - HELD_REQUESTS) * geometry.sectors_for_request(REQUEST_TOKENS)
         # In its NEW_TOKENS steps a batch takes in as many prompts as it has requests: so much of each step is prefill.
         prefill_s = times.expected_s(StepShape.prefill(PROMPT_TOKENS)) * batch / NEW_TOKENS
-        step_s = max(costs.unloaded_s + prefill_s, copied_bytes / (usual_share * link.bytes_per_s))
+        factor = slowed(costs.unloaded_s, copied_bytes, link, record.link.slowdown)
+        step_s = max(factor * (costs.unloaded_s + prefill_s), copied_bytes / (usual_share * link.bytes_per_s))
         if needed_sectors * geometry.sector_bytes > freed_bytes(plan, record.unit_bytes) or step_s > limit_s:
             break
         best = batch / (NEW_TOKENS * step_s)

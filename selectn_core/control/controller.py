@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from selectn_core.control.estimates import ComputeScale, LinkEstimate
-from selectn_core.control.joining import Joining, StepAdmission, chunks, decode_step, rounded_up
-from selectn_core.control.load import PLANNED_SHARE, TTFT_SHARE, Load, in_turn
+from selectn_core.control.joining import Joining, StepAdmission, chunks
+from selectn_core.control.load import PLANNED_SHARE, TTFT_SHARE, Load, in_turn, rounded_up
 from selectn_core.control.policies import Policy, Situation
 from selectn_core.control.tuning import ControllerTuning
 from selectn_core.device import LinkUsage
-from selectn_core.latency.placement import OffloadPlan, freed_bytes, nearest_plan
+from selectn_core.latency.placement import OffloadPlan, freed_bytes, nearest_plan, place_by_index
 from selectn_core.latency.prediction_cache import Remembered
 from selectn_core.latency.recurrence import Link, simulate_steps_s
 from selectn_core.latency.step_times import StepTimes, scaled, slowed
@@ -115,7 +115,7 @@ class Controller:
 
     def _plan_for(self, load: Load, admission: StepAdmission) -> None:
         """Notes the step that a plan is made for, with its prefill, and the decode step after it where none decodes."""
-        self._planned = self._following = decode_step(load)
+        self._planned = self._following = load.decoding_now
         turn, tokens = admission.turn, admission.prefill_tokens
         if not tokens:
             return
@@ -282,13 +282,34 @@ class Controller:
         if missed is not None:
             self._may_raise = 0
             plan = self._with_few_moves(goals, current, wanted)
-            return plan if self._is_worth_moving(missed, current, plan) else current
+            if not self._is_worth_moving(missed, current, plan):
+                return current
+            return self._sooner(goals, current, plan)
         # weights come home over the link, and other ones go for a reason: neither is free
         gains = self._freed_bytes(wanted) > (1 + self._tuning.gain) * self._freed_bytes(current)
         self._may_raise = self._may_raise + 1 if gains else 0
         if self._may_raise < self._tuning.raise_after_looks:
             return current
         return self._with_few_moves(goals, current, wanted)
+
+    def _sooner(self, goals: Sequence[_Goal], current: OffloadPlan, plan: OffloadPlan) -> OffloadPlan:
+        """`plan`; or, where that is there sooner, as many of the units that are offloaded now as the limits allow.
+
+        A plan of other units brings all of these home first, over a link that may just have become slow. It comes later
+        then, if it still frees more.
+        """
+        if self.policy.name != "select-n":
+            return plan
+        for num in range(current.num_offloaded - 1, current.num_slots, -1):
+            offloaded = place_by_index(num, num_units=current.num_units, among=current.offloaded)
+            fewer = replace(current, offloaded=offloaded)
+            if all(self._predict(goal.shape, fewer) <= goal.limit_s for goal in goals):
+                break
+        else:
+            return plan
+        shape, needed_bytes = goals[0].shape, self.min_freed_bytes if self._is_broken else self.held_freed_bytes
+        is_sooner = self._predict_first(shape, current, fewer) < self._predict_first(shape, current, plan)
+        return fewer if is_sooner and self._freed_bytes(fewer) >= needed_bytes else plan
 
     def _exceeds_range(self, plan: OffloadPlan) -> bool:
         """Whether it offloads more bytes than may be: the link that its copies would take belongs to others."""

@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from selectn_core.control.estimates import ComputeScale
-from selectn_core.control.load import PLANNED_SHARE, Load, Waiting, in_turn, prefill_pace_s, tpot_limit_s
+from selectn_core.control.load import (
+    PLANNED_SHARE,
+    Load,
+    Waiting,
+    in_turn,
+    prefill_pace_s,
+    rounded_up,
+    tpot_limit_s,
+)
 from selectn_core.latency.step_times import StepTimes
 from selectn_core.latency.steps import Chunk, StepShape
 
@@ -52,7 +60,7 @@ class Joining:
 
     def admit(self, load: Load, lacking_bytes: int, has_memory: HasMemory) -> StepAdmission:
         """What may join the next step. Those who hold KV lack `lacking_bytes` of memory if nothing is offloaded."""
-        unloaded_s = self.unloaded_s(decode_step(load))
+        unloaded_s = self.unloaded_s(load.decoding_now)
         self._decoding = [(each.tpot_s, tpot_limit_s(each, load.now_s, unloaded_s)) for each in load.decoding]
         beginning = self._beginning(load, lacking_bytes, has_memory) if load.candidates else []
         turn = [*load.begun, *beginning]
@@ -81,7 +89,7 @@ class Joining:
 
         An objective that the unloaded step exceeds is missed whatever is done: it is not aimed at, unless all are so.
         """
-        reachable_s = self._times.expected_s(decode_step(load)) * self._scales[True].middle
+        reachable_s = self._times.expected_s(load.decoding_now) * self._scales[True].middle
         wanted = [*self._decoding, *_limits(holding)]
         aimed_at = [each for each in wanted if each[0] >= reachable_s] or wanted
         self.tpot_s = min((tpot_s for tpot_s, _ in aimed_at), default=math.inf)
@@ -157,17 +165,6 @@ class Joining:
 def _limits(holding: Sequence[Waiting]) -> list[tuple[float, float]]:
     """TPOT of each, and what steps may take for it."""
     return [(each.tpot_s, PLANNED_SHARE * each.tpot_s) for each in holding]
-
-
-def decode_step(load: Load) -> StepShape:
-    """The step of those who decode now."""
-    return load.decode_step(max(1, len(load.decoding)), rounded_up(load.mean_kv_tokens))
-
-
-def rounded_up(num_tokens: int) -> int:
-    """To a sixteenth or so: the keys of a batch grow with every step, and nothing hangs on one."""
-    unit = max(16, 1 << max(0, num_tokens.bit_length() - 4))
-    return -(-num_tokens // unit) * unit
 
 
 def chunks(most: int) -> Iterator[int]:

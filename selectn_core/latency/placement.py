@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from selectn_core.latency.recurrence import Link, StepCosts, predict_step_s
 
@@ -30,6 +31,14 @@ class OffloadPlan:
             raise ValueError(f"offloaded={self.offloaded}: expected units below {self.num_units}")
         if self.num_slots < 1:
             raise ValueError(f"num_slots={self.num_slots}: expected at least 1")
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Asked for many times in every step."""
+        return hash((self.offloaded, self.num_slots, self.num_units))
 
     @property
     def num_offloaded(self) -> int:

@@ -29,21 +29,16 @@ def alike(costs: StepCosts, link: Link) -> Hashable:
     first_s = costs.compute_s[0]
     return (
         round(_SHARES * costs.rest_s / costs.unloaded_s),
-        *[_bucket(compute_s / first_s, _BUCKET) for compute_s, _ in costs.distinct[1:]],
-        _bucket(link.bytes_per_s * first_s, _BUCKET),
+        *[round(each / _BUCKET) for each in costs.log_ratios],
+        round(math.log(link.bytes_per_s * first_s) / _BUCKET),
         round(link.copy_s / first_s / _BUCKET),
     )
 
 
 def alike_in_time(costs: StepCosts) -> Hashable:
     """As `alike`, without the link, to within 25 % and a sixteenth of the step."""
-    first_s = costs.compute_s[0]
-    others = [_bucket(compute_s / first_s, _COARSE_BUCKET) for compute_s, _ in costs.distinct[1:]]
+    others = [round(each / _COARSE_BUCKET) for each in costs.log_ratios]
     return (round(_COARSE_SHARES * costs.rest_s / costs.unloaded_s), *others)
-
-
-def _bucket(value: float, width: float) -> int:
-    return round(math.log(max(value, 1e-9)) / width)
 
 
 class Remembered:

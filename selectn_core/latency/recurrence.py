@@ -14,6 +14,7 @@ A step with at most S offloaded units copies nothing: their slots keep them, and
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class StepCosts:
     def starts_s(self) -> tuple[float, ...]:
         """When each unit starts with every unit resident, and when the last one ends."""
         return tuple(accumulate(self.compute_s, initial=0.0))
+
+    @cached_property
+    def log_ratios(self) -> tuple[float, ...]:
+        """Of the compute times of all kinds of units but the first, in this order, to the first one's: logarithms."""
+        first_s = self.compute_s[0]
+        return tuple(math.log(max(compute_s / first_s, 1e-9)) for compute_s, _ in self.distinct[1:])
 
     @cached_property
     def distinct(self) -> tuple[tuple[float, int], ...]:

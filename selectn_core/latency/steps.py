@@ -64,6 +64,14 @@ class StepShape:
         """One chunk of `tokens` after `cached` keys."""
         return cls(prefills=((tokens, cached),))
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Asked for many times in every step."""
+        return hash((self.prefills, self.decodes, self.num_sampled, self.num_truncated))
+
     @cached_property
     def num_tokens(self) -> int:
         """Query tokens of all requests."""
