@@ -1,4 +1,4 @@
-"""Which way a controller goes to another plan, in the loop of bench_deciding: its units are unequal, moves take time."""
+"""Which way a controller goes to another plan, in the loop of bench_deciding: units are unequal, moves take time."""
 
 from __future__ import annotations
 
