@@ -15,6 +15,7 @@ HEAVY = {"torch", "transformers", "ray"}
 # How long an example takes on a shared machine says nothing about the code.
 settings.register_profile("selectn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("selectn")
+settings.register_profile("fast", settings.get_profile("selectn"), max_examples=20)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,6 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fast", action="store_true", help="only tests that load neither torch nor Ray, and are not marked slow"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast"):
+        settings.load_profile("fast")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

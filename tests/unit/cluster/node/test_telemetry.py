@@ -258,6 +258,7 @@ class TestXid:
         assert last == {"total": 100, "last_codes": list(range(92, 100))}
 
 
+@pytest.mark.slow
 class TestHang:
     @pytest.mark.parametrize(
         "call", ["nvmlDeviceGetHandleByIndex", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetPcieThroughput"]

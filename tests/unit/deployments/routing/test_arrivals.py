@@ -39,6 +39,7 @@ def test_flows_are_told_apart_and_those_that_stay_away_are_forgotten():
     assert len(arrivals) == 0
 
 
+@pytest.mark.slow
 def test_the_number_of_flows_is_bounded():
     arrivals = Arrivals(Clock())
     for number in range(2 * MAX_FLOWS):
