@@ -25,7 +25,6 @@ from selectn_core.errors import (
 )
 from selectn_core.requests.handle import RequestHandle
 from selectn_core.requests.sampling import SamplingParams
-from selectn_core.requests.table import RequestTable
 from tests.support.engines import CheckedEngine, engine_config, generate, greedy, make_prompts
 from tests.support.tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_model
 
@@ -216,23 +215,23 @@ def test_closing_while_generation_fails_does_not_hang() -> None:
         assert not engine.is_healthy()
 
 
-def test_closing_between_a_failure_and_the_restart_does_not_hang() -> None:
+def test_closing_between_a_failure_and_the_restart_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     """close() comes when the supervisor has seen the failure and not yet started the next thread."""
     closers: list[threading.Thread] = []
     engine = CheckedEngine(tiny_model(), engine_config(2, 1))
+    remove_all = engine.requests.remove_all
 
-    class ClosesBeforeRestart(RequestTable):
-        def remove_all(self) -> list[RequestHandle]:
-            handles = super().remove_all()
-            if threading.current_thread().name == "selectn-supervisor":
-                closer = threading.Thread(target=engine.close)
-                closer.start()
-                closers.append(closer)  # then: it is joined as soon as it is here
-                # Its second look at the state: it has found nothing to stop, and waits for the supervisor.
-                wait_for(lambda: not engine.is_healthy() and engine.model.config._attn_implementation == "sdpa")
-            return handles
+    def closes_before_restart() -> list[RequestHandle]:
+        handles = remove_all()
+        if threading.current_thread().name == "selectn-supervisor":
+            closer = threading.Thread(target=engine.close)
+            closer.start()
+            closers.append(closer)  # then: it is joined as soon as it is here
+            # Its second look at the state: it has found nothing to stop, and waits for the supervisor.
+            wait_for(lambda: not engine.is_healthy() and engine.model.config._attn_implementation == "sdpa")
+        return handles
 
-    engine.requests = ClosesBeforeRestart(engine.config.batch)
+    monkeypatch.setattr(engine.requests, "remove_all", closes_before_restart)
     FailingLayer(engine, 1, num_failures=1)
     engine.start()
     with pytest.raises(RuntimeError, match="injected"):
