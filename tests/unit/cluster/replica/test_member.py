@@ -273,7 +273,7 @@ class Needing:
     """An engine's place, whose requests need `num_offloaded` units."""
 
     def __init__(self, num_offloaded: int) -> None:
-        self.promises = SimpleNamespace(wanted_offloaded=num_offloaded)
+        self.guarantee = SimpleNamespace(wanted_offloaded=num_offloaded)
 
 
 def test_without_objectives_a_replica_wants_an_equal_share():
