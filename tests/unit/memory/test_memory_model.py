@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selectn_core.batching import KvPages
-from selectn_core.engine.accounts import account
 from selectn_core.errors import ConfigError
 from selectn_core.latency.recurrence import Link, StepCosts
 from selectn_core.memory.memory_model import MemoryModel, kv_of_tokens
@@ -71,7 +70,7 @@ def test_a_plan_takes_of_a_real_engine_what_was_planned(family: str) -> None:
             engine.set_plan(candidate.plan)
             engine.executor.request_plan(candidate.plan)
             engine.executor.apply_plan()
-            held = account(engine).device
+            held = engine.account().device
             need = memory.need(
                 home_sectors=candidate.home_sectors, slot_sectors=candidate.slot_sectors, kv_sectors=units.kv_sectors
             )
