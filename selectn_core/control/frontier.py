@@ -1,8 +1,8 @@
 """Every plan that competes for a step, and which of them frees most in the time that the step may take.
 
 All bytes are those of the plans themselves: units may be unequal. What a plan's step takes is remembered as by how much
-it exceeds the plan's bound, for all situations that are alike (`remembered.alike`), and is simulated only where the
-bound does not rule the plan out.
+it exceeds the plan's bound, for all situations that are alike (`prediction_cache.alike`), and is simulated only where
+the bound does not rule the plan out.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Steering(Control):
         self.controller = Controller(
             self._times,
             record.link.link,
-            self._policy(),
+            self._policy(self._objectives),
             slowdown=record.link.slowdown,
             max_tokens=config.batch.max_batch_tokens,
             guaranteed_share=1 / config.offload.num_sharing,
@@ -83,7 +83,7 @@ class Steering(Control):
         beside = [StepShape.of([(batch.max_batch_tokens, 0)], each.decodes) for each in steps]
         self.controller.rehearse([*steps, *(each.sampling() for each in steps), *beside], self.objectives.tpot_s)
 
-    def _policy(self) -> Policy:
+    def _policy(self, objectives: Objectives) -> Policy:
         """The configured one. Raises ConfigError for one whose plan leaves too much on the device."""
         offload, target, num_units = self._offload, self._offloading.target, len(self._offloading.units)
 
@@ -94,17 +94,17 @@ class Steering(Control):
         makers: dict[str, Callable[[], Policy]] = {
             "select-n": lambda: SelectN(self._frontier),
             "paper": lambda: Paper(self._frontier),
-            "static": lambda: Fixed("static", self._static_plan()),
+            "static": lambda: Fixed("static", self._static_plan(objectives)),
             "group": lambda: by_name(last_of_every_group(offload.interval or num_units, num_units)),
             "all": lambda: by_name(every_unit_one_ahead(num_units)),
             "none": lambda: Fixed("none", target.fewest(1)),
         }
         return makers[offload.policy]()
 
-    def _static_plan(self) -> OffloadPlan:
+    def _static_plan(self, objectives: Objectives) -> OffloadPlan:
         batch = self._batch
         full = StepShape.decode(batch.max_requests, max(1, batch.kv_tokens // batch.max_requests))
-        costs, limit_s = self._times.expected(full.sampling()), PLANNED_SHARE * self._objectives.tpot_s
+        costs, limit_s = self._times.expected(full.sampling()), PLANNED_SHARE * objectives.tpot_s
         plan = worst_case_share(costs, self._record.link.link, self._offload.num_sharing, limit_s)
         least = self._offloading.target.fewest(plan.num_slots)
         return plan if plan.num_offloaded >= least.num_offloaded else least
@@ -127,9 +127,9 @@ class Steering(Control):
 
     def set_objectives(self, slo: SloConfig) -> None:
         objectives = resolve_objectives(slo, self._times, self._batch)
+        policy = self._policy(objectives)  # where it is refused nothing has changed
         with self._lock:
             self._objectives = objectives
-            policy = self._policy()
             self.controller.aim_at(policy, objectives.ttft_s, slo.percentile)
             # On an idle engine no step would do so, and what it promises goes by it.
             self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, objectives))

@@ -156,9 +156,9 @@ class Engine:
 
     def set_objectives(self, slo: SloConfig) -> None:
         """Changes the objectives from the next step on, for requests in flight too."""
+        self.offloading.control.set_objectives(slo)  # first: where it refuses them nothing has changed
         self.config = replace(self.config, slo=slo)
         self.attainment = Attainment(slo.percentile)
-        self.offloading.control.set_objectives(slo)
 
     def set_link_share(self, share: LinkShare) -> None:
         """What this replica may use of its host bus from the next step on, whoever decides; any thread."""

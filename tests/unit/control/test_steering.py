@@ -171,6 +171,22 @@ def test_tighter_objectives_lower_what_an_idle_engine_promises() -> None:
         engine.close()
 
 
+def test_objectives_that_the_policy_refuses_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = steered(kv_tokens=64)
+
+    def refuses(objectives: object) -> None:
+        raise ConfigError("refused")
+
+    try:
+        before = engine.objectives, engine.config.slo
+        monkeypatch.setattr(engine.offloading.control, "_policy", refuses)
+        with pytest.raises(ConfigError, match="refused"):
+            engine.set_objectives(SloConfig(ttft_ms=1.0, tpot_ms=1.0))
+        assert (engine.objectives, engine.config.slo) == before
+    finally:
+        engine.close()
+
+
 def test_one_that_asks_for_little_promises_nothing_to_those_who_come_after_it() -> None:
     engine = steered(SloConfig(ttft_ms=60_000.0, tpot_ms=1e-3, loosest=1e9), kv_tokens=64)
     try:
