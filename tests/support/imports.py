@@ -17,6 +17,7 @@ def top_level_imports(path: Path) -> Iterator[str]:
     yield from _imports(ast.parse(path.read_text(encoding="utf-8")).body)
 
 
+@cache
 def libraries_of(path: Path) -> frozenset[str]:
     """The top-level packages that are loaded with a file, other than the project's own."""
     found: set[str] = set()
