@@ -85,7 +85,7 @@ class StepTimes:
         self._windows = tuple(dict.fromkeys(window for windows in self._kind_windows for window in windows))
         self._sizes = np.array([step.shape.sizes(self._windows) for step in steps])
         self._knots = sorted({step.shape.num_tokens for step in steps})
-        self._coefficients = self._fit()  # [num_features, num_kinds + 1]
+        self._coefficients = self._fit()  # [num_kinds + 1][num_features]
         self._known = Remembered(_MOST_SHAPES)
         high_s = np.array([step.high_s for step in steps])
         self._promised_s = [float(high_s[(self._sizes <= sizes).all(axis=1)].max()) for sizes in self._sizes]
@@ -95,8 +95,10 @@ class StepTimes:
         return self._known.get(shape, lambda: self._expected(shape))
 
     def _expected(self, shape: StepShape) -> StepCosts:
-        times = self._features(shape) @ self._coefficients
-        return self._costs(times[:-1].tolist(), float(times[-1]) + self.sampling.seconds(shape))
+        # Plain numbers: numpy's calls take ten times as long for so few, in the middle of every step.
+        features = self._features(shape)
+        *kind_s, rest_s = (sum(column[i] * value for i, value in features) for column in self._coefficients)
+        return self._costs(kind_s, rest_s + self.sampling.seconds(shape))
 
     def expected_s(self, shape: StepShape) -> float:
         """Seconds of the whole step with every unit resident, as `expected`."""
@@ -134,8 +136,11 @@ class StepTimes:
     def _median_s(self, step: MeasuredStep) -> float:
         return step.rest_s + sum(n * t for n, t in zip(self._num_of_kind, step.kind_s, strict=True))
 
-    def _fit(self) -> np.ndarray:
-        features = np.array([self._features(step.shape) for step in self.steps])
+    def _fit(self) -> list[list[float]]:
+        features = np.zeros((len(self.steps), len(self._knots) + 1 + 3 * len(self._windows)))
+        for row, step in zip(features, self.steps, strict=True):
+            for i, value in self._features(step.shape):
+                row[i] = value
         targets = np.array([[*step.kind_s, step.rest_s] for step in self.steps])
         columns = []
         for target, windows in zip(targets.T, [*self._kind_windows, self._windows], strict=True):
@@ -144,8 +149,8 @@ class StepTimes:
             mine = self._columns(windows)
             column = np.zeros(features.shape[1])
             column[mine] = nnls(features[:, mine] * weights[:, None], target * weights)[0]
-            columns.append(column)
-        return np.array(columns).T
+            columns.append(column.tolist())
+        return columns
 
     def _columns(self, windows: Windows) -> list[int]:
         """The features that the time of units with this attention may depend on."""
@@ -154,28 +159,28 @@ class StepTimes:
             common + i for i in range(3 * len(self._windows)) if self._windows[i // 3] in windows
         ]
 
-    def _features(self, shape: StepShape) -> np.ndarray:  # [num_features]
-        row = np.zeros(len(self._knots) + 1 + 3 * len(self._windows))
-        self._add_hats(row, shape.num_tokens)
-        row[len(self._knots)] = shape.num_requests
+    def _features(self, shape: StepShape) -> list[tuple[int, float]]:
+        """Those that are not 0, each with its index: hats of the knots, then requests, then three of each window."""
+        features = [*self._hats(shape.num_tokens), (len(self._knots), float(shape.num_requests))]
         for i, window in enumerate(self._windows):
             read, first = shape.attended(window), len(self._knots) + 1 + 3 * i
-            row[first] = read.decode_kv_tokens / 1e3
-            row[first + 1] = (read.kv_tokens - read.decode_kv_tokens) / 1e3
-            row[first + 2] = read.prefill_pairs / 1e6
-        return row
+            features += [
+                (first, read.decode_kv_tokens / 1e3),
+                (first + 1, (read.kv_tokens - read.decode_kv_tokens) / 1e3),
+                (first + 2, read.prefill_pairs / 1e6),
+            ]
+        return features
 
-    def _add_hats(self, row: np.ndarray, num_tokens: int) -> None:
+    def _hats(self, num_tokens: int) -> list[tuple[int, float]]:
         """The weights of the two knots between which `num_tokens` lies; beyond the last one, in proportion to it."""
         knots = self._knots
         right = bisect_right(knots, num_tokens)
         if right == len(knots):
-            row[right - 1] = num_tokens / knots[-1]
-        elif right == 0:
-            row[0] = 1.0
-        else:
-            share = (num_tokens - knots[right - 1]) / (knots[right] - knots[right - 1])
-            row[right - 1], row[right] = 1 - share, share
+            return [(right - 1, num_tokens / knots[-1])]
+        if right == 0:
+            return [(0, 1.0)]
+        share = (num_tokens - knots[right - 1]) / (knots[right] - knots[right - 1])
+        return [(right - 1, 1 - share), (right, share)]
 
 
 def slowed(unloaded_s: float, copied_bytes: int, link: Link, slowdown: float) -> float:
