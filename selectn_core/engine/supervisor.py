@@ -63,7 +63,9 @@ class Supervisor:
                     self._requests.close("the engine is failed")
             self._fail_all(f"generation failed: {self._batching.fatal_error}")
             if self.state == "failed":
-                logger.error("generation failed %d times in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S)
+                logger.error(
+                    "generation failed again after %d restarts in %.0f s; giving up", _MAX_RESTARTS, _RESTART_WINDOW_S
+                )
                 return
             logger.warning("restarting generation after: %s", self._batching.fatal_error)
             with self._lock:  # close() must not pass by a thread that is just being started
