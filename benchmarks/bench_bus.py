@@ -123,10 +123,10 @@ def _timed(
     first_s, next_s, moved, unproven = [], [], [], []
     for _ in range(num_samples):
         demands, capacity = bus = random_bus(generator, drawn(generator, NUM_REPLICAS))
-        seconds, before = _seconds(lambda bus=bus: allocate(bus))
+        seconds, before = _seconds(partial(allocate, bus))
         first_s.append(seconds)
         demands = changed(demands, before, generator)
-        seconds, after = _seconds(lambda bus=(demands, capacity), before=before: allocate(bus, before))
+        seconds, after = _seconds(partial(allocate, (demands, capacity), before))
         next_s.append(seconds)
         moved.append(sum(before.num_offloaded[name] != after.num_offloaded[name] for name in demands))
         exact = allocate_bus(demands, capacity)

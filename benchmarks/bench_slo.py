@@ -41,6 +41,7 @@ from selectn_core.device.bus import Bus
 from selectn_core.engine.engine import Engine
 from selectn_core.latency.steps import StepRecord
 from selectn_core.planning.record import PerformanceRecord
+from selectn_core.requests.handle import RequestHandle
 from selectn_core.requests.objectives import Objectives
 from selectn_core.requests.sampling import SamplingParams
 from selectn_core.start import load_unsteered_engine
@@ -102,7 +103,7 @@ def main() -> int:
         ],
     )
     seconds = arguments.seconds or (24.0 if arguments.quick else 60.0)
-    policies = QUICK_POLICIES if arguments.quick else POLICIES
+    policies: Sequence[str] = QUICK_POLICIES if arguments.quick else POLICIES
     if arguments.policies:
         policies = tuple(name for name in POLICIES if name in {*arguments.policies, *QUICK_POLICIES})
     multiples = QUICK_MULTIPLES if arguments.quick else FULL_MULTIPLES
@@ -250,7 +251,7 @@ def _measure(engine: Engine, other: _Other, cell: Cell, policy: str, seconds: fl
     acts = zip(CONTENTION, (other.resume, other.close), strict=True)
     events += [(cell.warm_s + share * seconds, act) for share, act in acts]
     events.sort(key=lambda event: event[0])
-    handles = []
+    handles: list[RequestHandle] = []
     changes_s = []
     for at, event in events:
         time.sleep(max(0.0, started_s + at - time.perf_counter()))
@@ -399,11 +400,13 @@ def _checks(samples: Sequence[dict[str, Any]]) -> list[Check]:
         checks += [Check(name=f"{where}: {who} ones attain", value=v, target=f">= {ATTAINED}") for who, v in attained]
         # The tight ones' steps are what they share: they must be no fewer than if all were tight.
         checks.append(_ratio(f"{where}: tokens/s over those of the tight alone", s, tight, "tokens_per_s", ">= 0.95"))
-    ours = [s for s in samples if s["policy"] == "select-n"]
+    select_n = [s for s in samples if s["policy"] == "select-n"]
     checks += [
-        Check(name="error of predicted step times (mean)", value=_mean_error(ours), target="<= 0.1"),
+        Check(name="error of predicted step times (mean)", value=_mean_error(select_n), target="<= 0.1"),
         Check(
-            name="controller's share of the steps", value=max(s["controller_share"] for s in ours), target="<= 0.005"
+            name="controller's share of the steps",
+            value=max(s["controller_share"] for s in select_n),
+            target="<= 0.005",
         ),
     ]
     return checks

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 import aiohttp
 
@@ -16,6 +17,7 @@ from selectn_core.requests.objectives import Objectives
 
 TIMEOUT_S = 120.0
 ERROR_FIELDS = {"message", "type", "param", "code"}
+UNSUCCESSFUL: dict[int, attainment.Outcome] = {429: "refused", 503: "refused", 0: "failed", 500: "failed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class Outcome:
         """How it ended, as the server counts it; None: it was never offered, being wrong in itself."""
         if self.status == 200:
             return "completed" if self.is_whole else "failed"
-        return {429: "refused", 503: "refused", 0: "failed", 500: "failed"}.get(self.status)
+        return UNSUCCESSFUL.get(self.status)
 
     @property
     def timing(self) -> RequestTiming:
@@ -109,6 +111,14 @@ class Outcome:
         return self.num_tokens * max(0.0, overlap_s) / (self.ended_s - self.first_s)
 
 
+class Seen(TypedDict):
+    """What an `Outcome` says of its request as soon as that is sent."""
+
+    owner: str
+    priority: str
+    sent_s: float
+
+
 class Load:
     """Sends requests to one server and follows them."""
 
@@ -144,7 +154,7 @@ class Load:
         """Asks once and reads the answer to its end."""
         sent_s = time.perf_counter()
         headers = {"Authorization": f"Bearer {ask.key}", "Content-Type": "application/json"}
-        seen = {"owner": ask.owner, "priority": ask.priority, "sent_s": sent_s}
+        seen: Seen = {"owner": ask.owner, "priority": ask.priority, "sent_s": sent_s}
         try:
             async with self._session.post(self._url, data=ask.body(self._model), headers=headers) as response:
                 if response.status == 200:
@@ -160,7 +170,7 @@ def client_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), trust_env=False)
 
 
-async def _follow(response: aiohttp.ClientResponse, seen: dict) -> Outcome:
+async def _follow(response: aiohttp.ClientResponse, seen: Seen) -> Outcome:
     """Reads a stream of events, of which only the last ones are looked into: the usage, and the end or an error."""
     first_s = last_s = None
     tail, gaps = b"", Gaps()
@@ -188,7 +198,7 @@ async def _follow(response: aiohttp.ClientResponse, seen: dict) -> Outcome:
     )
 
 
-async def _refusal(response: aiohttp.ClientResponse, seen: dict) -> Outcome:
+async def _refusal(response: aiohttp.ClientResponse, seen: Seen) -> Outcome:
     data = await response.read()
     ended_s = time.perf_counter()
     try:

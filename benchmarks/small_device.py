@@ -44,12 +44,11 @@ def roomy_record(config: EngineConfig, budget_s: float) -> PerformanceRecord:
     engine = load_unsteered_engine(with_memory(config, ROOMY_GIB))
     try:
         with tqdm(total=100, desc=f"profiling {config.offload.unit}s", unit="%") as bar:
-            return measured_record(
-                engine,
-                budget_s=budget_s,
-                max_length=2 * REQUEST_TOKENS,
-                on_progress=lambda share, what: bar.update(round(share * 100) - bar.n),
-            )
+
+            def show(share: float, what: str) -> None:
+                bar.update(round(share * 100) - bar.n)
+
+            return measured_record(engine, budget_s=budget_s, max_length=2 * REQUEST_TOKENS, on_progress=show)
     finally:
         engine.close()
 

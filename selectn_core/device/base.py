@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Self
 
 import torch
 
@@ -111,7 +112,7 @@ class Device(ABC):
     def close(self) -> None:
         """Ends the copy engine and gives the memory back. Idempotent."""
 
-    def __enter__(self) -> Device:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -54,7 +54,7 @@ def test_only_what_was_allocated_can_be_freed_and_only_once(device) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_live_allocations_never_overlap_and_accounts_are_exact(device, seed) -> None:
-    chance, live = random.Random(seed), []
+    chance, live = random.Random(seed), list[torch.Tensor]()
     for _ in range(200):
         if live and chance.random() < 0.5:
             device.free(live.pop(chance.randrange(len(live))))

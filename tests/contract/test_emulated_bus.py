@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from selectn_core.device.bus import Bus
-from selectn_core.device.emulated import EmulatedDevice
+from selectn_core.device.emulated import EmulatedDevice, EmulatedEvent
 from selectn_core.errors import ConfigError, LinkError
 from tests.support.paths import ROOT
 
@@ -192,6 +192,7 @@ def test_a_failed_copy_is_an_error_of_who_waits_for_it_and_of_nothing_else() -> 
     with EmulatedDevice(4 * MIB, bytes_per_s=50e9) as device:
         source, target = device.allocate_host(MIB), device.allocate(MIB, "target")
         poisoned = device.record()
+        assert isinstance(poisoned, EmulatedEvent)
         poisoned.done_ns = "never"  # type: ignore[assignment]  # makes the link's own arithmetic fail
         failed = device.copy_async(source, target, after=poisoned)
         fine = device.copy_async(source, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import inspect
 import json
 import os
 import threading
@@ -228,7 +229,9 @@ def tracked_by_ingresses() -> list[dict[str, int]]:
         listeners = board_of("pair")._listeners
         if not listeners:
             return {"sent": 0, "waiting": 0, "flows": 0}  # no request has come yet
-        (admission,) = (listener.__self__ for listener in listeners)
+        (listener,) = listeners
+        assert inspect.ismethod(listener)
+        admission = listener.__self__
         assert isinstance(admission, Admission)
         with board_of("pair").locked() as board:
             num_sent = len(board._sent)

@@ -40,7 +40,10 @@ def test_it_is_added_and_taken_away_and_the_others_stay(beside, urls, replica):
     assert set(serve.status().applications) == OTHERS
     assert all(map(is_healthy, urls))
     assert replica.snapshot.remote().result()["num_steps"] >= num_steps  # the same process: it was not restarted
-    assert {app.name: app.config for app in running_serve().apps} == {app.name: app.config for app in before.apps}
+    after = running_serve()
+    assert before is not None
+    assert after is not None
+    assert {app.name: app.config for app in after.apps} == {app.name: app.config for app in before.apps}
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ class TestNvmlFails:
     def test_a_lost_gpu_and_counters_that_are_not_supported(self, serving, driver):
         not_supported = 3
         driver.describe("lost 1", f"error 0 nvmlDeviceGetTotalEccErrors {not_supported}")
-        found = []
+        found: list[GpuReport] = []
 
         def is_reported() -> bool:
             """GPUs are asked side by side, and one may have been when the driver's answers changed."""
@@ -180,6 +180,7 @@ class TestNvmlFails:
         wait_until(is_reported, TIMEOUT_S, "a lost GPU, and counters that are not supported")
         working, lost = found
         assert (working.temperature_c, lost.pcie_width) == (51, 16)
+        assert lost.trouble is not None
         assert "lost" in lost.trouble.detail.lower()
         # The coordinator has nothing to divide of a bus whose rate nobody knows; the others are as before.
         wait_until(lambda: len(buses(serving)) == 2, TIMEOUT_S, "the coordinator knows that a bus is gone")
@@ -188,7 +189,9 @@ class TestNvmlFails:
     def test_a_call_that_hangs_keeps_nobody_elses_report(self, serving, driver):
         driver.describe("hang 0 nvmlDeviceGetPcieReplayCounter")
         wait_until(lambda: troubles(serving) == ["timed_out", None], TIMEOUT_S, "a GPU that does not answer")
-        assert "pcie_replays" in telemetry(serving).gpus[0].trouble.detail
+        hanging = telemetry(serving).gpus[0].trouble
+        assert hanging is not None
+        assert "pcie_replays" in hanging.detail
         first = serving.run(serving_cluster.reports)["right"]
         wait_until(lambda: sequence(serving) >= first.sequence + 2, TIMEOUT_S, "reports go on")
         later = serving.run(serving_cluster.reports)["right"]

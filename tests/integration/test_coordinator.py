@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import psutil
@@ -104,7 +105,7 @@ def test_a_coordinator_that_is_killed_twice_is_rebuilt_from_reports(bus):
     for _ in range(2):
         before = life()
         ray.kill(open_coordinator(CONFIG), no_restart=False)
-        wait_until(lambda before=before: is_another_life(before), TIMEOUT_S, "another life")
+        wait_until(partial(is_another_life, before), TIMEOUT_S, "another life")
     wait_for_ranges(bus, {"a": 30, "b": 2})
     ray.get(bus["a"].set_link.remote(loose(10)))
     wait_for_ranges(bus, {"a": 10, "b": 7})

@@ -72,7 +72,7 @@ def test_another_client_is_served_while_such_bodies_come(pair):
     senders = [threading.Thread(target=send, args=(kind,)) for kind in HOSTILE]
     for sender in senders:
         sender.start()
-    texts = set()
+    texts = set[str]()
     try:
         short = {"model": MODEL, "prompt": "a", "max_tokens": 2, "seed": 1}
         while len(answers) < len(HOSTILE) or len(texts) == 0:

@@ -12,7 +12,7 @@ from tests.support.tiny_checkpoint import MAX_MODEL_LEN
 from tests.support.tokenizers_in_process import byte_level_tokenizer
 
 PROMPT = "The quick brown fox"
-MESSAGES = [{"role": "user", "content": PROMPT}]
+MESSAGES: list[dict[str, object]] = [{"role": "user", "content": PROMPT}]
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
 
 
@@ -101,7 +101,11 @@ def test_a_completion_without_max_tokens_gets_what_is_left(client):
 
 
 def test_an_assistants_turn_may_come_back_as_another_server_wrote_it(client):
-    turns = [*MESSAGES, {"role": "assistant", "content": "x"}, {"role": "user", "content": "and then?"}]
+    turns: list[dict[str, object]] = [
+        *MESSAGES,
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "and then?"},
+    ]
     plain = client.chat.completions.create(messages=turns, **GREEDY)
     turns[1] = {**turns[1], "annotations": [], "tool_calls": [], "reasoning_content": "", "refusal": None}
     assert client.chat.completions.create(messages=turns, **GREEDY).choices == plain.choices
@@ -166,6 +170,7 @@ class TestErrors:
             client.chat.completions.create(**request)
         assert caught.value.param == param
         assert caught.value.type == "invalid_request_error"
+        assert isinstance(caught.value.body, dict)
         assert caught.value.body["message"]
 
     @pytest.mark.parametrize(

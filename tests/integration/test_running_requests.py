@@ -162,6 +162,7 @@ def test_a_replica_that_dies_is_an_error_event_and_is_replaced(small_url, small_
         wait_until(lambda: client.get("/health").status_code == 200, 60, "the replica is replaced")
         with openai.OpenAI(base_url=f"{small_url}/v1", api_key="none", timeout=60) as openai_client:
             answer = openai_client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=3)
+        assert answer.usage is not None
         assert answer.usage.completion_tokens <= 3
 
 

@@ -41,6 +41,7 @@ def server(checkpoint, tmp_path) -> Iterator[subprocess.Popen[str]]:
 def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
     """The lines up to the one that contains `text`."""
     lines = []
+    assert process.stdout is not None
     for line in process.stdout:
         lines.append(line.rstrip("\n"))
         if text in line:

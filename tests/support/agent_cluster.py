@@ -118,8 +118,13 @@ def remove_node(name: str) -> None:
     State.cluster.remove_node(State.nodes.pop(name), allow_graceful=False)
 
 
+def _start_receiver() -> None:
+    actor_class: Any = Receiver  # what the decorator has made of it, which mypy does not see
+    State.receiver = actor_class.options(name=RECEIVER, namespace=NAMESPACE).remote()
+
+
 def start_agents(buses: tuple[BusConfig, ...]) -> None:
-    State.receiver = Receiver.options(name=RECEIVER, namespace=NAMESPACE).remote()
+    _start_receiver()
     sink = ActorSink(RECEIVER, namespace=NAMESPACE, method="take", timeout_s=0.3)
     start_node_agents(TelemetryConfig(period_s=0.2, deadline_s=2, buses=buses), sink, period_s=0.2)
 
@@ -127,7 +132,7 @@ def start_agents(buses: tuple[BusConfig, ...]) -> None:
 def replace_receiver() -> None:
     """Ends the receiver and starts another of its name, which knows nothing."""
     ray.kill(State.receiver)
-    State.receiver = Receiver.options(name=RECEIVER, namespace=NAMESPACE).remote()
+    _start_receiver()
 
 
 def received() -> dict[str, NodeReport]:

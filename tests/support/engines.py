@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypedDict, Unpack
 
 import torch
 
@@ -19,6 +20,17 @@ PROMPT_LENGTHS = (3, 9, 17, 26, 5)
 NUM_TOKENS = 12
 
 BeforeStep = Callable[[Engine], None]
+
+
+class Batch(TypedDict, total=False):
+    """The fields of `BatchConfig` that tests set."""
+
+    max_batch_tokens: int
+    max_requests: int
+    max_waiting: int
+    page_size: int
+    kv_tokens: int
+    prefix_sharing: bool
 
 
 class CheckedEngine(Engine):
@@ -38,7 +50,7 @@ class CheckedEngine(Engine):
             assert self.batching.pages.num_in_use <= before, "taking sectors has spread requests over more of them"
             return taken
 
-        self.batching.pages.take = checked_take
+        self.batching.pages.take = checked_take  # type: ignore[method-assign]  # this one object's
 
     def _before_schedule(self) -> list[str]:
         if self.before_schedule is not None:
@@ -67,17 +79,17 @@ def engine_config(
     kind: str = "emulated",
     kv_gib: float = 1.0,
     unit: str = "layer",
-    **batch: Any,
+    **batch: Unpack[Batch],
 ) -> EngineConfig:
     return EngineConfig(
         device=DeviceConfig(kind=kind, link_gb_per_s=50, memory_gib=memory_gib),
-        batch=BatchConfig(**{"max_batch_tokens": 16, "max_requests": 8, "kv_tokens": 512, **batch}),
+        batch=replace(BatchConfig(max_batch_tokens=16, max_requests=8, kv_tokens=512), **batch),
         offload=OffloadConfig(unit=unit, num_offloaded=num_offloaded, num_slots=num_slots),
         host=HostConfig(kv_gib=kv_gib),
     )
 
 
-def memory_gib_for(num_homes: int, **batch: Any) -> float:
+def memory_gib_for(num_homes: int, **batch: Unpack[Batch]) -> float:
     """A device with room for so many layers and slots, and half of one, beside what stays and the least KV cache."""
     engine = CheckedEngine(tiny_model(), engine_config(0, memory_gib=1 / 1024, **batch))
     engine.close()

@@ -11,7 +11,7 @@ import contextlib
 import random
 import selectors
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -130,7 +130,7 @@ class ModelledReplica:
             self._shared.changed()
             await asyncio.sleep(REPORT_PERIOD_S)
 
-    async def generate(self, ask: Ask, sequence: int) -> AsyncIterator[int]:
+    async def generate(self, ask: Ask, sequence: int) -> AsyncGenerator[int, None]:
         """0 when the request has been let in, then how many tokens it has."""
         let_in = asyncio.get_running_loop().create_future()
         visit = Visit(

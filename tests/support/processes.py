@@ -32,7 +32,7 @@ def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     return [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
-def wait_until(is_so: Callable[[], bool], timeout_s: float, what: str) -> None:
+def wait_until(is_so: Callable[[], object], timeout_s: float, what: str) -> None:
     """Returns as soon as `is_so()`; fails with `what` after the timeout."""
     end_s = time.monotonic() + timeout_s
     while not is_so():

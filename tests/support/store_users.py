@@ -8,11 +8,14 @@ import os
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from selectn_core.weights.shared_store import Chunks, Section, SharedStore, StoredTensor, find_or_build, write_store
+
+if TYPE_CHECKING:  # which imports transformers, and the processes here have no use for it
+    from selectn_core.weights.checkpoint import LoadedModel
 
 NUM_SECTIONS, CHUNKS_PER_SECTION = 4, 3
 NUM_CHUNKS = NUM_SECTIONS * CHUNKS_PER_SECTION
@@ -60,6 +63,12 @@ def build(directory: Path, fingerprint: str, read: Any = chunks) -> SharedStore:
 def open_here(directory: Path, fingerprint: str = "aa") -> SharedStore:
     """The store, in this process."""
     return find_or_build([directory], fingerprint, lambda: build(directory, fingerprint))
+
+
+def store_of(loaded: LoadedModel) -> SharedStore:
+    """The store of a model that is shared."""
+    assert loaded.store is not None
+    return loaded.store
 
 
 def has_the_right_bytes(store: SharedStore) -> bool:

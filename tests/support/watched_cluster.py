@@ -100,10 +100,11 @@ class WatchedCluster:
     def ledgers(self) -> Ledgers:
         """(replicas, reserved bytes) by node; empty while an agent does not answer or is too young to know."""
         reports = self.run(serving_cluster.reports)
-        complete = [each for each in reports.values() if each.ledger is not None and each.ledger.is_complete]
+        ledgers = {name: each.ledger for name, each in reports.items() if each.ledger is not None}
+        complete = {name: ledger for name, ledger in ledgers.items() if ledger.is_complete}
         if {*reports} != self.run(serving_cluster.living_nodes) or len(complete) != len(reports):
             return {}
-        return {name: (len(each.ledger.replicas), each.ledger.reserved_bytes) for name, each in reports.items()}
+        return {name: (len(ledger.replicas), ledger.reserved_bytes) for name, ledger in complete.items()}
 
     def whole_ledgers(self) -> Ledgers:
         """What the ledgers have when all is well, as soon as it is."""

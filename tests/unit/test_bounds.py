@@ -51,7 +51,11 @@ def configurations() -> list[type]:
 
 def hints_of(section: type) -> Iterator[tuple[str, Any]]:
     hints = get_type_hints(section, include_extras=True)
-    names = [each.name for each in fields(section)] if is_dataclass(section) else list(section.model_fields)
+    if issubclass(section, Strict):
+        names = list(section.model_fields)
+    else:
+        assert is_dataclass(section)
+        names = [each.name for each in fields(section)]
     for name in names:
         yield name, hints[name]
 
@@ -85,7 +89,10 @@ def test_every_number_has_bounds_or_a_reason_for_none(section) -> None:
 @pytest.mark.parametrize(("section", "name"), numbers(), ids=lambda each: getattr(each, "__name__", each))
 def test_what_is_no_number_in_range_is_refused_by_name(section, name) -> None:
     number = numbers_of(section)[name]
-    too_small = number.bounds.above if number.bounds.above is not None else number.bounds.at_least - 1
+    too_small = number.bounds.above
+    if too_small is None:
+        assert number.bounds.at_least is not None
+        too_small = number.bounds.at_least - 1
     for value in [*WRONG, too_small, -1e9, *([2.5] if number.is_whole else [])]:
         with pytest.raises(ConfigError) as error:
             make(section, **{name: value})
@@ -93,7 +100,7 @@ def test_what_is_no_number_in_range_is_refused_by_name(section, name) -> None:
 
 
 # Where each section stands in a document; None: at its top.
-PLACES = {AppArgs: None, **{type(value): key for key, value in AppArgs().__dict__.items()}}
+PLACES: dict[type, str | None] = {AppArgs: None, **{type(value): key for key, value in AppArgs().__dict__.items()}}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,10 @@ from selectn_core.batching.attention import make_segments, varlen_attention
 HEAD_DIM = 8
 
 
+class FirstLayer(nn.Module):
+    layer_idx = 0
+
+
 class CacheThatIsFull:
     """Stands in for the paged cache: `update` returns keys and values that a real one would have gathered."""
 
@@ -75,8 +79,7 @@ def test_equals_dense_attention(requests, num_kv_heads, groups, window, value_di
     key = torch.randn(1, num_kv_heads, sum(key_lengths), HEAD_DIM, generator=generator)
     value = torch.randn(1, num_kv_heads, sum(key_lengths), value_dim, generator=generator)
     sinks = torch.randn(num_kv_heads * groups, generator=generator) if has_sinks else None
-    layer = nn.Module()
-    layer.layer_idx = 0
+    layer = FirstLayer()
     segments = make_segments(bounds(query_lengths), bounds(key_lengths), sliding_window=window)
     wide = [pad(each, (0, max(HEAD_DIM, value_dim) - each.shape[-1])) for each in (key, value)]
     output, _ = varlen_attention(
@@ -100,8 +103,7 @@ def test_long_chunks_are_taken_a_few_queries_at_a_time(monkeypatch, num_keys) ->
     """Fresh, and behind keys of before; in pieces that do and do not divide the chunk."""
     query, key, value = torch.randn(3, 1, 2, num_keys, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     query = query[:, :, :9]
-    layer = nn.Module()
-    layer.layer_idx = 0
+    layer = FirstLayer()
     segments = [make_segments([0, 9], [0, num_keys])]
     results = []
     for at_once in (256, 4, 3):

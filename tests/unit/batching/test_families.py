@@ -126,7 +126,9 @@ def test_a_context_limit_is_the_least_of_all_rotary_embeddings() -> None:
             "gemma3_text", head_dim=8, num_hidden_layers=2, layer_types=types, rope_parameters=rope
         )
         config.max_position_embeddings = 32
-        limits[length] = context_limit(config)
+        limit = context_limit(config)
+        assert limit is not None
+        limits[length] = limit
     assert {length: limit.num_tokens for length, limit in limits.items()} == {16: 16, 64: 32}
     assert [limit.is_narrowed for limit in limits.values()] == [True, False]
 

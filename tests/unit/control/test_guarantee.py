@@ -29,8 +29,8 @@ def cache(tmp_path_factory) -> Iterator[None]:
         yield
 
 
-def steered(**batch: int) -> Engine:
-    config = engine_config("auto", kv_tokens=64, max_requests=16, **batch)
+def steered() -> Engine:
+    config = engine_config("auto", kv_tokens=64, max_requests=16)
     engine = Engine(tiny_model(), replace(config, slo=SloConfig(ttft_ms=60_000.0, tpot_ms=TPOT_S * 1e3)))
     engine.steer(performance_record(engine, budget_s=1.0))
     return engine

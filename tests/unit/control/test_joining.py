@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,16 +40,33 @@ def loose(count: int, *, output: int = 30) -> list[Request]:
     return [Request(prompt=16, output=output, tpot_s=2 * FULL_S) for _ in range(count)]
 
 
-def served(requests: Sequence[Request], **server: float) -> Server:
-    return Server(TIMES, **{"tpot_s": 2 * FULL_S, **server}).serve(requests)
+def served(
+    requests: Sequence[Request], *, tpot_s: float = 2 * FULL_S, ttft_s: float = math.inf, link: Link = LINK
+) -> Server:
+    return Server(TIMES, tpot_s=tpot_s, ttft_s=ttft_s, link=link).serve(requests)
 
 
 def decoding(tpot_s: float) -> Decoding:
     return Decoding(num_tokens=1, first_token_s=0.0, num_left=100, tpot_s=tpot_s)
 
 
-def waiting(tpot_s: float, tokens: int = 16, **values: float) -> Waiting:
-    return Waiting(**{"prefill_tokens": tokens, "deadline_s": FAR_S, "tpot_s": tpot_s, **values})
+def waiting(
+    tpot_s: float,
+    tokens: int = 16,
+    *,
+    deadline_s: float = FAR_S,
+    num_past: int = 0,
+    kv_bytes: int = 0,
+    is_sampled: bool = False,
+) -> Waiting:
+    return Waiting(
+        prefill_tokens=tokens,
+        deadline_s=deadline_s,
+        tpot_s=tpot_s,
+        num_past=num_past,
+        kv_bytes=kv_bytes,
+        is_sampled=is_sampled,
+    )
 
 
 def answers(load: Load, num_steps: int = 6, times: StepTimes = TIMES) -> tuple[StepAdmission, list[Decision]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from operator import mul
 from random import Random
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selectn_core.config import OffloadConfig
+from selectn_core.control.frontier import _Candidates
 from selectn_core.control.policies import (
     MOST_SLOTS,
     Frontier,
@@ -211,8 +214,8 @@ def test_what_is_remembered_is_bounded() -> None:
         costs = StepCosts(compute_s=compute_s, unit_bytes=BLOCKS.unit_bytes[:12], rest_s=rng.uniform(0, 30))
         SelectN(frontier).choose(situation(costs, rng.uniform(10, 900), 1.5))
     assert len(frontier.layouts) <= 16
-    assert all(len(each.known) <= 32 for each in frontier.layouts)
+    assert all(isinstance(each, _Candidates) and len(each.known) <= 32 for each in frontier.layouts)
     remembered = Remembered(3)
-    assert [remembered.get(key, lambda key=key: 10 * key) for key in (1, 2, 3, 1, 4)] == [10, 20, 30, 10, 40]
+    assert [remembered.get(key, partial(mul, 10, key)) for key in (1, 2, 3, 1, 4)] == [10, 20, 30, 10, 40]
     assert remembered.get(1, lambda: 0) == 10  # asked for again before the fourth came: the second went
     assert remembered.get(2, lambda: 0) == 0

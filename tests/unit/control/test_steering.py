@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from selectn_core.config import SloConfig
-from selectn_core.control.steering import load_of
+from selectn_core.control.controller import Controller
+from selectn_core.control.steering import Steering, load_of
 from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError
 from selectn_core.latency.placement import OffloadPlan
@@ -45,6 +46,18 @@ def steered(
         engine.close()
         raise
     return engine
+
+
+def controller_of(engine: Engine) -> Controller:
+    control = engine.offloading.control
+    assert isinstance(control, Steering)
+    return control.controller
+
+
+def controller_share(engine: Engine) -> float:
+    snapshot = engine.offloading.control.snapshot()
+    assert snapshot is not None
+    return snapshot["controller_share"]
 
 
 def a_handle(num_tokens: int, tpot_s: float | None = None) -> RequestHandle:
@@ -162,11 +175,11 @@ def test_tighter_objectives_lower_what_an_idle_engine_promises() -> None:
         before = engine.reachable_kv_tokens()
         engine.set_objectives(SloConfig(ttft_ms=60_000.0, tpot_ms=1e-3))
         assert engine.reachable_kv_tokens() < before
-        assert engine.offloading.control.controller.percentile == 99.0
+        assert controller_of(engine).percentile == 99.0
         engine.set_objectives(replace(LOOSE, percentile=50.0))
         assert engine.reachable_kv_tokens() == before
-        assert engine.offloading.control.controller.percentile == 50.0
-        assert engine.offloading.control.controller.ttft_s == 60.0
+        assert controller_of(engine).percentile == 50.0
+        assert controller_of(engine).ttft_s == 60.0
     finally:
         engine.close()
 
@@ -203,7 +216,7 @@ def test_one_that_waits_takes_nothing_from_what_is_promised() -> None:
     engine = steered(kv_tokens=64)
     try:
         before = engine.reachable_kv_tokens()
-        alone_s = engine.offloading.control.controller.times.expected_s(StepShape.decode(1, 16))
+        alone_s = controller_of(engine).times.expected_s(StepShape.decode(1, 16))
         for tpot_s in (2 * alone_s, 1e-9):
             tight = a_handle(0, tpot_s=tpot_s)
             slow = a_handle(3, tpot_s=60.0)
@@ -259,9 +272,9 @@ def test_a_policy_by_name_that_leaves_too_much_on_the_device_is_refused_at_the_s
 def test_the_share_of_deciding_is_of_all_steps_and_not_of_the_last() -> None:
     with steered() as engine:
         engine.submit(make_prompts()[0], greedy()).result()
-    before = engine.offloading.control.snapshot()["controller_share"]
+    before = controller_share(engine)
     engine.steps = StepLog()
-    assert 0 < engine.offloading.control.snapshot()["controller_share"] == before
+    assert 0 < controller_share(engine) == before
 
 
 def test_a_link_that_has_become_slow_is_not_thought_good_for_swapping() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,9 @@ from deployments.replica.replica import SelectNReplica
 from selectn_core.config import EngineConfig, OffloadConfig, SloConfig
 from selectn_core.engine.engine import Engine
 from selectn_core.errors import ConfigError
+from selectn_core.latency.placement import OffloadPlan
 from selectn_core.profiling.record_cache import performance_record
+from selectn_core.requests.objectives import Objectives
 from tests.support.engines import engine_config
 from tests.support.tiny_models import tiny_model
 
@@ -114,22 +117,30 @@ def engine(tmp_path_factory) -> Iterator[Engine]:
         yield engine
 
 
+# The objectives as configured and as they are, and the plan by hand, if there is one.
+State = tuple[SloConfig, Objectives | None, OffloadPlan | None]
+
+
 class Replica:
     """A replica without Serve: its engine is there already."""
-
-    reconfigure, snapshot = SelectNReplica.reconfigure, SelectNReplica.snapshot
 
     def __init__(self, engine: Engine, args: EngineConfig) -> None:
         self._engine, self._args, self._declared, self._member = engine, args, args, None
         self._is_configured, self._user_config_problem, self._replica_id = False, None, "replica"
 
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        await SelectNReplica.reconfigure(cast(SelectNReplica, self), user_config)
 
-def state_of(engine: Engine) -> tuple[object, ...]:
-    plan = engine.target.plan if engine.offloading.control.is_manual else "policy"
+    async def snapshot(self) -> dict[str, Any]:
+        return await SelectNReplica.snapshot(cast(SelectNReplica, self))
+
+
+def state_of(engine: Engine) -> State:
+    plan = engine.target.plan if engine.offloading.control.is_manual else None
     return engine.config.slo, engine.objectives, plan
 
 
-def reconfigured(engine: Engine, *user_configs: object) -> tuple[object, ...]:
+def reconfigured(engine: Engine, *user_configs: dict[str, Any] | None) -> State:
     """What the engine does after these were declared in turn, by a replica that starts with the first."""
     replica = Replica(engine, replace(engine.config, slo=ARGS.slo))
     apply_declared(engine, replica._args)
@@ -158,6 +169,8 @@ def test_objectives_stay_with_a_plan_by_hand(engine):
     assert engine.offloading.control.is_manual
     assert engine.objectives == objectives
     _, changed, plan = reconfigured(engine, {**BY_HAND, "slo": {"tpot_ms": 200}})
+    assert changed is not None
+    assert plan is not None
     assert (changed.ttft_s, changed.tpot_s, plan.num_offloaded) == (0.9, 0.2, 2)
 
 

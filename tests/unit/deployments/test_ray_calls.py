@@ -15,7 +15,7 @@ from deployments.ray_calls import RayIsGone, answer
 def test_what_is_called_answers_or_raises_as_it_would_alone():
     assert answer(lambda: 3, is_gone=lambda: False) == 3
     with pytest.raises(KeyError, match="it"):
-        answer(lambda: {}["it"])
+        answer(lambda: dict[str, int]()["it"])
 
 
 def test_a_call_that_would_never_return_ends_with_the_clusters_own_process():
@@ -68,4 +68,4 @@ def test_so_is_one_of_a_cluster_whose_parts_are_still_ending():
         return asked > 4
 
     with pytest.raises(RayIsGone):
-        answer(lambda: {}["it"], is_gone=is_gone)
+        answer(lambda: dict[str, int]()["it"], is_gone=is_gone)

@@ -172,7 +172,7 @@ class _MlpFirst(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.mlp, self.self_attn = layer.mlp, layer.self_attn
+        self.mlp, self.self_attn = layer.get_submodule("mlp"), layer.get_submodule("self_attn")
 
     def forward(self, hidden_states, position_embeddings=None, **kwargs):
         attended, _ = self.self_attn(hidden_states, position_embeddings=position_embeddings, **kwargs)
@@ -184,7 +184,8 @@ class _PartOfAnMlp(_MlpFirst):
 
     def forward(self, hidden_states, position_embeddings=None, **kwargs):
         attended, _ = self.self_attn(hidden_states, position_embeddings=position_embeddings, **kwargs)
-        return hidden_states + self.mlp.down_proj(self.mlp.up_proj(hidden_states + attended))
+        up, down = self.mlp.get_submodule("up_proj"), self.mlp.get_submodule("down_proj")
+        return hidden_states + down(up(hidden_states + attended))
 
 
 @pytest.mark.parametrize("num_offloaded", [0, 10])

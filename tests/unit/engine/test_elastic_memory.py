@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selectn_core.config import OFFLOAD_UNITS
+from selectn_core.engine.engine import Engine
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.memory.plan_memory import unmeasured_plan
 from selectn_core.requests.handle import RequestHandle
 from selectn_core.weights.units import Unit
-from tests.support.engines import CheckedEngine, engine_config, greedy, make_prompts
+from tests.support.engines import Batch, CheckedEngine, engine_config, greedy, make_prompts
 from tests.support.tiny_models import FAMILIES, NUM_LAYERS, SEVERAL_BLOCKS, tiny_model
 
 PROMPTS = make_prompts((3, 9, 17, 26, 33, 41))
@@ -55,7 +56,10 @@ class Script:
         self.requests: list[tuple[int, int, RequestHandle]] = []  # (prompt, number of tokens, handle)
         self._actions = iter(actions)
         self._engine = engine
-        engine.before_schedule = lambda _: self.act()
+        engine.before_schedule = self._before_schedule
+
+    def _before_schedule(self, _: Engine) -> None:
+        self.act()
 
     def act(self) -> bool:
         """Carries out the next action; False after the last."""
@@ -133,7 +137,7 @@ def test_layers_go_to_host_and_back_under_load_without_a_failed_request(family: 
     assert (min(reached), max(reached), reached[-1]) == (0, NUM_LAYERS, 0)
 
 
-CROWDED = {"kv_tokens": 80, "max_requests": 24, "max_batch_tokens": 32}
+CROWDED: Batch = {"kv_tokens": 80, "max_requests": 24, "max_batch_tokens": 32}
 
 
 def come_home_under_load(engine: CheckedEngine, family: str, *, urgent: bool) -> list[tuple[int, int]]:
@@ -188,7 +192,7 @@ def test_the_last_running_request_is_not_preempted() -> None:
     assert engine.batching.swap.num_preemptions == 0
 
 
-def test_a_layer_comes_back_into_memory_that_running_requests_use() -> None:
+def test_a_layer_comes_back_into_memory_that_running_requests_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their keys are copied elsewhere, and they go on as if nothing had happened."""
     engine = build(num_offloaded=NUM_LAYERS)
     pages, num_moved = engine.batching.pages, 0
@@ -199,7 +203,7 @@ def test_a_layer_comes_back_into_memory_that_running_requests_use() -> None:
         num_moved += len(blocks)
         move_blocks(allocator, blocks, *rest)
 
-    pages._move_blocks = counted
+    monkeypatch.setattr(pages, "_move_blocks", counted)
     # Each step lends all layers' memory, fills it with keys, and takes a part of it back.
     engine.before_step = lambda _: engine.set_num_offloaded(NUM_LAYERS - engine.steps.num_steps % 3, 1)
     requests = [(i, engine.submit(prompt, greedy(MOST_TOKENS))) for i, prompt in enumerate(PROMPTS)]

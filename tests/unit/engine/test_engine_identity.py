@@ -16,7 +16,7 @@ from selectn_core.latency.placement import OffloadPlan
 from selectn_core.offload.executor import Executor
 from selectn_core.offload.overlapped import OverlappedExecutor
 from selectn_core.offload.synchronous import SynchronousExecutor
-from tests.support.engines import BeforeStep, CheckedEngine, engine_config, generate, greedy, make_prompts
+from tests.support.engines import Batch, BeforeStep, CheckedEngine, engine_config, generate, greedy, make_prompts
 from tests.support.tiny_models import FAMILIES, NUM_LAYERS, tiny_model
 
 # Every k and every S at least once.
@@ -84,7 +84,7 @@ def test_tokens_of_requests_that_share_a_prefix(family: str, prefix_sharing: boo
     (prefix,) = make_prompts([33], seed=1)
     # One after the other through a narrow batch, so that later ones find the prefix in the cache.
     prompts = [[*prefix, *tail] for tail in make_prompts([1, 4, 9, 2], seed=2)]
-    narrow = {"prefix_sharing": prefix_sharing, "max_requests": 2}
+    narrow: Batch = {"prefix_sharing": prefix_sharing, "max_requests": 2}
     expected = generate(family, engine_config(0, **narrow), prompts=prompts)
     tokens = generate(family, engine_config(3, 1, **narrow), prompts=prompts, before_step=random_plans(3))
     assert tokens == expected

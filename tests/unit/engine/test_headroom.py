@@ -45,7 +45,9 @@ def test_more_offloaded_is_more_headroom_and_promises_are_kept():
         assert engine.batching.swap.num_preemptions == 0
         headroom = engine.headroom()
         assert headroom.waiting_prefill_tokens == 0
+        assert headroom.decode_step_s is not None
         assert headroom.decode_step_s > 0
+        assert headroom.prefill_s_per_token is not None
         assert headroom.prefill_s_per_token > 0
 
 

@@ -179,8 +179,9 @@ def with_the_keys_of_others(segments: list[Any]) -> list[Any]:
 
 @contextmanager
 def attention_with(change: Callable[[list[Any]], list[Any]]) -> Iterator[None]:
-    def changed(*args: Any, segments: Any, **kwargs: Any) -> Any:
-        return varlen_attention(*args, segments=[change(mine) for mine in segments], **kwargs)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        kwargs["segments"] = [change(mine) for mine in kwargs["segments"]]
+        return varlen_attention(*args, **kwargs)
 
     AttentionInterface.register(ATTENTION_NAME, changed)
     try:

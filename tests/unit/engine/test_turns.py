@@ -6,10 +6,10 @@ import pytest
 
 from selectn_core.engine.engine import Engine
 from selectn_core.memory.plan_memory import unmeasured_plan
-from tests.support.engines import CheckedEngine, engine_config, greedy, make_prompts, memory_gib_for
+from tests.support.engines import Batch, CheckedEngine, engine_config, greedy, make_prompts, memory_gib_for
 from tests.support.tiny_models import tiny_model
 
-NARROW = {"kv_tokens": 64, "max_requests": 1, "page_size": 16}
+NARROW: Batch = {"kv_tokens": 64, "max_requests": 1, "page_size": 16}
 
 
 def test_a_long_request_that_only_waits_offloads_nothing() -> None:
@@ -83,7 +83,10 @@ def test_only_those_begin_that_were_named() -> None:
     with engine:
         last.result()
         assert len(first.result()) == 4
-    assert first.timing.ttft_s > last.timing.ttft_s
+    first_ttft_s, last_ttft_s = first.timing.ttft_s, last.timing.ttft_s
+    assert first_ttft_s is not None
+    assert last_ttft_s is not None
+    assert first_ttft_s > last_ttft_s
     engine.batching.check_integrity()
 
 

@@ -28,6 +28,10 @@ def cases(draw):
     return costs, offloaded, draw(st.integers(1, 4)), Link(bytes_per_s=draw(st.sampled_from([1.0, 4.0, 16.0])))
 
 
+# What it is, in which step, and of which unit.
+Task = tuple[str] | tuple[str, int] | tuple[str, int, int]
+
+
 def simulate_events(costs, offloaded, num_slots, link, num_steps, promoted=(), in_slots=()) -> list[float]:
     """The same machine, told as events: a link, slots and a processor, each taking up work when it may.
 
@@ -35,14 +39,14 @@ def simulate_events(costs, offloaded, num_slots, link, num_steps, promoted=(), i
     compute is a task with predecessors, and a task ends its duration after the last of them.
     """
     num_slots = min(num_slots, len(offloaded))
-    ends: dict[tuple, float] = {}
+    ends: dict[Task, float] = {}
 
     def run(name, duration, *predecessors) -> None:
         ends[name] = max((ends[p] for p in predecessors), default=0.0) + duration
 
     copies = len(offloaded) > num_slots
     sequence = [(step, unit) for step in range(num_steps + 2) for unit in offloaded]  # offloaded uses, in order
-    last_copy: list[tuple] = []
+    last_copy: list[Task] = []
 
     def copy(name, unit, *predecessors) -> None:
         run(name, link.seconds(costs.unit_bytes[unit]), *predecessors, *last_copy)
@@ -56,8 +60,9 @@ def simulate_events(costs, offloaded, num_slots, link, num_steps, promoted=(), i
         if unit in in_slots:
             run(("use", 0, unit), 0.0)
     position = {use: i for i, use in enumerate(sequence)}
-    ends["start"] = 0.0
-    previous, durations, started = "start", [], 0.0
+    previous: Task = ("start",)
+    ends[previous] = 0.0
+    durations, started = list[float](), 0.0
     for step in range(num_steps):
         for unit, compute_s in enumerate(costs.compute_s):
             needs = [previous]

@@ -115,7 +115,7 @@ def test_a_real_record_is_met_by_the_fit() -> None:
 
 WINDOW = 512
 SLIDING, FULL = "Layer/sliding_attention", "Layer/full_attention"
-TYPES = {
+TYPES: dict[str, tuple[dict[str, int | None], tuple[int | None, ...]]] = {
     "every layer slides": ({"Layer": WINDOW}, (WINDOW,)),
     "layers alternate": ({FULL: None, SLIDING: WINDOW}, (None, WINDOW)),
 }

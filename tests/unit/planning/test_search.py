@@ -152,7 +152,7 @@ def every_plan(case: Case) -> list[Tried]:
         sizes, memory = units.unit_bytes, units.memory
         allowed = range(len(sizes)) if units.among is None else units.among
         for k in range(len(allowed) + 1):
-            placements = {()}
+            placements: set[tuple[int, ...]] = {()}
             if k:
                 longest = [max(o.steps, key=lambda costs: costs.unloaded_s) for o in units.objectives]
                 placements = {place_evenly(k, costs, among=units.among) for costs in longest}
@@ -331,7 +331,7 @@ def simple_case(*, limit=1.1, device=None, host=None, bytes_per_s=1000.0, blocks
         resident_bytes=0, kv=kv_of_tokens(16), workspace=Workspace(), device_bytes=device, host_bytes=host
     )
     objectives = (Objective(name="TPOT", limit_s=limit * costs.unloaded_s, steps=(costs,)),)
-    sets = {"layers": None}
+    sets: dict[str, tuple[int, ...] | None] = {"layers": None}
     if blocks:
         sets = {"blocks": None, "attention": tuple(range(0, 64, 2)), "MLP": tuple(range(1, 64, 2))}
     return Case(

@@ -17,7 +17,7 @@ from selectn_core.planning.record import PerformanceRecord
 from selectn_core.planning.record_table import derived_table
 from selectn_core.profiling.profiler import Extent, coarse_grid, fine_grid, is_long_enough, profile
 from selectn_core.profiling.record_cache import performance_record, record_path
-from tests.support.engines import engine_config, generate, greedy, make_prompts, memory_gib_for
+from tests.support.engines import Batch, engine_config, generate, greedy, make_prompts, memory_gib_for
 from tests.support.records import layer_record
 from tests.support.tiny_models import tiny_model
 
@@ -89,7 +89,7 @@ def test_a_record_is_long_enough_for_what_it_has_and_no_more(engine: Engine) -> 
 @pytest.mark.parametrize(
     ("num_slots", "batch"), [(1, {"max_requests": 16, "max_batch_tokens": 16}), (1, {"max_requests": 1}), (2, {})]
 )
-def test_whatever_may_be_configured_can_be_measured(cache: Path, num_slots: int, batch: dict[str, int]) -> None:
+def test_whatever_may_be_configured_can_be_measured(cache: Path, num_slots: int, batch: Batch) -> None:
     """On a device with room for the slots, a layer and the least KV cache."""
     memory_gib = memory_gib_for(num_slots + 1, **batch)
     engine = Engine(tiny_model(), engine_config("auto", num_slots, memory_gib=memory_gib, **batch))

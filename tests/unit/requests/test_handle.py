@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncGenerator
 
 import pytest
 
@@ -17,7 +18,11 @@ def new_handle(cancel=lambda ticket: None) -> RequestHandle:
 
 
 def push_all(handle: RequestHandle, events=EVENTS) -> threading.Thread:
-    thread = threading.Thread(target=lambda: [handle.push(event) for event in events])
+    def push() -> None:
+        for event in events:
+            handle.push(event)
+
+    thread = threading.Thread(target=push)
     thread.start()
     return thread
 
@@ -102,6 +107,7 @@ def test_a_loop_that_closed_under_its_reader_does_not_disturb_the_sender() -> No
     handle = new_handle()
     loop = asyncio.new_event_loop()
     reader = handle.__aiter__()
+    assert isinstance(reader, AsyncGenerator)
     handle.push(TokenEvent(token_ids=(1,)))
     loop.run_until_complete(anext(reader))
     loop.close()
@@ -120,7 +126,7 @@ def test_readers_may_leave_while_events_arrive() -> None:
                 return
 
     for _ in range(20):
-        handle, errors = new_handle(), []
+        handle, errors = new_handle(), list[Exception]()
 
         def push(handle: RequestHandle = handle, errors: list[Exception] = errors) -> None:
             try:

@@ -119,7 +119,7 @@ def test_a_plan_by_hand_stands_though_the_policy_was_deciding(tmp_path: Path, mo
     assert steering is not None
     decide = steering.decide
 
-    def decide_and_be_overruled(shape: StepShape) -> Decision:
+    def decide_and_be_overruled(shape: StepShape) -> Decision | None:
         decision = decide(shape)
         by_hand = threading.Thread(target=engine.set_num_offloaded, args=(2,))
         by_hand.start()

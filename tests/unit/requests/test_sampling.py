@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 import torch
@@ -128,8 +128,13 @@ def test_top_k_and_top_p_keep_the_most_likely() -> None:
     assert top_p == set(ranked[:num_kept])
 
 
+class Cut(TypedDict, total=False):
+    top_p: float
+    top_k: int
+
+
 # Of a vocabulary that is larger than the number of candidates that are looked at first; flat and peaked rows.
-CUTS = [
+CUTS: list[Cut] = [
     {"top_p": 0.9},
     {"top_p": 0.3},
     {"top_p": 0.999},

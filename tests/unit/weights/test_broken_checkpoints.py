@@ -16,6 +16,7 @@ from selectn_core.errors import ConfigError, SelectNError
 from selectn_core.weights.checkpoint import load_model
 from selectn_core.weights.shared_model import load_on_host
 from tests.support.broken_checkpoints import CASES, CONFIG, Broken
+from tests.support.store_users import store_of
 from tests.support.tiny_models import tiny_model
 from tests.support.tokenizers_in_process import byte_level_tokenizer
 
@@ -94,7 +95,7 @@ def test_the_good_one_loads_both_ways(good, tmp_path, built) -> None:
     load_model(ModelConfig(source=str(good)))
     loaded = load_on_host(ModelConfig(source=str(good)), shared_in(stores(tmp_path)))
     assert loaded.tokenizer is not None
-    loaded.store.close()
+    store_of(loaded).close()
     assert len(built) == 2
 
 
@@ -169,7 +170,7 @@ def test_a_model_in_the_hubs_cache_loads(good, hub, tmp_path) -> None:
     assert private.tokenizer is not None
     assert loaded.tokenizer is not None
     assert loaded.name == "someone/model"
-    loaded.store.close()
+    store_of(loaded).close()
 
 
 BROKEN_AT_THE_HUB = [

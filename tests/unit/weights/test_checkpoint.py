@@ -172,7 +172,7 @@ def test_a_gguf_file_loads(tmp_path) -> None:
     assert torch.equal(model.get_input_embeddings().weight, expected)
 
 
-def write_tiny_gguf(path: Path, *, block_count: int = 2, leave_out: str = "", more: Callable[..., None] = id) -> Path:
+def write_tiny_gguf(path: Path, *, block_count: int = 2, leave_out: str = "", more: Callable[..., object] = id) -> Path:
     """A llama of two layers; `more` may add to it, the metadata may be wrong, and a tensor may be left out."""
     import numpy as np
     from gguf import GGUFWriter

@@ -20,6 +20,7 @@ from selectn_core.weights.checkpoint import LoadedModel, load_model
 from selectn_core.weights.gguf_files import GgufFile, complete_config
 from selectn_core.weights.shared_model import load_on_host
 from tests.support.broken_checkpoints import LFS_POINTER
+from tests.support.store_users import store_of
 from tests.unit.weights.test_checkpoint import write_tiny_gguf
 
 HEAD_DIM = 8
@@ -231,7 +232,7 @@ def test_a_second_process_has_the_scaling_too(tmp_path) -> None:
         rotary = loaded.model.model.rotary_emb
         assert torch.equal(rotary.inv_freq, expected)
         assert rotary.attention_scaling == pytest.approx(0.1 * np.log(4) + 1)
-        loaded.store.close()
+        store_of(loaded).close()
 
 
 @pytest.mark.parametrize("metadata", [{"scaling__type": "none"}, {"scaling__type": "linear", "scaling__factor": 1.0}])

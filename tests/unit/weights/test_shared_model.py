@@ -31,6 +31,7 @@ from selectn_core.weights.checkpoint import LoadedModel, load_model, resolve_sou
 from selectn_core.weights.shared_model import load_on_host, store_fingerprint
 from tests.support.engine_users import EngineUser, shared_config
 from tests.support.engines import CheckedEngine, engine_config, generate, greedy, make_prompts
+from tests.support.store_users import store_of
 from tests.support.tiny_models import FAMILIES, tiny_model
 from tests.unit.engine.test_engine_identity import random_plans
 from tests.unit.weights.test_checkpoint import write_tiny_gguf
@@ -122,15 +123,15 @@ def test_the_second_does_not_read_the_checkpoint(checkpoint_of, host, monkeypatc
     monkeypatch.setattr(store_building, "load_weights", lambda _: pytest.fail("the checkpoint is read again"))
     second = load_on_host(config, host)
     assert same_tensors(first.model, second.model)
-    first.store.close()
-    second.store.close()
+    store_of(first).close()
+    store_of(second).close()
 
 
 def test_gguf_files_are_shared(tmp_path, host) -> None:
     config = ModelConfig(source=str(write_tiny_gguf(tmp_path / "tiny.gguf")))
     loaded = load_on_host(config, host)
     assert same_tensors(loaded.model, load_model(config).model)
-    loaded.store.close()
+    store_of(loaded).close()
 
 
 def test_sharded_checkpoints_and_other_dtypes_are_shared(tmp_path, host) -> None:
@@ -139,7 +140,7 @@ def test_sharded_checkpoints_and_other_dtypes_are_shared(tmp_path, host) -> None
     loaded = load_on_host(config, host)
     assert loaded.model.dtype == torch.bfloat16
     assert same_tensors(loaded.model, load_model(config).model)
-    loaded.store.close()
+    store_of(loaded).close()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_an_infinite_limit_of_a_time_step_is_shared_too(checkpoint_of, tmp_path,
     (directory / "config.json").write_text(text.replace("{", f'{{"time_step_limit": [0.0, {infinity}],', 1))
     for loaded in [load_on_host(ModelConfig(source=str(directory)), host) for _ in range(2)]:
         assert loaded.model.config.time_step_limit == [0.0, float("inf")]
-        loaded.store.close()
+        store_of(loaded).close()
 
 
 def test_a_model_with_an_infinite_limit_by_default_is_made_again_from_its_description() -> None:
@@ -228,7 +229,9 @@ def test_layers_and_blocks_share_a_store(checkpoint_of, host, family) -> None:
     ]
     layers, blocks = engines
     assert layers.snapshot()["host_store"] == blocks.snapshot()["host_store"] != "private"
-    memory = blocks.store._shared.memory
+    shared = blocks.store._shared
+    assert shared is not None
+    memory = shared.memory
     buffers = [blocks.store.buffer(unit) for unit in blocks.units]
     assert all(memory.data_ptr() < b.data_ptr() < memory.data_ptr() + memory.nbytes for b in buffers)
     for engine in engines:
@@ -241,8 +244,8 @@ def test_a_changed_weight_is_noticed_at_block_granularity_too(checkpoint_of, hos
     loaded = load_on_host(ModelConfig(source=checkpoint_of()), host)
     engine = CheckedEngine(loaded, engine_config(4, unit="block"))
     engine.store.check_integrity()
-    section = loaded.store.sections["model.layers.3"]
-    with loaded.store.path.open("r+b") as file:
+    section = store_of(loaded).sections["model.layers.3"]
+    with store_of(loaded).path.open("r+b") as file:
         file.seek(section.offset + 17)
         byte = file.read(1)
         file.seek(section.offset + 17)
@@ -260,7 +263,7 @@ def test_a_store_with_another_layout_is_refused(checkpoint_of, host, monkeypatch
     monkeypatch.setattr("selectn_core.weights.units.TENSOR_ALIGNMENT_BYTES", 8192)
     with pytest.raises(StoreRefused, match=r"layers\.0.* laid out otherwise, by another version"):
         load_engine(config)
-    older.store.close()
+    store_of(older).close()
 
 
 def test_a_private_copy_needs_no_store(checkpoint_of, host) -> None:
@@ -336,8 +339,8 @@ def test_a_directory_for_files_that_is_also_for_memory_is_one_place(checkpoint_o
     (place,) = store_places.usable_places(host)
     assert place.in_memory == is_in_memory(files)
     loaded = load_on_host(ModelConfig(source=checkpoint_of()), host)
-    assert loaded.store.path.parent.samefile(files)
-    loaded.store.close()
+    assert store_of(loaded).path.parent.samefile(files)
+    store_of(loaded).close()
 
 
 def test_small_shared_memory_falls_back_to_a_file_and_says_what_to_set(
@@ -346,14 +349,14 @@ def test_small_shared_memory_falls_back_to_a_file_and_says_what_to_set(
     config, host = ModelConfig(source=checkpoint_of()), HostConfig(directory=str(small_tmpfs))
     with caplog.at_level(logging.WARNING):
         loaded = load_on_host(config, host)
-    assert loaded.store.path.parent == files
+    assert store_of(loaded).path.parent == files
     assert "has 65,536 bytes free and the weights take" in caplog.text
     assert "docker run --shm-size=2g" in caplog.text
     assert "host.directory" in caplog.text
     second = load_on_host(config, host)
-    assert second.store.path == loaded.store.path
+    assert store_of(second).path == store_of(loaded).path
     assert tokens_of(second) == tokens_of(load_model(config))
-    loaded.store.close()
+    store_of(loaded).close()
 
 
 def test_small_shared_memory_that_was_asked_for_is_an_error(checkpoint_of, small_tmpfs) -> None:
@@ -369,9 +372,9 @@ def test_the_cgroups_limit_is_honoured(checkpoint_of, host, files, monkeypatch, 
     with pytest.raises(HostMemoryExceeded, match=r"4,096 are left by /sys/fs/cgroup/pod/memory.max: raise that limit"):
         load_on_host(config, host)
     loaded = load_on_host(config, HostConfig(directory=host.directory))
-    assert loaded.store.path.parent == files
+    assert store_of(loaded).path.parent == files
     assert "host.weights to 'file'" in caplog.text
-    loaded.store.close()
+    store_of(loaded).close()
 
 
 def test_no_room_anywhere_names_every_place(checkpoint_of, host, files, monkeypatch) -> None:
@@ -382,8 +385,8 @@ def test_no_room_anywhere_names_every_place(checkpoint_of, host, files, monkeypa
 
 def test_a_file_may_be_asked_for(checkpoint_of, host) -> None:
     loaded = load_on_host(ModelConfig(source=checkpoint_of()), HostConfig(weights="file", directory=host.directory))
-    assert str(loaded.store.path.parent) == host.directory
-    loaded.store.close()
+    assert str(store_of(loaded).path.parent) == host.directory
+    store_of(loaded).close()
 
 
 def test_a_directory_that_is_not_there_says_so(checkpoint_of) -> None:
@@ -393,8 +396,8 @@ def test_a_directory_that_is_not_there_says_so(checkpoint_of) -> None:
 
 def test_by_default_it_is_in_shared_memory(checkpoint_of) -> None:
     loaded = load_on_host(ModelConfig(source=checkpoint_of()), HostConfig())
-    assert loaded.store.path.parent == SHARED_MEMORY
-    loaded.store.close()
+    assert store_of(loaded).path.parent == SHARED_MEMORY
+    store_of(loaded).close()
 
 
 # -- models that cannot be shared ---------------------------------------------------------------------------------
@@ -464,11 +467,11 @@ def test_a_store_is_reserved_before_it_is_written_and_by_everyone_under_one_name
     first, second = load_on_host(config, host, ledger), load_on_host(config, host, ledger)
     before, *after = ledger.asked
     assert not before[2], "it was there before it was reserved"
-    assert 0.9 * first.store.num_bytes < before[0] <= first.store.num_bytes
-    assert [each[0] for each in after] == [first.store.num_bytes] * 2
-    assert {each[1] for each in ledger.asked} == {first.store.fingerprint}
-    first.store.close()
-    second.store.close()
+    assert 0.9 * store_of(first).num_bytes < before[0] <= store_of(first).num_bytes
+    assert [each[0] for each in after] == [store_of(first).num_bytes] * 2
+    assert {each[1] for each in ledger.asked} == {store_of(first).fingerprint}
+    store_of(first).close()
+    store_of(second).close()
 
 
 def test_what_the_node_refuses_goes_to_a_file_or_says_why(checkpoint_of, host, files) -> None:
@@ -479,5 +482,5 @@ def test_what_the_node_refuses_goes_to_a_file_or_says_why(checkpoint_of, host, f
         load_on_host(config, HostConfig(weights="private"), nothing)
     assert not [path for path in Path(host.directory).iterdir() if path.suffix != ".lock"]
     loaded = load_on_host(config, HostConfig(directory=host.directory), nothing)
-    assert loaded.store.path.parent == files
-    loaded.store.close()
+    assert store_of(loaded).path.parent == files
+    store_of(loaded).close()

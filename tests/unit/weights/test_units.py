@@ -98,7 +98,7 @@ class _ListOfExperts(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.self_attn, self.experts = layer.self_attn, nn.ModuleList([layer.mlp])
+        self.self_attn, self.experts = layer.self_attn, nn.ModuleList([layer.get_submodule("mlp")])
 
 
 @pytest.mark.parametrize("layer_class", [_OneBlock, _ListOfExperts])

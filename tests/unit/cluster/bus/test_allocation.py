@@ -176,7 +176,7 @@ def test_sixty_four_that_all_differ_get_nearly_the_most_that_there_can_be(seed):
 
 
 def most_divisible_bytes(demands: Mapping[str, LinkDemand], capacity: int) -> float:
-    room = capacity - cost_of(demands, tuple(d.k_min for d in demands.values()))
+    room: float = capacity - cost_of(demands, tuple(d.k_min for d in demands.values()))
     num_bytes = float(sum(d.k_min * d.unit_bytes for d in demands.values()))
     for d in sorted(demands.values(), key=lambda d: d.unit_bytes / unit_cost_bytes_per_s(d), reverse=True):
         units = min(d.k_max - d.k_min, room / unit_cost_bytes_per_s(d))

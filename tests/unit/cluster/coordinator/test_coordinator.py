@@ -47,6 +47,13 @@ def exchange(coordinator: Coordinator, who: RangeHolder, link: LinkDemand, now_s
     return update
 
 
+def told(coordinator: Coordinator, who: RangeHolder, link: LinkDemand, now_s: float) -> RangeUpdate:
+    """As `exchange`, by a coordinator that knows what to say."""
+    update = exchange(coordinator, who, link, now_s)
+    assert update is not None
+    return update
+
+
 @pytest.fixture
 def coordinator() -> Coordinator:
     """One that has settled and knows a node whose bus two replicas use."""
@@ -62,9 +69,9 @@ def test_one_that_grows_waits_until_the_other_has_shrunk(coordinator):
     exchange(coordinator, a, demand(0, 100), 11)
     exchange(coordinator, a, demand(0, 20), 12)
     assert a.k_range(demand(0, 20), 12) == (0, 20)
-    assert exchange(coordinator, b, demand(0, 100), 12).k_max == 50, "a may not have heard yet that it has less"
+    assert told(coordinator, b, demand(0, 100), 12).k_max == 50, "a may not have heard yet that it has less"
     coordinator.on_replica_report(a.report(demand(0, 20), 12.5), 12.5)
-    assert exchange(coordinator, b, demand(0, 100), 12.5).k_max == 80
+    assert told(coordinator, b, demand(0, 100), 12.5).k_max == 80
 
 
 def test_a_new_coordinator_renews_and_raises_nobody_for_a_lease(coordinator):
@@ -74,12 +81,12 @@ def test_a_new_coordinator_renews_and_raises_nobody_for_a_lease(coordinator):
     second = Coordinator(CONFIG, life=2, now_s=12.0)
     second.on_node_report(node_report(second, "a", "b"), 12.0)
     assert exchange(second, newcomer, demand(0, 30), 12.5) is None
-    update = exchange(second, a, demand(0, 100), 13)
+    update = told(second, a, demand(0, 100), 13)
     assert update.allowed.link_bytes_per_s == held
     assert a.has_lease(22.9)
     later_s = 12.0 + SETTLED_S
     exchange(second, a, demand(0, 100), later_s)
-    assert exchange(second, newcomer, demand(0, 30), later_s).k_max == 30
+    assert told(second, newcomer, demand(0, 30), later_s).k_max == 30
 
 
 def test_what_the_previous_life_promised_to_one_that_is_not_heard_stays_free(coordinator):
@@ -122,7 +129,8 @@ def test_minima_that_do_not_fit_share_the_bus_and_say_so(coordinator):
     a, b = holder("a"), holder("b")
     for now_s in (11, 12, 13):
         exchange(coordinator, a, demand(80, 90), now_s)
-        update = exchange(coordinator, b, demand(50, 90), now_s)
+        update = told(coordinator, b, demand(50, 90), now_s)
+    assert update.problem is not None
     assert "over their fair part: a by" in update.problem
     assert a.k_range(demand(80, 90), 13) == (80, 80)
     assert a.allowed(13).link_bytes_per_s == b.allowed(13).link_bytes_per_s == BUS // 2
@@ -274,9 +282,12 @@ def test_who_has_heard_of_a_new_life_is_deaf_to_the_old_one(coordinator):
     report = a.report(demand(0, 90), 12)
     coordinator.on_replica_report(report, 12)
     from_the_old_life = coordinator.update_for(report, 12)
+    assert from_the_old_life is not None
     second = Coordinator(CONFIG, life=2, now_s=12)
     second.on_replica_report(before, 12)
-    assert not a.apply(second.update_for(before, 12), 12.1), "it is for another version"
+    for_another_version = second.update_for(before, 12)
+    assert for_another_version is not None
+    assert not a.apply(for_another_version, 12.1), "it is for another version"
     assert a.report(demand(0, 90), 12.2).heard_life == 2
     assert not a.apply(from_the_old_life, 12.3)
 

@@ -47,6 +47,7 @@ def test_a_claim_that_makes_no_sense_is_refused_and_changes_nothing(num_bytes):
     node.claims.claim(claim("a", 10), 0)
     answer = node.claims.claim(claim("a", num_bytes), 0)
     assert (answer.held_bytes, answer.ask_again) == (10, False)
+    assert answer.refusal is not None
     assert f"own_bytes={num_bytes!r}" in answer.refusal
     assert node.reserved() == 10
 

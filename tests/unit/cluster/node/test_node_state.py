@@ -28,8 +28,12 @@ def bus(name: str, *gpus: str, rate: float | Unavailable = 1e9) -> BusReport:
 
 
 def report(
-    *buses: BusReport, ledger: LedgerReport | None = None, memory: object = MEMORY, at_s: float = 5.0, unix_s=1e9
-):
+    *buses: BusReport,
+    ledger: LedgerReport | None = None,
+    memory: HostMemory | Unavailable = MEMORY,
+    at_s: float = 5.0,
+    unix_s: float = 1e9,
+) -> NodeReport:
     return NodeReport(
         node_id="n",
         agent_id="agent",

@@ -345,17 +345,17 @@ class TestNoNvml:
         assert report["host"]["memory"]["limit_bytes"] >= report["host"]["memory"]["available_bytes"] > 0
 
     def test_it_is_tried_again_after_a_while(self, monkeypatch):
-        answers = iter([Unavailable(cause="nvml_failed", detail="no driver"), telemetry.NvmlInfo(**NO_GPUS)])
+        answers = iter([Unavailable(cause="nvml_failed", detail="no driver"), NO_GPUS])
         monkeypatch.setattr(telemetry.nvml, "start_nvml", lambda: next(answers))
         monkeypatch.setattr(telemetry.nvml, "stop_nvml", lambda: None)
         with Telemetry(TelemetryConfig(deadline_s=DEADLINE_S)) as node:
             assert isinstance(node.sample().nvml, Unavailable)
             assert isinstance(node.sample().nvml, Unavailable)  # not asked
             monkeypatch.setattr(telemetry, "RETRY_NVML_S", 0)
-            assert node.sample().nvml == telemetry.NvmlInfo(**NO_GPUS)
+            assert node.sample().nvml == NO_GPUS
 
 
-NO_GPUS = {"driver_version": "1", "num_gpus": 0}
+NO_GPUS = telemetry.NvmlInfo(driver_version="1", num_gpus=0)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -244,6 +245,7 @@ def test_unequal_units_are_asked_for_in_bytes():
             demand = link_demand(engine, 0)
             assert wanted <= demand.k_max * demand.unit_bytes < wanted + largest
             share = link_share(engine, 1.0, 1.0, demand.k_max)
+            assert share.max_offloaded_bytes is not None
             assert wanted <= share.max_offloaded_bytes < wanted + largest
             if k:
                 assert engine.reachable_kv_tokens(demand.k_max) >= engine.reachable_kv_tokens()
@@ -265,15 +267,13 @@ def test_what_its_requests_need_is_asked_for_up_to_an_equal_share(tmp_path, monk
 def test_what_requests_need_rises_at_once_and_falls_when_it_has_fallen_far():
     asked = [0]
     for needed in (1, 8, 7, 9, 8, 7, 0):
-        asked.append(wanted_by_requests(Needing(needed), asked[-1]))
+        asked.append(wanted_by_requests(needing(needed), asked[-1]))
     assert asked == [0, 2, 10, 10, 11, 11, 11, 0]
 
 
-class Needing:
-    """An engine's place, whose requests need `num_offloaded` units."""
-
-    def __init__(self, num_offloaded: int) -> None:
-        self.guarantee = SimpleNamespace(wanted_offloaded=num_offloaded)
+def needing(num_offloaded: int) -> Engine:
+    """In an engine's place, with requests that need so many units."""
+    return cast(Engine, SimpleNamespace(guarantee=SimpleNamespace(wanted_offloaded=num_offloaded)))
 
 
 def test_without_objectives_a_replica_wants_an_equal_share():

@@ -26,7 +26,7 @@ OUT_OF_RANGE = {
     "seed": [2**63, -(2**63) - 1, 1.0, math.nan],
     "n": [0, 2, 1.0, math.nan],
 }
-TAKEN = {
+TAKEN: dict[str, list[float]] = {
     "max_tokens": [1, 2**31 - 1],
     "temperature": [0, 2, 0.7],
     "top_p": [1, 0.01],
@@ -101,7 +101,7 @@ def test_a_prompt_is_text_or_token_ids_and_not_empty(prompt, message):
     assert error.param == message.partition(":")[0]
 
 
-WRONG_FOR_SOME = (5, "x", True, 1.5, [], {}, [[]], [{}], ["x", 5], {"a": 1})
+WRONG_FOR_SOME: tuple[object, ...] = (5, "x", True, 1.5, [], {}, [[]], [{}], ["x", 5], {"a": 1})
 
 
 def wrong_bodies() -> list[tuple[type, dict[str, Any]]]:
@@ -110,9 +110,14 @@ def wrong_bodies() -> list[tuple[type, dict[str, Any]]]:
     for kind, least in KINDS:
         found += [(kind, {**least, name: value}) for name in kind.model_fields for value in WRONG_FOR_SOME]
         found += [(kind, {name: value for name, value in least.items() if name != left_out}) for left_out in least]
-    turns = [{"role": "user", "content": "x", name: value} for name in ("role", "content") for value in WRONG_FOR_SOME]
-    parts = [{"type": "text", "text": "x", name: value} for name in ("type", "text") for value in WRONG_FOR_SOME]
-    turns += [{"role": "user"}, *({"role": "user", "content": [part]} for part in [*parts, {}, 5, {"type": "text"}])]
+    turns: list[dict[str, object]] = [
+        {"role": "user", "content": "x", name: value} for name in ("role", "content") for value in WRONG_FOR_SOME
+    ]
+    parts: list[object] = [
+        {"type": "text", "text": "x", name: value} for name in ("type", "text") for value in WRONG_FOR_SOME
+    ]
+    turns.append({"role": "user"})
+    turns += [{"role": "user", "content": [part]} for part in [*parts, {}, 5, {"type": "text"}]]
     return found + [(ChatCompletionRequest, {**CHAT, "messages": [turn]}) for turn in turns]
 
 
@@ -183,6 +188,7 @@ def test_a_path_of_any_length_is_not_repeated_whole():
     data = b'{"metadata": ' + b'{"%s": ' % (b"x" * 64) * depth + rb'"\ud83d"' + b"}" * depth + b"}"
     with pytest.raises(ApiError) as caught:
         parse(data, ChatCompletionRequest)
+    assert caught.value.param is not None
     assert len(caught.value.param) < 300
     assert caught.value.param.startswith("metadata.xxxx")
     assert len(str(caught.value)) < 500

@@ -156,7 +156,7 @@ def test_sigterm_ends_a_command_in_order(monkeypatch):
     """As an exception: what it holds is given back. Afterwards the signal is as it was."""
     given_back = []
 
-    def run(args: object) -> int:
+    def run(args: object) -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             signal.pause()

@@ -77,7 +77,7 @@ def test_what_is_counted_is_what_is_there_however_the_body_is_cut(value, piece_b
     ],
 )
 def test_more_than_any_request_has_is_refused_undecoded(data, what, monkeypatch):
-    decodings = []
+    decodings = list[object]()
     monkeypatch.setattr(request_body.json, "loads", decodings.append)
     error = refusal(data)
     assert (error.status, decodings) == (400, [])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from starlette.types import Message
 
 from deployments.config import RequestLimits
 from deployments.http.api_keys import load_api_keys
@@ -72,14 +73,17 @@ def test_a_wrong_field_is_refused_before_a_replica_is_asked_for(api, path):
 
 def test_a_body_has_the_time_that_the_limits_say():
     keys, service = load_api_keys(None, None), cast(Service, SimpleNamespace(longest_tokens=None))
-    api, sent = build_api(service, RequestLimits(body_timeout_s=0.05), keys), list[dict[str, Any]]()
+    api, sent = build_api(service, RequestLimits(body_timeout_s=0.05), keys), list[Message]()
 
-    async def send(message: dict[str, Any]) -> None:
+    async def receive() -> Message:
+        return await asyncio.get_running_loop().create_future()  # never
+
+    async def send(message: Message) -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": URLS[0], "query_string": b""}
     scope["headers"] = [(b"content-type", b"application/json")]
-    asyncio.run(asyncio.wait_for(api(scope, asyncio.Event().wait, send), 20))
+    asyncio.run(asyncio.wait_for(api(scope, receive, send), 20))
     assert sent[0]["status"] == 408
     assert json.loads(sent[1]["body"])["error"]["code"] == "body_timeout"
 
@@ -107,8 +111,11 @@ def test_the_collector_does_not_look_through_what_stays():
     gc.unfreeze()
     try:
         Ingress.__serve_build_asgi_app__(
-            SimpleNamespace(
-                _service=None, _limits=RequestLimits(), _keys=load_api_keys(None, None), _stopping=Stopping()
+            cast(
+                Ingress,
+                SimpleNamespace(
+                    _service=None, _limits=RequestLimits(), _keys=load_api_keys(None, None), _stopping=Stopping()
+                ),
             )
         )
         assert gc.get_freeze_count() > 10 * len(gc.get_objects())

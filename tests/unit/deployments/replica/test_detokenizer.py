@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import pytest
 from hypothesis import example, given
@@ -17,12 +18,14 @@ from tests.support.tokenizers_in_process import (
 
 TEXT = st.text(alphabet="aé€🦊ろ щ.\u200d👩", max_size=30)
 
+T = TypeVar("T")
+
 
 def whole(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def cut(ids: Sequence[int], data: st.DataObject) -> list[list[int]]:
+def cut(ids: Sequence[T], data: st.DataObject) -> list[list[T]]:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids) + 1)))
     return [list(ids[a:b]) for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 
 import pytest
@@ -185,7 +186,7 @@ def test_what_is_inside_fits_at_every_step_and_nobody_delays_the_first(requests,
     """Requests (prompt, output, steps until the next one comes) in lock-step, as an engine generates."""
     max_requests = 10
     way = Doorway(capacity=capacity, max_requests=max_requests, max_waiting=100)
-    pending, generated, due = deque(requests), {}, 0
+    pending, generated, due = deque(requests), dict[Visit, int](), 0
     first, at_latest = None, 0
 
     def is_over(visit: Visit) -> bool:
@@ -199,7 +200,7 @@ def test_what_is_inside_fits_at_every_step_and_nobody_delays_the_first(requests,
         for visit in way.entered:
             if visit not in generated:
                 generated[visit] = 0
-                visit.num_generated = lambda visit=visit: generated[visit]
+                visit.num_generated = partial(generated.__getitem__, visit)
         inside = [visit for visit in generated if not is_over(visit)]
         waiting = next(iter(way.door.waiting), None)
         if waiting is not None and waiting is not first:

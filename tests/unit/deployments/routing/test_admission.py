@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,8 +42,14 @@ class Case:
 
     def claim(self, tokens: int = 400, key: str = "k", priority: Any = "normal", model: str = "") -> Claim:
         self.num += 1
-        sizes = {"tokens": tokens, "least_tokens": tokens, "prompt_tokens": 10}
-        ask = Ask(request_id=f"r{self.num}", ttft_s=self.ttft_s, model=model, **sizes)
+        ask = Ask(
+            request_id=f"r{self.num}",
+            tokens=tokens,
+            least_tokens=tokens,
+            prompt_tokens=10,
+            ttft_s=self.ttft_s,
+            model=model,
+        )
         return self.admission.claim(ask, key=key, priority=priority)
 
     def enter(self, *args: Any, **kwargs: Any) -> asyncio.Task[Turn]:
@@ -529,16 +536,18 @@ def test_whoever_is_retried_goes_first_and_in_the_order_of_the_deaths():
         await settle()
         later = case.retry(10, died_on="x")
         await settle()
-        earlier = asyncio.ensure_future(case.admission.enter(case.claim(10).after_death("x", 0.0).again()))
+        overdue = asyncio.ensure_future(case.admission.enter(case.claim(10).after_death("x", 0.0).again()))
         await settle()
-        assert (await refusal(earlier)).status == 429, "it was due long ago"
+        assert (await refusal(overdue)).status == 429, "it was due long ago"
         earlier = case.claim(10).after_death("x", case.admission.now_s - 1.0)
         first = asyncio.ensure_future(case.admission.enter(earlier.again()))
         await settle()
         order = []
-        for number, turn in enumerate((at_door, first, later, queued)):
-            order.append([each.done() for each in (first, later, queued)])
-            (turn if number == 0 else turn.result()).begun()
+        tasks = (first, later, queued)
+        begin: list[Callable[[], Turn]] = [lambda: at_door, *(task.result for task in tasks)]
+        for turn in begin:
+            order.append([each.done() for each in tasks])
+            turn().begun()
             await settle()
         assert order == [[False, False, False], [True, False, False], [True, True, False], [True, True, True]]
 
@@ -579,7 +588,7 @@ def test_one_that_is_retried_is_not_charged_again():
         tasks = [(key, case.enter(10, key=key)) for key in "ab" * 10]
         await settle()
         at_door.begun()
-        order = []
+        order = list[asyncio.Task[Turn]]()
         while len(order) < 10:
             await settle()
             for _, task in tasks:
@@ -658,8 +667,15 @@ def test_a_replica_that_has_died_or_was_stopping_is_not_expected_back():
     now_s = [0.0]
     for is_draining in (True, False):
         board = Board("me", stale_after_s=5.0, clock=lambda: now_s[0])
-        values = {"kv_capacity_tokens": 1000, "longest_request_tokens": 1500, "max_requests": 8}
-        board.observe({"a": HeadroomReport(replica_id="a", reported_s=1.0, is_draining=is_draining, **values)})
+        report = HeadroomReport(
+            replica_id="a",
+            reported_s=1.0,
+            kv_capacity_tokens=1000,
+            longest_request_tokens=1500,
+            max_requests=8,
+            is_draining=is_draining,
+        )
+        board.observe({"a": report})
         board.observe({})
         if not is_draining:
             assert board.replica_ids

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.routing.fair_queue import MOST_OWED, PRIORITIES, WEIGHTS, Entry, FairQueue, QueueFull
+from deployments.messages import Priority
+from deployments.routing.fair_queue import MOST_OWED, PRIORITIES, WEIGHTS, Entry, FairQueue, Flow, QueueFull
 
 ARRIVALS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(PRIORITIES), st.integers(1, 1000)), max_size=60)
 
 
-def entry(item: int, key: str = "a", priority="normal", tokens: int = 100) -> Entry[int]:
+def entry(item: int, key: str = "a", priority: Priority = "normal", tokens: int = 100) -> Entry[int]:
     return Entry(item=item, key=key, priority=priority, tokens=tokens)
 
 
@@ -68,6 +69,7 @@ def test_keys_that_wait_are_served_alike(sizes, num_keys):
     waiting = {key: len(sizes) // num_keys for key in keys}
     while all(waiting.values()):
         each = queue.head(below_tokens=median(sizes)) or queue.head()
+        assert each is not None
         queue.serve(each)
         served[each.key] += each.tokens
         waiting[each.key] -= 1
@@ -90,7 +92,9 @@ def test_who_passes_is_served_and_its_key_comes_later_for_it():
     queue: FairQueue[int] = FairQueue(100)
     for number, (key, tokens) in enumerate([("a", 900), ("b", 900), ("a", 50), ("b", 50)]):
         queue.push(entry(number, key, tokens=tokens))
-    queue.serve(queue.head(below_tokens=900))
+    smaller = queue.head(below_tokens=900)
+    assert smaller is not None
+    queue.serve(smaller)
     assert [each.item for each in drain(queue)] == [1, 0, 3]
 
 
@@ -131,7 +135,7 @@ def test_a_key_that_was_away_is_owed_a_few_requests_and_no_more():
 def test_a_key_that_comes_less_often_has_its_share_too():
     """Keys send 6 : 3 : 1 of ten times what is served, and whoever would wait long is refused: few wait at any time."""
     rng, queue, served = random.Random(0), FairQueue[int](100), dict.fromkeys("abc", 0)
-    coming = {("normal", key): 1e9 for key in "abc"}
+    coming: dict[Flow, float] = {("normal", key): 1e9 for key in "abc"}
     for number in range(20_000):
         (key,) = rng.choices("abc", (6, 3, 1))
         newcomer = entry(number, key, tokens=rng.randint(50, 150))
@@ -210,7 +214,8 @@ class TestRefund:
     @pytest.mark.parametrize("after", [0, 1, 10])
     def test_who_asked_for_too_much_has_its_share_all_the_same(self, flows, ratio, after):
         queue: FairQueue[int] = FairQueue(100)
-        large = entry(999, *flows[0], tokens=1_000_000)
+        key, priority = flows[0]
+        large = entry(999, key, priority, tokens=1_000_000)
         queue.push(large)
         queue.serve(large)
         before = served_for_a_while(queue, flows, times=after)

@@ -7,14 +7,15 @@ from statistics import mean
 
 import pytest
 
+from deployments.messages import Priority
 from tests.support.overloaded import STEP_S, Answer, Load, answers_to
 
 PLACES = 8
 KEYS = {"most": 0.6, "some": 0.3, "few": 0.1}
-PRIORITIES = {"high": 0.02, "normal": 0.88, "low": 0.1}
-MEAN_TOKENS = 20
+PRIORITIES: dict[Priority, float] = {"high": 0.02, "normal": 0.88, "low": 0.1}
+MEAN_TOKENS, TTFT_S = 20, 4.0
 SERVED_PER_S = PLACES / ((MEAN_TOKENS + 1) * STEP_S)
-LOAD = Load(requests_per_s=10 * SERVED_PER_S, seconds=240, keys=KEYS, priorities=PRIORITIES, ttft_s=4.0)
+LOAD = Load(requests_per_s=10 * SERVED_PER_S, seconds=240, keys=KEYS, priorities=PRIORITIES, ttft_s=TTFT_S)
 ROOM_FOR_ALL = 2000
 
 
@@ -35,7 +36,7 @@ def tokens_by_key(answers: Sequence[Answer]) -> list[int]:
 
 def test_who_gets_in_is_in_time_and_no_place_stays_empty(answers):
     ttfts_s = [each.ttft_s for each in served(answers)]
-    assert mean(ttft_s <= LOAD.ttft_s for ttft_s in ttfts_s) >= 0.99
+    assert mean(ttft_s <= TTFT_S for ttft_s in ttfts_s) >= 0.99
     assert len(ttfts_s) >= 0.95 * SERVED_PER_S * LOAD.seconds
 
 
@@ -57,6 +58,6 @@ def test_what_is_important_gets_in_where_it_asks_for_less_than_its_share(answers
 
 
 def test_with_room_for_all_that_come_nobody_is_refused():
-    load = Load(requests_per_s=0.5 * SERVED_PER_S, seconds=240, keys=KEYS, priorities=PRIORITIES, ttft_s=4.0)
+    load = Load(requests_per_s=0.5 * SERVED_PER_S, seconds=240, keys=KEYS, priorities=PRIORITIES, ttft_s=TTFT_S)
     answers = answers_to(load, seed=0, capacity=ROOM_FOR_ALL, places=PLACES)
     assert len(served(answers)) == len(answers)

@@ -139,7 +139,7 @@ def test_one_that_fails_before_its_first_text_has_a_status_of_its_own(reason: Fi
     run(check)
 
 
-UNAVAILABLE = DeploymentUnavailableError("Replica")  # type: ignore[arg-type]
+UNAVAILABLE = DeploymentUnavailableError("Replica")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_call_that_serve_cannot_assign_is_its_own_error_and_gives_its_place_ba
 
 def test_a_retry_goes_anywhere_but_where_the_request_was_when_that_died() -> None:
     async def check() -> None:
-        places = []
+        places = list[str | None]()
 
         def note() -> None:
             with client.shared.locked() as board:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -51,7 +51,7 @@ def report(replica_id: str, **fields: Any) -> HeadroomReport:
     return HeadroomReport(replica_id=replica_id, reported_s=1.0, **{**values, **fields})
 
 
-def run(check: Callable[[], Awaitable[None]]) -> None:
+def run(check: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(check())
 
 
