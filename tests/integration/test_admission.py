@@ -35,7 +35,7 @@ from tests.integration.conftest import (
     SMALL_MAX_REQUESTS,
 )
 from tests.integration.test_running_requests import body
-from tests.support.processes import wait_until
+from tests.support.waiting import wait_until
 
 NUM_REPLICAS, HEADROOM_PERIOD_S = 2, AppArgs().headroom_period_s
 KEY = {"Authorization": f"Bearer {PAIR_KEY}"}

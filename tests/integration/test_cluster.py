@@ -17,8 +17,8 @@ from cluster.protocol.node_reports import GpuReport, NodeTelemetry, NvmlInfo, Un
 from tests.standins.nvml import NO_COMPILER, StandIn, find_compiler
 from tests.support import serving_cluster
 from tests.support.load import NUM_CLIENTS, Answer, LongRequest, hosts
-from tests.support.processes import wait_until
 from tests.support.serving_cluster import BUS, HOST_GIB, IMPATIENT
+from tests.support.waiting import wait_until
 from tests.support.watched_cluster import (
     BUS_BYTES_PER_S,
     Ledgers,

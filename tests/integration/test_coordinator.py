@@ -15,7 +15,7 @@ from cluster.coordinator.actor import open_coordinator
 from cluster.coordinator.coordinator import CoordinatorConfig
 from cluster.protocol.messages import LinkDemand
 from tests.support.bus_users import BusUser, ReportingNode
-from tests.support.processes import wait_until
+from tests.support.waiting import wait_until
 
 # Generous with the clocks, so that a thread that wakes late on a busy machine is not taken for a broken promise.
 CONFIG = CoordinatorConfig(lease_s=2.0, clock_drift=0.25)

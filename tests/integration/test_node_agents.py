@@ -12,7 +12,8 @@ from cluster.protocol.node_reports import NodeReport, NvmlInfo, Unavailable
 from tests.standins.nvml import StandIn
 from tests.support import agent_cluster
 from tests.support.agent_cluster import Driver
-from tests.support.processes import is_loopback, wait_until
+from tests.support.processes import is_loopback
+from tests.support.waiting import wait_until
 
 TIMEOUT_S = 60
 BUSES = (

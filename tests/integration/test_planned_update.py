@@ -22,8 +22,8 @@ from deployments.config import REPLICA_NAME
 from deployments.ray_private import start_serve
 from tests.integration.conftest import application
 from tests.support.load import Answer, Reference, http_client
-from tests.support.processes import wait_until
 from tests.support.tiny_checkpoint import NUM_LAYERS
+from tests.support.waiting import wait_until
 
 APP, INGRESS_NAME, OLD, NEW = "update", "SelectNIngress", "old", "new"
 TIMEOUT_S = 120

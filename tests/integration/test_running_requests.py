@@ -15,8 +15,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import REPLICA_NAME
 from tests.integration.conftest import MODEL, SMALL_MAX_REQUESTS, SMALL_MAX_WAITING
-from tests.support.processes import wait_until
 from tests.support.tiny_checkpoint import NUM_LAYERS
+from tests.support.waiting import wait_until
 
 PROMPT = "いろはにほへと"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, HostConfig, ModelConfig, OffloadConfig
 from selectn_core.requests.sampling import SamplingParams
 from selectn_core.start import load_engine
-from tests.support.store_users import PROCESSES
+from tests.support.child import Child
 
 
 def shared_config(checkpoint: str, directory: Path) -> EngineConfig:
@@ -22,28 +22,11 @@ def shared_config(checkpoint: str, directory: Path) -> EngineConfig:
     )
 
 
-class EngineUser:
+class EngineUser(Child):
     """A process that says "begun", loads an engine, says which file its weights are in, and serves until it ends."""
 
     def __init__(self, checkpoint: str, directory: Path) -> None:
-        self._pipe, theirs = PROCESSES.Pipe()
-        self.process = PROCESSES.Process(target=_serve, args=(theirs, checkpoint, directory), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def says(self, timeout_s: float = 120) -> str:
-        assert self._pipe.poll(timeout_s), "the process says nothing"
-        return str(self._pipe.recv())
-
-    def kill(self) -> None:
-        """kill -9, and waits until the kernel has dropped what it held."""
-        self.process.kill()
-        self.process.join()
-
-    def close(self) -> None:
-        self._pipe.send("close")
-        assert self.says() == "closed"
-        self.process.join()
+        super().__init__(_serve, checkpoint, directory)
 
 
 def _serve(pipe: Connection, checkpoint: str, directory: Path) -> None:

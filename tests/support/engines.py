@@ -11,9 +11,10 @@ import torch
 
 from selectn_core.config import BatchConfig, DeviceConfig, EngineConfig, HostConfig, OffloadConfig
 from selectn_core.engine.engine import Engine
+from selectn_core.latency.placement import OffloadPlan
 from selectn_core.latency.steps import StepShape
 from selectn_core.requests.sampling import SamplingParams
-from tests.support.tiny_models import VOCAB_SIZE, tiny_model
+from tests.support.tiny_models import NUM_LAYERS, VOCAB_SIZE, tiny_model
 
 # More tokens than `max_batch_tokens`: prefill is chunked and mixed with decoding.
 PROMPT_LENGTHS = (3, 9, 17, 26, 5)
@@ -96,6 +97,19 @@ def memory_gib_for(num_homes: int, **batch: Unpack[Batch]) -> float:
     beside = engine.device.allocated_bytes - engine.arena.reachable_bytes(0)
     homes = round((num_homes + 0.5) * engine.arena.round_up(engine.units[0].num_bytes))
     return (beside + homes + engine.workspace.bytes_for((beside + homes) // engine.arena.sector_bytes)) / (1 << 30)
+
+
+def random_plans(seed: int, num_units: int = NUM_LAYERS) -> BeforeStep:
+    """A new k, S and set of units, now and then, in the middle of everything."""
+    rng = random.Random(seed)
+
+    def change(engine: Engine) -> None:
+        if rng.random() < 0.6:
+            offloaded = sorted(rng.sample(range(num_units), rng.randint(0, num_units)))
+            plan = OffloadPlan(offloaded=tuple(offloaded), num_slots=rng.randint(1, 4), num_units=num_units)
+            engine.set_plan(plan, urgent=rng.random() < 0.5)
+
+    return change
 
 
 def make_prompts(lengths: Sequence[int] = PROMPT_LENGTHS, *, seed: int = 0) -> list[list[int]]:

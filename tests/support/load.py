@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deployments.replica.detokenizer import Detokenizer
 from deployments.routing.prefixes import prefix_hashes
-from tests.support.processes import wait_until
+from tests.support.waiting import wait_until
 
 TIMEOUT_S = 150
 NUM_CLIENTS = {"whole": 2, "stream": 2}

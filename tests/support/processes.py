@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import psutil
 
@@ -30,11 +29,3 @@ def is_loopback(address: str) -> bool:
 def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     """Those that run; a zombie has ended, and waits for its parent to notice."""
     return [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
-
-
-def wait_until(is_so: Callable[[], object], timeout_s: float, what: str) -> None:
-    """Returns as soon as `is_so()`; fails with `what` after the timeout."""
-    end_s = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < end_s, f"not within {timeout_s} s: {what}"
-        time.sleep(0.05)

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from selectn_core.weights.checkpoint import LoadedModel
 from selectn_core.weights.shared_store import Chunks, Section, SharedStore, StoredTensor, find_or_build, write_store
-
-if TYPE_CHECKING:  # which imports transformers, and the processes here have no use for it
-    from selectn_core.weights.checkpoint import LoadedModel
+from tests.support.child import Child
 
 NUM_SECTIONS, CHUNKS_PER_SECTION = 4, 3
 NUM_CHUNKS = NUM_SECTIONS * CHUNKS_PER_SECTION
 _CHUNK_BYTES = 5_000  # no multiple of a page, nor of the alignment
 _PITCH_BYTES = 5_120
-
-# A server that has torch and transformers loaded and forks: a new user takes milliseconds, and is free of this
-# process's threads. There is one such server per process, for both modules.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__, "tests.support.engine_users"])
 
 
 def sections() -> list[Section]:
@@ -79,39 +72,19 @@ def has_the_right_bytes(store: SharedStore) -> bool:
     return len(found) == len(flat) and all(map(torch.equal, found, flat))
 
 
-class StoreUser:
-    """A process that opens a store, building it if need be, and uses it until told to close or killed."""
+class StoreUser(Child):
+    """A process that opens a store, building it if need be, and uses it until told to close or killed.
+
+    It says "paused", "built", "found", an error's name, or "closed". It is told "go on" after a pause, or "check": then
+    it says whether the bytes are right.
+    """
 
     def __init__(self, directory: Path, fingerprint: str = "aa", *, pause_at_chunk: int | None = None) -> None:
         """With `pause_at_chunk`, a process that builds says "paused" there and goes on when told to."""
-        self._pipe, theirs = PROCESSES.Pipe()
-        self.process = PROCESSES.Process(
-            target=_run, args=(theirs, directory, fingerprint, pause_at_chunk), daemon=True
-        )
-        self.process.start()
-        theirs.close()
-
-    def says(self, timeout_s: float = 60) -> str:
-        """Its next message: "paused", "built", "found", an error's name, or "closed"."""
-        assert self._pipe.poll(timeout_s), "the process says nothing"
-        return str(self._pipe.recv())
+        super().__init__(_run, directory, fingerprint, pause_at_chunk)
 
     def is_silent(self, seconds: float = 0.2) -> bool:
         return not self._pipe.poll(seconds)
-
-    def tell(self, command: str) -> None:
-        """ "go on" after a pause; "check" has it say whether the bytes are right; "close", "end" without closing."""
-        self._pipe.send(command)
-
-    def close(self) -> None:
-        self.tell("close")
-        assert self.says() == "closed"
-        self.process.join()
-
-    def kill(self) -> None:
-        """kill -9, and waits until the kernel has dropped what it held."""
-        self.process.kill()
-        self.process.join()
 
 
 def _run(pipe: Connection, directory: Path, fingerprint: str, pause_at_chunk: int | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from cluster.bus.allocation import allocate_bus
 from cluster.coordinator.coordinator import CoordinatorStatus, ReplicaStatus
@@ -14,8 +13,8 @@ from deployments.commands.serving import free_port
 from tests.support import serving_cluster
 from tests.support.agent_cluster import Driver
 from tests.support.load import Load, LongRequests, Reference
-from tests.support.processes import wait_until
 from tests.support.serving_cluster import APP, LINK_GB_PER_S, NUM_REPLICAS, Pace
+from tests.support.waiting import wait_until, wait_within
 
 START_TIMEOUT_S = 180
 MAX_MOVES = 40
@@ -214,15 +213,6 @@ class WatchedCluster:
 
         wait_until(is_there, max(self.bounds_s.values()), f"{ask.__name__} other than {other_than}")
         return found[0]
-
-
-def wait_within(
-    is_so: Callable[[], bool], end_s: float, what: str, instead: Callable[[], Any] = lambda: "nothing more is known"
-) -> None:
-    """Returns as soon as `is_so()`; raises AssertionError at `end_s` of the monotonic clock."""
-    while not is_so():
-        assert time.monotonic() < end_s, f"not in time: {what}; instead: {instead()}"
-        time.sleep(0.05)
 
 
 def host_bytes_offered(replicas: list[ReplicaStatus]) -> int:

@@ -10,21 +10,7 @@ import pytest
 
 from selectn_core.errors import LockHeld
 from selectn_core.file_lock import SAY_EVERY_S, file_lock, lock_within
-
-
-class Clock:
-    """Modelled time: sleeping is what makes it pass."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self.on_sleep = lambda: None
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
-        self.on_sleep()
+from tests.support.clock import Clock
 
 
 @pytest.fixture

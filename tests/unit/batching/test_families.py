@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ from selectn_core.batching import KvShape, kv_shapes
 from selectn_core.config import HostConfig, ModelConfig
 from selectn_core.engine.engine import Engine
 from selectn_core.errors import RequestError, UnsupportedModel
-from selectn_core.latency.placement import OffloadPlan
 from selectn_core.weights.architecture import check_architecture, context_limit
 from selectn_core.weights.checkpoint import load_model
 from selectn_core.weights.shared_model import load_on_host
 from selectn_core.weights.units import find_units, last_of_a_new_kind
-from tests.support.engines import NUM_TOKENS, BeforeStep, engine_config, generate, greedy, make_prompts
+from tests.support.engines import NUM_TOKENS, engine_config, generate, greedy, make_prompts, random_plans
 from tests.support.tiny_models import NUM_LAYERS, OTHER_FAMILIES, VOCAB_SIZE, tiny_model
 
 # Of the prompts, two are longer than the sliding windows, and one becomes so: together they take three steps.
@@ -41,23 +39,12 @@ def stock_tokens(family: str) -> list[list[int]]:
     return tokens
 
 
-def random_plans(num_units: int) -> BeforeStep:
-    rng = random.Random(7)
-
-    def change(engine: Engine) -> None:
-        if rng.random() < 0.6:
-            offloaded = tuple(sorted(rng.sample(range(num_units), rng.randint(0, num_units))))
-            engine.set_plan(OffloadPlan(offloaded=offloaded, num_slots=rng.randint(1, 4), num_units=num_units))
-
-    return change
-
-
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
 def test_tokens_are_those_of_transformers_generate(family: str) -> None:
     expected = stock_tokens(family)
     for num_offloaded, num_slots in ((0, 1), (2, 1), (5, 3)):
         assert generate(family, engine_config(num_offloaded, num_slots), prompts=PROMPTS) == expected
-    tokens = generate(family, engine_config(2, 1), prompts=PROMPTS, before_step=random_plans(NUM_LAYERS))
+    tokens = generate(family, engine_config(2, 1), prompts=PROMPTS, before_step=random_plans(7, NUM_LAYERS))
     assert tokens == expected
 
 
@@ -68,7 +55,7 @@ def test_tokens_are_the_same_with_blocks_as_units(family: str) -> None:
             generate(family, engine_config(3, 1, unit="block"), prompts=PROMPTS)
         return
     num_units = len(find_units(tiny_model(family).model, "block"))
-    plans = random_plans(num_units)
+    plans = random_plans(7, num_units)
     tokens = generate(family, engine_config(num_units // 2, 1, unit="block"), prompts=PROMPTS, before_step=plans)
     assert tokens == stock_tokens(family)
 

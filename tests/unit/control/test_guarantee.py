@@ -22,13 +22,6 @@ TPOT_S = 60.0  # so long that the objective allows everything: what bounds is th
 SHARES = st.tuples(st.none() | st.floats(0, 12), st.floats(0, 12), st.floats(0, 12))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SELECTN_CACHE_DIR", str(tmp_path_factory.mktemp("records")))
-        yield
-
-
 def steered() -> Engine:
     config = engine_config("auto", kv_tokens=64, max_requests=16)
     engine = Engine(tiny_model(), replace(config, slo=SloConfig(ttft_ms=60_000.0, tpot_ms=TPOT_S * 1e3)))
@@ -37,7 +30,7 @@ def steered() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def idle(cache) -> Iterator[Engine]:
+def idle(record_cache) -> Iterator[Engine]:
     """A steered engine that has not begun to generate."""
     engine = steered()
     yield engine
@@ -74,7 +67,7 @@ def test_no_more_is_promised_than_range_and_guaranteed_share_hold(idle, values):
     assert idle.guarantee.plan.num_offloaded <= max(most, least)
 
 
-def test_what_bounds_is_seen(cache):
+def test_what_bounds_is_seen(record_cache):
     """The property above can fail: range and share each make a difference."""
     engine = steered()
     try:
@@ -109,7 +102,7 @@ def test_what_promises_need_offloaded_is_the_fewest_that_hold_them(idle, lengths
     assert needed <= max(plan.num_offloaded, idle.target.fewest(plan.num_slots).num_offloaded)
 
 
-def test_requests_on_promised_memory_are_not_preempted_when_the_lease_runs_out(cache):
+def test_requests_on_promised_memory_are_not_preempted_when_the_lease_runs_out(record_cache):
     with steered() as engine:
         units = len(engine.units)
         engine.set_link_share(share_of(engine, None, units, more=units))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -27,11 +26,7 @@ LOOSE = SloConfig(ttft_ms=60_000.0, tpot_ms=60_000.0)
 OBJECTIVES = Objectives(ttft_s=2.0, tpot_s=0.2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SELECTN_CACHE_DIR", str(tmp_path_factory.mktemp("records")))
-        yield
+pytestmark = pytest.mark.usefixtures("record_cache")
 
 
 def steered(

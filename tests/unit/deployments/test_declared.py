@@ -108,11 +108,9 @@ def test_a_policy_needs_what_was_measured_at_the_start():
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> Iterator[Engine]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SELECTN_CACHE_DIR", str(tmp_path_factory.mktemp("records")))
-        engine = Engine(tiny_model(), replace(engine_config("auto"), slo=ARGS.slo))
-        engine.steer(performance_record(engine, budget_s=1.0))
+def engine(record_cache) -> Iterator[Engine]:
+    engine = Engine(tiny_model(), replace(engine_config("auto"), slo=ARGS.slo))
+    engine.steer(performance_record(engine, budget_s=1.0))
     with engine:
         yield engine
 

@@ -6,9 +6,7 @@ import gc
 import json
 import math
 import threading
-import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,21 +23,17 @@ from selectn_core.errors import (
 )
 from selectn_core.requests.handle import RequestHandle
 from selectn_core.requests.sampling import SamplingParams
-from tests.support.engines import CheckedEngine, engine_config, generate, greedy, make_prompts
+from tests.support.engines import CheckedEngine, engine_config, generate, greedy, make_prompts, memory_gib_for
 from tests.support.tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_model
+from tests.support.waiting import wait_until
 
 PROMPT = make_prompts([5])[0]
 GIB = 1 << 30
+TIMEOUT_S = 120
 
 
 def tiny_engine(num_offloaded: Any = 2, num_slots: int = 1, **settings: Any) -> CheckedEngine:
     return CheckedEngine(tiny_model(), engine_config(num_offloaded, num_slots, **settings))
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Returns once it holds; the test's timeout is what gives up."""
-    while not condition():
-        time.sleep(0.005)
 
 
 class FailingLayer:
@@ -70,7 +64,7 @@ def test_an_error_fails_the_requests_in_flight_and_no_later_one(num_offloaded: i
             events = list(handle)
             assert events[-1].finish_reason == "error"
             assert "injected into a layer" in (events[-1].error or "")
-        wait_for(lambda: engine.batching.fatal_error is None)
+        wait_until(lambda: engine.batching.fatal_error is None, TIMEOUT_S, "it has restarted")
         assert [engine.submit(PROMPT, greedy()).result()] == expected
         assert engine.is_healthy()
     engine.batching.check_integrity()
@@ -93,7 +87,7 @@ def test_an_error_in_mid_generation_leaves_no_wrong_kv_behind() -> None:
     with engine:
         with pytest.raises(RuntimeError, match="injected"):
             engine.submit(prompt, greedy()).result()
-        wait_for(lambda: engine.batching.fatal_error is None)
+        wait_until(lambda: engine.batching.fatal_error is None, TIMEOUT_S, "it has restarted")
         assert [engine.submit(prompt, greedy()).result()] == expected
 
 
@@ -126,7 +120,9 @@ def test_cancelling_in_mid_generation_frees_the_kv_cache() -> None:
         handle.cancel()
         handle.cancel()
         assert [event.finish_reason for event in events][-1] == "cancelled"
-        wait_for(lambda: engine.snapshot()["running"] == 0 and engine.batching.num_active == 0)
+        wait_until(
+            lambda: engine.snapshot()["running"] == 0 and engine.batching.num_active == 0, TIMEOUT_S, "nothing runs"
+        )
         assert engine.submit(PROMPT, greedy(1)).result()
     engine.batching.check_integrity()
 
@@ -228,7 +224,11 @@ def test_closing_between_a_failure_and_the_restart_does_not_hang(monkeypatch: py
             closer.start()
             closers.append(closer)  # then: it is joined as soon as it is here
             # Its second look at the state: it has found nothing to stop, and waits for the supervisor.
-            wait_for(lambda: not engine.is_healthy() and engine.model.config._attn_implementation == "sdpa")
+            wait_until(
+                lambda: not engine.is_healthy() and engine.model.config._attn_implementation == "sdpa",
+                TIMEOUT_S,
+                "the other one is closing",
+            )
         return handles
 
     monkeypatch.setattr(engine.requests, "remove_all", closes_before_restart)
@@ -236,7 +236,7 @@ def test_closing_between_a_failure_and_the_restart_does_not_hang(monkeypatch: py
     engine.start()
     with pytest.raises(RuntimeError, match="injected"):
         engine.submit(PROMPT, greedy()).result()
-    wait_for(lambda: bool(closers))
+    wait_until(lambda: closers, TIMEOUT_S, "it is being closed")
     closers[0].join()
     assert "selectn-supervisor" not in {thread.name for thread in threading.enumerate()}
 
@@ -411,20 +411,9 @@ def test_the_interval_changes_with_the_next_step() -> None:
     assert [change[1] for change in snapshot["interval_history"]] == [2, 4]
 
 
-def memory_gib_for(layer_bytes: int) -> float:
-    """A device with room for `layer_bytes` of homes and slots beside what stays and the least KV cache."""
-    engine = tiny_engine(0, memory_gib=1 / 1024)
-    engine.close()
-    beside = engine.device.allocated_bytes - engine.arena.reachable_bytes(0)
-    sectors = (beside + layer_bytes) // engine.arena.sector_bytes
-    return (beside + layer_bytes + engine.workspace.bytes_for(sectors)) / GIB
-
-
 @pytest.mark.parametrize("num_homes", [2, 3, 4, 5])
 def test_auto_offloads_the_fewest_layers_that_fit(num_homes: int) -> None:
-    layer = tiny_engine_layer_bytes()
-    memory_gib = memory_gib_for(num_homes * layer + layer // 2)
-    engine = tiny_engine("auto", 1, memory_gib=memory_gib)
+    engine = tiny_engine("auto", 1, memory_gib=memory_gib_for(num_homes))
     plan = engine.executor.plan
     assert plan.num_offloaded == (0 if num_homes == NUM_LAYERS else NUM_LAYERS - num_homes + 1)
     with engine:
@@ -435,21 +424,14 @@ def test_auto_offloads_the_fewest_layers_that_fit(num_homes: int) -> None:
         assert engine.device.allocated_bytes <= engine.device.capacity_bytes
 
 
-def tiny_engine_layer_bytes() -> int:
-    """Bytes of one layer in the arena."""
-    engine = tiny_engine()
-    engine.close()
-    return engine.arena.round_up(engine.units[0].num_bytes)
-
-
 def test_a_device_on_which_nothing_fits_names_what_to_change() -> None:
-    memory_gib = memory_gib_for(5000)
+    memory_gib = memory_gib_for(0)
     with pytest.raises(DeviceMemoryExceeded, match=r"device\.memory_gib.*batch\.kv_tokens.*offload\.num_slots"):
         tiny_engine("auto", 1, memory_gib=memory_gib)
 
 
 def test_a_number_of_layers_that_does_not_fit_is_not_made_to_fit() -> None:
-    memory_gib = memory_gib_for(3 * tiny_engine_layer_bytes())
+    memory_gib = memory_gib_for(3)
     with pytest.raises((ConfigError, DeviceMemoryExceeded), match=r"num_offloaded=1|1 of 5"):
         tiny_engine(1, 1, memory_gib=memory_gib)
 
@@ -466,7 +448,7 @@ def test_layers_on_the_host_leave_their_memory_to_the_kv_cache() -> None:
         sizes[num_offloaded] = engine.snapshot()["kv_bytes"]
         allocated.add(engine.device.allocated_bytes)
         engine.close()
-    layer = tiny_engine_layer_bytes()
+    layer = engine.arena.round_up(engine.units[0].num_bytes)
     assert sizes[3] - sizes[0] == 2 * layer, "three away, one slot"
     assert sizes[5] - sizes[0] == 4 * layer
     assert len(allocated) == 1, "one allocation, whatever the interval"

@@ -16,7 +16,15 @@ from selectn_core.latency.placement import OffloadPlan
 from selectn_core.offload.executor import Executor
 from selectn_core.offload.overlapped import OverlappedExecutor
 from selectn_core.offload.synchronous import SynchronousExecutor
-from tests.support.engines import Batch, BeforeStep, CheckedEngine, engine_config, generate, greedy, make_prompts
+from tests.support.engines import (
+    Batch,
+    CheckedEngine,
+    engine_config,
+    generate,
+    greedy,
+    make_prompts,
+    random_plans,
+)
 from tests.support.tiny_models import FAMILIES, NUM_LAYERS, tiny_model
 
 # Every k and every S at least once.
@@ -31,19 +39,6 @@ def unloaded_tokens(family: str, dtype: str = "float32", prefix_sharing: bool = 
     tokens = generate(family, engine_config(0, prefix_sharing=prefix_sharing), dtype=DTYPES[dtype])
     assert len({token for row in tokens for token in row}) > 10, "a model this dull would hide any error"
     return tokens
-
-
-def random_plans(seed: int) -> BeforeStep:
-    """A new k, S and set of units, now and then, in the middle of everything."""
-    rng = random.Random(seed)
-
-    def change(engine: Engine) -> None:
-        if rng.random() < 0.6:
-            offloaded = sorted(rng.sample(range(NUM_LAYERS), rng.randint(0, NUM_LAYERS)))
-            plan = OffloadPlan(offloaded=tuple(offloaded), num_slots=rng.randint(1, 4), num_units=NUM_LAYERS)
-            engine.set_plan(plan, urgent=rng.random() < 0.5)
-
-    return change
 
 
 @pytest.mark.parametrize(("num_offloaded", "num_slots"), PLANS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import subprocess
 import time
 from functools import cache
 from pathlib import Path
@@ -30,10 +29,10 @@ from selectn_core.weights import shared_model, store_binding, store_building, st
 from selectn_core.weights.checkpoint import LoadedModel, load_model, resolve_source
 from selectn_core.weights.shared_model import load_on_host, store_fingerprint
 from tests.support.engine_users import EngineUser, shared_config
-from tests.support.engines import CheckedEngine, engine_config, generate, greedy, make_prompts
+from tests.support.engines import CheckedEngine, engine_config, generate, greedy, make_prompts, random_plans
 from tests.support.store_users import store_of
 from tests.support.tiny_models import FAMILIES, tiny_model
-from tests.unit.engine.test_engine_identity import random_plans
+from tests.support.tmpfs import small_tmpfs_at
 from tests.unit.weights.test_checkpoint import write_tiny_gguf
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -320,12 +319,9 @@ def files(tmp_path, monkeypatch):
 def small_tmpfs(tmp_path):
     directory = tmp_path / "shm"
     directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", directory]
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield directory
-    assert not list(directory.iterdir())
-    subprocess.run(["umount", directory], check=True)
+    with small_tmpfs_at(directory, 64 << 10):
+        yield directory
+        assert not list(directory.iterdir())
 
 
 @pytest.mark.parametrize("as_link", [False, True])

@@ -20,6 +20,7 @@ from selectn_core.weights.shared_store import PAGE_BYTES, find_or_build, stored_
 from selectn_core.weights.store_files import distinct_directories, remove_abandoned
 from tests.support.paths import ROOT
 from tests.support.store_users import NUM_CHUNKS, StoreUser, build, has_the_right_bytes, names, open_here, sections
+from tests.support.tmpfs import small_tmpfs_at
 
 FOREIGN_USER = 12345
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
@@ -38,14 +39,9 @@ def directory(tmp_path):
 @pytest.fixture
 def small_tmpfs(tmp_path):
     """A real tmpfs of 32 KiB, less than the store takes."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={8 * PAGE_BYTES}", "tmpfs", tmp_path], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("a tmpfs cannot be mounted here")
     assert stored_bytes(sections()) > 8 * PAGE_BYTES
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
+    with small_tmpfs_at(tmp_path, 8 * PAGE_BYTES):
+        yield tmp_path
 
 
 def store_path(directory: Path, fingerprint: str = "aa") -> Path:

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig
+from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig, ReplicaStatus
 from cluster.node.host_claims import HostClaims
 from cluster.protocol.messages import BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
 from cluster.protocol.node_reports import HostAnswer, HostClaim
@@ -22,6 +22,7 @@ from selectn_core.errors import HostMemoryExceeded
 from selectn_core.profiling.record_cache import performance_record
 from tests.support.engines import engine_config, greedy
 from tests.support.tiny_models import tiny_model
+from tests.support.waiting import wait_until
 
 TIMEOUT_S, LEASE_S = 30.0, 2.0
 CAPACITY, BUS_BYTES_PER_S = 1 << 30, 10**9
@@ -83,13 +84,6 @@ def member_of(node: Node, name: str = "a") -> Member:
     return Member(replica_id=name, node_id="n", agent=node, exchange=node.exchange, hold_s=0.2, agent_timeout_s=1.0)
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + TIMEOUT_S
-    while not is_so():
-        assert time.monotonic() < end_s
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def node() -> Node:
     return Node()
@@ -110,6 +104,11 @@ def engine() -> Iterator[Engine]:
         yield engine
 
 
+def replicas_of(node: Node) -> tuple[ReplicaStatus, ...]:
+    """Those that the coordinator knows."""
+    return node.core.status(time.monotonic()).replicas
+
+
 def fail() -> None:
     raise ConnectionError("no route")
 
@@ -122,8 +121,8 @@ def test_memory_is_reserved_before_it_is_used_and_what_is_not_needed_is_given_ba
     member.join(engine, None)
     swap_bytes = engine.batching.swap.capacity_bytes
     assert swap_bytes < CAPACITY // 4, "this test needs an engine that cannot use all that it may"
-    wait_until(lambda: node.reserved() == swap_bytes + 1000)
-    wait_until(lambda: member.snapshot()["host_held_bytes"] == swap_bytes + 1000)
+    wait_until(lambda: node.reserved() == swap_bytes + 1000, TIMEOUT_S, "the rest is given back")
+    wait_until(lambda: member.snapshot()["host_held_bytes"] == swap_bytes + 1000, TIMEOUT_S, "the member knows")
     member.leave()
     assert (node.placed(), node.reserved()) == ([], 0)
 
@@ -144,23 +143,23 @@ def test_without_an_agent_it_starts_all_the_same_and_claims_later(node, member, 
     assert "no route" in member.snapshot()["host_problem"]
     assert member.snapshot()["range"] is None
     node.fault = lambda: None
-    wait_until(lambda: node.placed() == [("a", "b")])
-    wait_until(lambda: node.reserved() == engine.batching.swap.capacity_bytes)
+    wait_until(lambda: node.placed() == [("a", "b")], TIMEOUT_S, "the agent knows where it is")
+    wait_until(lambda: node.reserved() == engine.batching.swap.capacity_bytes, TIMEOUT_S, "a claim")
 
 
 def test_a_new_agent_learns_what_is_in_use(node, member, engine):
     member.reserve_kv(engine.config.host.kv_gib)
     member.join(engine, "b")
-    wait_until(lambda: node.placed() == [("a", "b")])
+    wait_until(lambda: node.placed() == [("a", "b")], TIMEOUT_S, "the agent knows where it is")
     with node.lock:
         node.claims = node.new_claims(time.monotonic())
-    wait_until(lambda: node.placed() == [("a", "b")])
+    wait_until(lambda: node.placed() == [("a", "b")], TIMEOUT_S, "the agent knows where it is")
     assert node.reserved() == engine.batching.swap.capacity_bytes
 
 
 def test_ranges_reach_the_engine_and_lapse_to_the_fallback(node, member, engine):
     member.join(engine, "b")
-    wait_until(lambda: member.snapshot()["link_bytes_per_s"] == BUS_BYTES_PER_S)
+    wait_until(lambda: member.snapshot()["link_bytes_per_s"] == BUS_BYTES_PER_S, TIMEOUT_S, "a range")
     snapshot = member.snapshot()
     assert snapshot["range"] == [3, 3], "a plan by hand is what it wants"
     assert snapshot["epoch"]["life"] == 1
@@ -169,8 +168,8 @@ def test_ranges_reach_the_engine_and_lapse_to_the_fallback(node, member, engine)
     assert engine.offloading.link_share.guaranteed_bytes_per_s == BUS_BYTES_PER_S // 2
     assert engine.offloading.link_share.max_offloaded_bytes == 3 * max(unit.num_bytes for unit in engine.units)
     node.fault = fail
-    wait_until(lambda: member.snapshot()["lease_left_s"] is None)
-    wait_until(lambda: engine.offloading.link_share.bytes_per_s == BUS_BYTES_PER_S // 2)
+    wait_until(lambda: member.snapshot()["lease_left_s"] is None, TIMEOUT_S, "the lease runs out")
+    wait_until(lambda: engine.offloading.link_share.bytes_per_s == BUS_BYTES_PER_S // 2, TIMEOUT_S, "an equal share")
 
 
 def test_before_it_has_a_share_it_offloads_what_it_must(node, member, engine):
@@ -182,10 +181,10 @@ def test_before_it_has_a_share_it_offloads_what_it_must(node, member, engine):
 
 def test_other_objectives_are_another_demand(node, member, engine):
     member.join(engine, "b")
-    wait_until(lambda: len(node.core.status(time.monotonic()).replicas) == 1)
+    wait_until(lambda: len(replicas_of(node)) == 1, TIMEOUT_S, "the coordinator knows the replica")
     engine.set_objectives(SloConfig(ttft_ms=1000, tpot_ms=50))
     try:
-        wait_until(lambda: node.core.status(time.monotonic()).replicas[0].link.step_s == 0.05)
+        wait_until(lambda: replicas_of(node)[0].link.step_s == 0.05, TIMEOUT_S, "another demand")
     finally:
         engine.set_objectives(SloConfig(ttft_ms=1000, tpot_ms=100))
 
@@ -198,21 +197,21 @@ def test_what_requests_were_promised_is_what_it_needs_of_its_bus(node, member, t
     engine.steer(performance_record(engine, budget_s=1.0))
 
     def k_min() -> int | None:
-        replicas = node.core.status(time.monotonic()).replicas
+        replicas = replicas_of(node)
         return replicas[0].link.k_min if replicas else None
 
     try:
         member.join(engine, "b")
-        wait_until(lambda: k_min() == 0)
+        wait_until(lambda: k_min() == 0, TIMEOUT_S, "it needs nothing")
         handles = [engine.submit([5], greedy(60)) for _ in range(12)]  # nothing generates: they wait
         needed = engine.guarantee.num_offloaded
         assert needed > 0
-        wait_until(lambda: k_min() == needed)
+        wait_until(lambda: k_min() == needed, TIMEOUT_S, "it needs what was promised")
         assert member.snapshot()["range"][0] == needed
         for handle in handles:
             handle.cancel()
         assert engine.guarantee.num_offloaded == 0
-        wait_until(lambda: k_min() == 0)
+        wait_until(lambda: k_min() == 0, TIMEOUT_S, "it needs nothing")
     finally:
         member.stop()
         engine.close()
@@ -220,7 +219,7 @@ def test_what_requests_were_promised_is_what_it_needs_of_its_bus(node, member, t
 
 def test_it_says_goodbye_to_both(node, member, engine):
     member.join(engine, "b")
-    wait_until(lambda: len(node.core.status(time.monotonic()).replicas) == 1)
+    wait_until(lambda: len(replicas_of(node)) == 1, TIMEOUT_S, "the coordinator knows the replica")
     member.leave()
     member.leave()
     assert node.core.status(time.monotonic()).replicas == ()

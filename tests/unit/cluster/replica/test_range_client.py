@@ -12,6 +12,7 @@ from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig
 from cluster.protocol.messages import Allowance, BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
 from cluster.replica.lease import RangeHolder
 from cluster.replica.range_client import RangeClient
+from tests.support.waiting import wait_until
 
 LEASE_S, TIMEOUT_S = 1.0, 30.0
 LINK = LinkDemand(k_min=1, k_max=30, unit_bytes=10, step_s=1.0)
@@ -133,9 +134,6 @@ def test_nothing_is_allowed_and_nobody_called_before_the_first_answer(coordinato
     coordinator.fault = fail
     holder = RangeHolder(replica_id="a", node_id="n", bus_id="b")
     with RangeClient(holder, coordinator, told, link=LINK, hold_s=0.1) as client:
-        deadline_s = time.monotonic() + TIMEOUT_S
-        while client.state.last_error is None:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.01)
+        wait_until(lambda: client.state.last_error is not None, TIMEOUT_S, "an error")
         assert client.state.allowed.link_bytes_per_s == 0
         assert told.calls == []

@@ -13,6 +13,7 @@ import pytest
 from deployments.api.errors import ApiError
 from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
 from deployments.http.body import parse
+from tests.support.bodies import problem
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}
@@ -34,13 +35,6 @@ TAKEN: dict[str, list[float]] = {
     "seed": [2**63 - 1, -(2**63)],
     "n": [1],
 }
-
-
-def problem(kind: type, body: dict[str, Any]) -> ApiError:
-    with pytest.raises(ApiError) as caught:
-        parse(json.dumps(body).encode(), kind)
-    assert caught.value.status == 400
-    return caught.value
 
 
 @pytest.mark.parametrize(("kind", "least"), KINDS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deployments.api.errors import ApiError, refused
+from deployments.api.errors import refused
 from deployments.api.neutral_fields import (
     CHAT_NEUTRAL_VALUES,
     COMPLETION_NEUTRAL_VALUES,
@@ -24,6 +24,7 @@ from deployments.api.protocol import (
 )
 from deployments.http.body import parse
 from deployments.messages import ChatMessage, Refused
+from tests.support.bodies import problem
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}
@@ -35,12 +36,6 @@ def chat(**fields: object) -> ChatCompletionRequest:
 
 def completion(**fields: object) -> CompletionRequest:
     return CompletionRequest.model_validate({**COMPLETION, **fields})
-
-
-def problem(request: type, body: dict) -> ApiError:
-    with pytest.raises(ApiError) as caught:
-        parse(json.dumps(body).encode(), request)
-    return caught.value
 
 
 def cases(neutral: Neutral) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from deployments.routing.admission import Admission, AdmissionConfig, Claim, Tur
 from deployments.routing.board import Board
 from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
 from deployments.routing.shared_board import SharedBoard
+from tests.support.routing import run
 
 # Of one replica, full of somebody else's requests.
 FULL = (Promise(origin="other", tokens=1000, requests=4),)
@@ -72,10 +73,6 @@ async def refusal(waiting: asyncio.Task[Turn]) -> ApiError:
     return caught.value
 
 
-def run(coroutine) -> None:
-    asyncio.run(coroutine)
-
-
 def test_with_room_it_is_immediate_and_the_end_of_one_lets_in_the_next():
     async def check():
         case = Case()
@@ -93,7 +90,7 @@ def test_with_room_it_is_immediate_and_the_end_of_one_lets_in_the_next():
         assert waiting.done()
         assert second.replica_id == "a"
 
-    run(check())
+    run(check)
 
 
 def test_a_smaller_one_passes_those_that_cannot_be_placed():
@@ -114,7 +111,7 @@ def test_a_smaller_one_passes_those_that_cannot_be_placed():
         await settle()
         assert large.done(), "whoever was passed is still the first"
 
-    run(check())
+    run(check)
 
 
 def test_a_report_lets_in_who_waits():
@@ -129,7 +126,7 @@ def test_a_report_lets_in_who_waits():
         await settle()
         assert waiting.done()
 
-    run(check())
+    run(check)
 
 
 def test_what_no_replica_can_ever_hold_is_a_503_that_says_the_limit():
@@ -140,7 +137,7 @@ def test_what_no_replica_can_ever_hold_is_a_503_that_says_the_limit():
         assert (error.status, error.code, error.retry_after_s) == (400, "context_length_exceeded", None)
         assert "1500" in str(error)
 
-    run(check())
+    run(check)
 
 
 def test_one_whose_model_is_gone_does_not_wait_for_it_and_others_do_not_wait_for_that():
@@ -156,7 +153,7 @@ def test_one_whose_model_is_gone_does_not_wait_for_it_and_others_do_not_wait_for
         assert error.retry_after_s is not None
         assert (await case.enter(model="new")).replica_id == "b"
 
-    run(check())
+    run(check)
 
 
 def test_a_request_that_has_become_too_large_while_it_waits_does_not_block_the_others():
@@ -170,7 +167,7 @@ def test_a_request_that_has_become_too_large_while_it_waits_does_not_block_the_o
         assert (await refusal(large)).status == 400
         assert (await small).replica_id == "a"
 
-    run(check())
+    run(check)
 
 
 def test_a_full_queue_is_a_429_with_the_measured_time():
@@ -190,7 +187,7 @@ def test_a_full_queue_is_a_429_with_the_measured_time():
         await settle()
         assert case.admission.num_waiting == 0
 
-    run(check())
+    run(check)
 
 
 def test_none_may_wait_where_the_queue_is_zero():
@@ -201,7 +198,7 @@ def test_none_may_wait_where_the_queue_is_zero():
             await case.enter()
         assert (await refusal(case.enter())).status == 429
 
-    run(check())
+    run(check)
 
 
 def test_one_that_will_be_late_is_refused_at_once_unless_that_is_off():
@@ -220,7 +217,7 @@ def test_one_that_will_be_late_is_refused_at_once_unless_that_is_off():
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
 
-    run(check())
+    run(check)
 
 
 def test_room_for_tokens_does_not_help_where_all_places_are_taken():
@@ -237,7 +234,7 @@ def test_room_for_tokens_does_not_help_where_all_places_are_taken():
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
 
-    run(check())
+    run(check)
 
 
 def test_those_who_come_more_often_do_not_have_others_wait_in_vain():
@@ -260,7 +257,7 @@ def test_those_who_come_more_often_do_not_have_others_wait_in_vain():
                 each.cancel()
             await asyncio.gather(*waiting, unimportant, return_exceptions=True)
 
-    run(check())
+    run(check)
 
 
 def test_what_a_start_takes_is_kept_for_it():
@@ -277,7 +274,7 @@ def test_what_a_start_takes_is_kept_for_it():
         case.admission.has_started(case.claim().ask, 20.0)
         assert (await case.enter(10)).deadline_s - case.admission.now_s == pytest.approx(0.5, abs=0.1)
 
-    run(check())
+    run(check)
 
 
 def test_one_that_becomes_late_while_it_waits_is_refused_then():
@@ -288,7 +285,7 @@ def test_one_that_becomes_late_while_it_waits_is_refused_then():
         assert (await refusal(case.enter())).code == "objective_unreachable"
         assert case.admission.num_waiting == 0
 
-    run(check())
+    run(check)
 
 
 def test_the_timeout_is_a_429_and_without_replicas_a_503():
@@ -299,7 +296,7 @@ def test_the_timeout_is_a_429_and_without_replicas_a_503():
         await case.enter()
         assert (await refusal(case.enter())).status == 429
 
-    run(check())
+    run(check)
 
 
 def test_a_caller_that_goes_away_gives_back_what_it_was_given():
@@ -317,7 +314,7 @@ def test_a_caller_that_goes_away_gives_back_what_it_was_given():
             assert board.free_tokens() == 1000
         assert case.admission.num_waiting == 0
 
-    run(check())
+    run(check)
 
 
 def test_whatever_no_engine_takes_is_counted_once_as_refused_or_given_up():
@@ -334,7 +331,7 @@ def test_whatever_no_engine_takes_is_counted_once_as_refused_or_given_up():
         assert snapshot["outcomes"] == {"completed": 0, "cancelled": 0, "failed": 0, "refused": 3}
         assert (snapshot["num_requests"], snapshot["attained"]) == (3, 0.0)
 
-    run(check())
+    run(check)
 
 
 @pytest.mark.parametrize(("ttft_s", "attained"), [(30.0, 1.0), (1e-9, 0.0)])
@@ -353,7 +350,7 @@ def test_whoever_leaves_the_queue_was_late_by_what_was_waited_until_then(ttft_s,
         assert snapshot["outcomes"] == {"completed": 0, "cancelled": 1, "failed": 0, "refused": 0}
         assert snapshot["attained"] == attained
 
-    run(check())
+    run(check)
 
 
 def test_priorities_and_keys_go_in_turn():
@@ -386,7 +383,7 @@ def test_priorities_and_keys_go_in_turn():
         assert order.index("other") < order.index("second")
         assert order.index("first") < order.index("second")
 
-    run(check())
+    run(check)
 
 
 OTHERS = [
@@ -440,7 +437,7 @@ def test_a_place_that_nothing_came_of_costs_nothing(first, second, ratio, fate):
         expected = 0 if fate == "begun" else 10 * ratio / (ratio + 1)
         assert abs(order[:10].count("first") - expected) <= 1
 
-    run(check())
+    run(check)
 
 
 def test_a_request_that_lost_its_place_is_before_those_that_came_later():
@@ -459,7 +456,7 @@ def test_a_request_that_lost_its_place_is_before_those_that_came_later():
         later.cancel()
         await asyncio.gather(later, return_exceptions=True)
 
-    run(check())
+    run(check)
 
 
 def test_one_that_lost_its_place_when_it_was_due_is_refused_though_there_is_room():
@@ -472,7 +469,7 @@ def test_one_that_lost_its_place_when_it_was_due_is_refused_though_there_is_room
         error = await refusal(asyncio.ensure_future(case.admission.enter(turn.claim.again())))
         assert (error.status, error.code) == (429, "rate_limit_exceeded")
 
-    run(check())
+    run(check)
 
 
 def test_a_request_whose_replica_died_waits_for_another_however_late_it_is():
@@ -489,7 +486,7 @@ def test_a_request_whose_replica_died_waits_for_another_however_late_it_is():
         case.shared.changed()
         assert (await dead).replica_id == "b"
 
-    run(check())
+    run(check)
 
 
 def test_those_that_wait_for_another_replica_do_not_hold_up_others_on_this_one():
@@ -511,7 +508,7 @@ def test_those_that_wait_for_another_replica_do_not_hold_up_others_on_this_one()
         assert {turn.replica_id for turn in (*turns, at_door)} == {"a"}
         await waiting
 
-    run(check())
+    run(check)
 
 
 def test_one_that_is_retried_may_wait_where_nobody_else_may():
@@ -524,7 +521,7 @@ def test_one_that_is_retried_may_wait_where_nobody_else_may():
         case.report("a", "b")
         assert (await dead).replica_id == "b"
 
-    run(check())
+    run(check)
 
 
 def test_whoever_is_retried_goes_first_and_in_the_order_of_the_deaths():
@@ -551,7 +548,7 @@ def test_whoever_is_retried_goes_first_and_in_the_order_of_the_deaths():
             await settle()
         assert order == [[False, False, False], [True, False, False], [True, True, False], [True, True, True]]
 
-    run(check())
+    run(check)
 
 
 def test_one_that_is_retried_leaves_nothing_behind_when_it_gives_up():
@@ -567,7 +564,7 @@ def test_one_that_is_retried_leaves_nothing_behind_when_it_gives_up():
         await asyncio.gather(gone, return_exceptions=True)
         assert case.admission.num_waiting == 0
 
-    run(check())
+    run(check)
 
 
 def test_one_that_is_retried_is_not_charged_again():
@@ -601,7 +598,7 @@ def test_one_that_is_retried_is_not_charged_again():
             task.cancel()
         await asyncio.gather(*(task for _, task in tasks), return_exceptions=True)
 
-    run(check())
+    run(check)
 
 
 def test_many_that_are_retried_at_once_do_not_each_look_at_every_replica(monkeypatch: pytest.MonkeyPatch):
@@ -629,7 +626,7 @@ def test_many_that_are_retried_at_once_do_not_each_look_at_every_replica(monkeyp
         assert all(each.done() and each.result().replica_id == "b" for each in retried)
         assert all(turn.replica_id in "ab" for turn in at_doors)
 
-    run(check())
+    run(check)
 
 
 @pytest.mark.parametrize("is_back", [True, False])
@@ -660,7 +657,7 @@ def test_a_replica_that_takes_a_new_user_config_is_expected_back(is_back):
         else:
             assert (await refusal(case.enter(model="m"))).status == 503
 
-    run(check())
+    run(check)
 
 
 def test_a_replica_that_has_died_or_was_stopping_is_not_expected_back():

@@ -7,14 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.routing.arrivals import MAX_FLOWS, MEMORY_S, Arrivals
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.support.clock import Clock
 
 
 @given(st.integers(1, 1000), st.sampled_from([0.05, 0.2, 0.5]))

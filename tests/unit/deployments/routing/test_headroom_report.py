@@ -13,17 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from deployments.routing.board import DOOR_REQUESTS, Board
 from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
 from deployments.routing.prefixes import MAX_PREFIXES, RecentPrefixes, prefix_hashes
+from tests.support.clock import Clock
+from tests.support.routing import others
 
 ME = "me"
 STALE_AFTER_S = 5.0
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def report(replica_id: str, capacity: int = 1000, **fields: Any) -> HeadroomReport:
@@ -40,10 +34,6 @@ def board_of(*reports: HeadroomReport, clock: Clock | None = None) -> Board:
     board = Board(ME, stale_after_s=STALE_AFTER_S, clock=clock or Clock())
     board.observe({each.replica_id: each for each in reports})
     return board
-
-
-def others(tokens: int, requests: int = 1) -> tuple[Promise, ...]:
-    return (Promise(origin="other", tokens=tokens, requests=requests),)
 
 
 def ranked(board: Board, wanted: Ask) -> list[str]:

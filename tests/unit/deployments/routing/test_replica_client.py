@@ -15,9 +15,9 @@ from deployments.api.errors import ApiError
 from deployments.messages import Accepted, Delta, Finished, FinishReason, GenerateRequest, Refused, Sampling
 from deployments.routing.replica_client import Generation, ReplicaClient
 from deployments.routing.sizing import PromptSizes
+from tests.support.routing import TIMEOUT_S, run
 from tests.unit.deployments.routing.test_admission import FULL, Case
 
-TIMEOUT_S = 20
 ANSWER = (Accepted(num_prompt_tokens=3), Delta(text="a"), Finished(reason="stop", num_output_tokens=1))
 
 
@@ -100,10 +100,6 @@ class Client(Case):
     def num_sent(self) -> int:
         with self.shared.locked() as board:
             return len(board._sent)
-
-
-def run(check: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(check(), TIMEOUT_S))
 
 
 def test_an_answer_is_whole_and_leaves_nothing_behind() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +15,9 @@ from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
 from deployments.routing.prefixes import prefix_hashes
 from deployments.routing.router import HeadroomRouter
 from deployments.routing.shared_board import SharedBoard
+from tests.support.routing import others, run
 from tests.support.serve_router import MAX_ONGOING_REQUESTS, ServeRouting
 
-TIMEOUT_S = 20
 ASK = Ask(request_id="r", tokens=100, least_tokens=100, prompt_tokens=50)
 
 
@@ -59,14 +58,6 @@ class Case:
         assert placed is not None
         assert await self.send(request_id) == placed
         return placed
-
-
-def others(tokens: int, requests: int = 1) -> tuple[Promise, ...]:
-    return (Promise(origin="other", tokens=tokens, requests=requests),)
-
-
-def run(check: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(check(), TIMEOUT_S))
 
 
 def test_it_goes_where_there_is_most_room_for_its_prompt_and_output() -> None:

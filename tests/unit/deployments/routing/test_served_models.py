@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ from deployments.routing.headroom_report import HeadroomReport
 from deployments.routing.served_models import ServedModels, possible_names
 from deployments.routing.shared_board import SharedBoard
 from selectn_core.config import ModelConfig
+from tests.support.routing import run
 
 
 class Case:
@@ -49,10 +48,6 @@ class Case:
 def report(replica_id: str, **fields: Any) -> HeadroomReport:
     values = {"kv_capacity_tokens": 1000, "longest_request_tokens": 500, "max_requests": 8, "max_model_len": 100}
     return HeadroomReport(replica_id=replica_id, reported_s=1.0, **{**values, **fields})
-
-
-def run(check: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(check())
 
 
 def test_during_a_roll_each_name_is_known_as_long_as_a_replica_has_it() -> None:
