@@ -15,7 +15,7 @@ import pytest
 
 from cluster.protocol.node_reports import GpuReport, NodeTelemetry, NvmlInfo, Unavailable
 from tests.standins.nvml import NO_COMPILER, StandIn, find_compiler
-from tests.support import serving_cluster
+from tests.support import audit, serving_cluster
 from tests.support.load import NUM_CLIENTS, Answer, LongRequest, hosts
 from tests.support.serving_cluster import BUS, HOST_GIB, IMPATIENT
 from tests.support.waiting import wait_until
@@ -393,7 +393,7 @@ class TestTheEnd:
             assert left() < everybody
         (node,) = [node for node, there in before.items() if gone in there]
         # It said goodbye: nobody had to find out that its process is gone.
-        goodbyes = [each for each in serving.run(serving_cluster.ledger_accounts) if each.why == f"goodbye of {gone}"]
+        goodbyes = [each for each in serving.run(audit.ledger_accounts) if each.why == f"goodbye of {gone}"]
         assert [gone in each.replicas for each in goodbyes] == [False]
         expected = {"left": 2, "right": 1}
         expected[node] -= 1
@@ -408,7 +408,7 @@ class TestTheEnd:
         nothing = dict.fromkeys(ledgers, (0, 0))
         wait_until(lambda: serving.ledgers() == nothing, TIMEOUT_S, f"empty ledgers, not {serving.ledgers()}")
         wait_until(lambda: not any(serving.replicas().values()), TIMEOUT_S, "no replica known")
-        accounts, ledger_accounts = serving.run(serving_cluster.accounts), serving.run(serving_cluster.ledger_accounts)
+        accounts, ledger_accounts = serving.run(audit.accounts), serving.run(audit.ledger_accounts)
         assert len(accounts) > 20
         for each in accounts:
             assert max(each.used_bytes_per_s.values()) <= BUS_BYTES_PER_S, each
