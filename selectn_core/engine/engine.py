@@ -29,6 +29,7 @@ from selectn_core.engine.headroom import (
     promised_tokens,
     waiting_prefill_tokens,
 )
+from selectn_core.engine.link_needs import LinkNeeds, UnitDemand
 from selectn_core.engine.measure_workspace import measure_workspace
 from selectn_core.engine.self_test import Limits, check_model, refusing
 from selectn_core.engine.supervisor import Supervisor
@@ -110,6 +111,7 @@ class Engine:
             self.executor.attach()
             self.offloading = Offloading(config, self.requests, self.batching, self.arena, self.executor, self.target)
             self.guarantee = Guarantee(self.offloading, config.batch.max_requests)
+            self.link_needs = LinkNeeds(self.offloading, self.guarantee, config)
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
             self._self_test()
         except BaseException:
@@ -145,8 +147,8 @@ class Engine:
         self.offloading.put_in_control(Steering(self.offloading, self.config, record))
 
     def resume_policy(self) -> None:
-        """Lets the policy decide again after a plan by hand, if there has been one."""
-        if self._record is not None:
+        """Lets the policy decide again after a plan by hand, if there has been one; else changes nothing."""
+        if self._record is not None and self.offloading.control.is_manual:
             self.steer(self._record)
 
     @property
@@ -159,16 +161,6 @@ class Engine:
         self.offloading.control.set_objectives(slo)  # first: where it refuses them nothing has changed
         self.config = replace(self.config, slo=slo)
         self.attainment = Attainment(slo.percentile)
-
-    def set_link_share(self, share: LinkShare) -> None:
-        """What this replica may use of its host bus from the next step on, whoever decides; any thread."""
-        self.offloading.set_link_share(share)
-
-    @property
-    def link_bytes_per_s(self) -> float:
-        """What the link carries if nobody else uses it: as measured, or else as configured."""
-        measured = self.offloading.control.measured_link
-        return measured.bytes_per_s if measured is not None else self.config.device.link_gb_per_s * 1e9
 
     def objectives_for(self, *, ttft_ms: float | None, tpot_ms: float | None) -> Objectives | None:
         """A request's objectives: its own where it names them, else the engine's. Raises RequestError."""
@@ -198,6 +190,39 @@ class Engine:
             num_sectors=num_sectors,
             num_host_sectors=host_sectors(self.config, geometry, longest),
         )
+
+    # -- its host bus -------------------------------------------------------------------------------------------
+
+    @property
+    def gpu_uuid(self) -> str | None:
+        """Of the GPU that it runs on, as NVML names it; None where that is none."""
+        return self.device.gpu_uuid
+
+    def set_link_share(self, share: LinkShare) -> None:
+        """What this replica may use of its host bus from the next step on, whoever decides; any thread."""
+        self.offloading.set_link_share(share)
+
+    def set_link_range(self, bytes_per_s: float, guaranteed_bytes_per_s: float, k_max: int) -> None:
+        """As `set_link_share`, for up to `k_max` units as large as the largest."""
+        self.set_link_share(self.link_needs.share(bytes_per_s, guaranteed_bytes_per_s, k_max))
+
+    def take_least_link_share(self) -> None:
+        """As `set_link_share`: an equal share, and as few units offloaded as memory allows."""
+        self.set_link_share(self.link_needs.least_share())
+
+    @property
+    def guaranteed_units(self) -> int:
+        """The fewest units that must be offloaded for what requests were guaranteed."""
+        return self.link_needs.guaranteed_units
+
+    @property
+    def wanted_units(self) -> int:
+        """The fewest with which those in flight, and a few more like them, have memory."""
+        return self.link_needs.wanted_units
+
+    def link_demand(self, *, needed: int = 0, wanted: int = 0) -> UnitDemand:
+        """What this engine wants of its host bus (`LinkNeeds.demand`)."""
+        return self.link_needs.demand(needed=needed, wanted=wanted)
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -280,7 +305,7 @@ class Engine:
         """
         target = self.guarantee.plan
         if k_max is not None:
-            most_bytes = k_max * max(unit.num_bytes for unit in self.units)
+            most_bytes = k_max * self.link_needs.largest_unit_bytes
             if most_bytes > self.offloading.offloaded_bytes(target):
                 target = self.target.plans.most_within(target.num_slots, most_bytes)
         return capacity_tokens(self.batching.geometry, self.arena.num_sectors, self.target.kv_sectors(target))
@@ -420,6 +445,10 @@ class Engine:
     def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
         """Offloads so many units by hand from the next step on (`Offloading.set_num_offloaded`)."""
         self.offloading.set_num_offloaded(num_offloaded, num_slots)
+
+    def check_num_offloaded(self, name: str, num_offloaded: int, num_slots: int) -> None:
+        """Raises ConfigError, naming `name`, where `set_num_offloaded` would."""
+        self.target.of(name, num_offloaded, num_slots)
 
     def set_plan(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
         """Offloads these units by hand from the next step on (`Offloading.set_plan`)."""
