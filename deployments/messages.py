@@ -43,7 +43,9 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One generation. `prompt` is text, token ids, or a conversation for the chat template.
+    """One generation as it goes to a replica: the only form of a request that has its prompt and its sampling.
+
+    `prompt` is text, token ids, or a conversation for the chat template.
 
     `model` is the name that was asked for; "": whatever is served.
     `ttft_ms` and `tpot_ms` are the request's own latency objectives; None: the server's.

@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deployments.routing.headroom_report import Ask, HeadroomReport
+from deployments.routing.ask import Ask
+from deployments.routing.headroom_report import HeadroomReport
 from deployments.routing.tallies import NOTHING, Mine, Promised, Seen, Sent
 
 # A caller may have one request waiting at a full replica's door: the next one is there when the last one leaves. And
@@ -180,9 +181,9 @@ class Board:
         """
         return list(self._ranked(self._standings(ask, excluded), ask))
 
-    def place(self, ask: Ask, excluded: Collection[str] = ()) -> str | None:
+    def place(self, ask: Ask) -> str | None:
         """Picks a replica and debits it until `end`; None where the request must wait."""
-        standings = self._standings(ask, excluded)
+        standings = self._standings(ask, ask.excluded)
         if not any(standing.can_take for standing in standings):
             return None
         standing = next(standing for standing in self._ranked(standings, ask) if standing.can_take)

@@ -1,4 +1,4 @@
-"""Host-memory headroom: what replicas report of it, and what a request needs of it."""
+"""Host-memory headroom: what replicas report of it."""
 
 from __future__ import annotations
 
@@ -104,19 +104,3 @@ class HeadroomReport:
             and isfinite(self.reported_s)  # NaN equals nothing: such a report would be new for ever
             and (self.slack is None or isfinite(self.slack))
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """What a request needs: `tokens` of KV (prompt and the most output), and its first token within `ttft_s`.
-
-    `least_tokens` is what it needs for certain, where the prompt's tokens are an estimate. `model` "": any will do.
-    """
-
-    request_id: str
-    tokens: int
-    least_tokens: int
-    prompt_tokens: int
-    ttft_s: float | None = None
-    prefixes: tuple[int, ...] = ()
-    model: str = ""

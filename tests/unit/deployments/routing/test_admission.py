@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from deployments.api.errors import ApiError
-from deployments.routing.admission import Admission, AdmissionConfig, Claim, Turn
+from deployments.routing.admission import Admission, AdmissionConfig, Turn
+from deployments.routing.ask import Ask
 from deployments.routing.board import Board
-from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
+from deployments.routing.headroom_report import HeadroomReport, Promise
 from deployments.routing.shared_board import SharedBoard
 
 # Of one replica, full of somebody else's requests.
@@ -39,19 +40,27 @@ class Case:
             )
         self.shared.changed()
 
-    def claim(self, tokens: int = 400, key: str = "k", priority: Any = "normal", model: str = "") -> Claim:
+    def request(self, tokens: int = 400, key: str = "k", priority: Any = "normal", model: str = "") -> Ask:
         self.num += 1
-        sizes = {"tokens": tokens, "least_tokens": tokens, "prompt_tokens": 10}
-        ask = Ask(request_id=f"r{self.num}", ttft_s=self.ttft_s, model=model, **sizes)
-        return self.admission.claim(ask, key=key, priority=priority)
+        return Ask(
+            request_id=f"r{self.num}",
+            tokens=tokens,
+            least_tokens=tokens,
+            prompt_tokens=10,
+            ttft_s=self.ttft_s,
+            model=model,
+            key=key,
+            priority=priority,
+            arrived_s=self.admission.now_s,
+        )
 
     def enter(self, *args: Any, **kwargs: Any) -> asyncio.Task[Turn]:
-        return asyncio.ensure_future(self.admission.enter(self.claim(*args, **kwargs)))
+        return asyncio.ensure_future(self.admission.enter(self.request(*args, **kwargs)))
 
     def retry(self, *args: Any, died_on: str = "a", **kwargs: Any) -> asyncio.Task[Turn]:
         """Enters again with a request whose replica is said to be dead, though it may be running still."""
-        claim = self.claim(*args, **kwargs).after_death(died_on, self.admission.now_s)
-        return asyncio.ensure_future(self.admission.enter(claim))
+        ask = self.request(*args, **kwargs).after_death(died_on, self.admission.now_s)
+        return asyncio.ensure_future(self.admission.enter(ask))
 
 
 async def settle() -> None:
@@ -263,11 +272,11 @@ def test_what_a_start_takes_is_kept_for_it():
         case = Case(ttft_s=2.0)
         case.report()
         before = (await case.enter(10)).deadline_s - case.admission.now_s
-        case.admission.has_started(case.claim().ask, 1.2)
+        case.admission.has_started(case.request(), 1.2)
         after = (await case.enter(10)).deadline_s - case.admission.now_s
         assert before == pytest.approx(2.0, abs=0.1)
         assert after == pytest.approx(0.8, abs=0.1)
-        case.admission.has_started(case.claim().ask, 20.0)
+        case.admission.has_started(case.request(), 20.0)
         assert (await case.enter(10)).deadline_s - case.admission.now_s == pytest.approx(0.5, abs=0.1)
 
     run(check())
@@ -357,7 +366,7 @@ def test_priorities_and_keys_go_in_turn():
         order: list[str] = []
 
         async def come(name: str, **who: Any) -> None:
-            turn = await case.admission.enter(case.claim(**who))
+            turn = await case.admission.enter(case.request(**who))
             order.append(name)
             turn.begun()
             turn.end()
@@ -394,7 +403,7 @@ def test_a_place_that_nothing_came_of_costs_nothing(first, second, ratio, fate):
     """The one with the large request has the share of the next ones that it would have had without it."""
 
     async def come(case: Case, order: list[str], name: str, **who: Any) -> None:
-        turn = await case.admission.enter(case.claim(10, **who))
+        turn = await case.admission.enter(case.request(10, **who))
         order.append(name)
         turn.begun()
         turn.end()
@@ -414,14 +423,14 @@ def test_a_place_that_nothing_came_of_costs_nothing(first, second, ratio, fate):
             assert isinstance(outcome, asyncio.CancelledError)
             blocker.end()
         else:
-            claim = case.claim(900, **first)
+            ask = case.request(900, **first)
             for _ in range(2 if fate == "refused again" else 1):
-                turn = await case.admission.enter(claim)
+                turn = await case.admission.enter(ask)
                 if fate == "begun":
                     turn.begun()
                 turn.end()
                 turn.end()
-                claim = claim.again()
+                ask = ask.again()
         case.report(promises=FULL)
         at_door = await case.enter(10, key="other", priority="high")
         order: list[str] = []
@@ -443,7 +452,7 @@ def test_a_request_that_lost_its_place_is_before_those_that_came_later():
         await case.enter()
         later = case.enter()
         await settle()
-        earlier = asyncio.ensure_future(case.admission.enter(case.claim().again()))
+        earlier = asyncio.ensure_future(case.admission.enter(case.request().again()))
         await settle()
         case.report(promises=(Promise(origin="other", tokens=200, requests=1),))
         await settle()
@@ -462,7 +471,7 @@ def test_one_that_lost_its_place_when_it_was_due_is_refused_though_there_is_room
         turn = await case.enter()
         turn.end()
         await asyncio.sleep(0.03)
-        error = await refusal(asyncio.ensure_future(case.admission.enter(turn.claim.again())))
+        error = await refusal(asyncio.ensure_future(case.admission.enter(turn.ask.again())))
         assert (error.status, error.code) == (429, "rate_limit_exceeded")
 
     run(check())
@@ -472,9 +481,9 @@ def test_a_request_whose_replica_died_waits_for_another_however_late_it_is():
     async def check():
         case = Case(ttft_s=0.01, timeout_s=5.0)
         case.report()
-        claim = case.claim()
+        ask = case.request()
         await asyncio.sleep(0.02)
-        dead = asyncio.ensure_future(case.admission.enter(claim.after_death("a", case.admission.now_s)))
+        dead = asyncio.ensure_future(case.admission.enter(ask.after_death("a", case.admission.now_s)))
         await settle()
         assert not dead.done()  # "a" is the one it must not go to
         with case.shared.locked() as board:
@@ -529,10 +538,10 @@ def test_whoever_is_retried_goes_first_and_in_the_order_of_the_deaths():
         await settle()
         later = case.retry(10, died_on="x")
         await settle()
-        earlier = asyncio.ensure_future(case.admission.enter(case.claim(10).after_death("x", 0.0).again()))
+        earlier = asyncio.ensure_future(case.admission.enter(case.request(10).after_death("x", 0.0).again()))
         await settle()
         assert (await refusal(earlier)).status == 429, "it was due long ago"
-        earlier = case.claim(10).after_death("x", case.admission.now_s - 1.0)
+        earlier = case.request(10).after_death("x", case.admission.now_s - 1.0)
         first = asyncio.ensure_future(case.admission.enter(earlier.again()))
         await settle()
         order = []
