@@ -13,7 +13,7 @@ from deployments.prompt_length import TextBound
 
 Priority = Literal["high", "normal", "low"]
 Refusal = Literal["invalid", "overloaded", "unavailable", "too_large"]
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+EndReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Delta:
 class Finished:
     """The last message. `num_output_tokens` counts what was generated, cut-off stop strings included."""
 
-    reason: FinishReason
+    reason: EndReason
     num_output_tokens: int
     error: str | None = None
 

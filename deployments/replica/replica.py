@@ -26,8 +26,8 @@ from deployments.messages import (
     Accepted,
     ChatMessage,
     Delta,
+    EndReason,
     Finished,
-    FinishReason,
     GenerateMessage,
     GenerateRequest,
     ModelCard,
@@ -93,7 +93,7 @@ class SelectNReplica:
         self._door = await asyncio.to_thread(
             Door,
             self._engine.reachable_kv_tokens,
-            self._engine.promised_tokens,
+            self._engine.footprint_tokens,
             max_requests=config.batch.max_requests,
             max_waiting=config.batch.max_waiting,
             longest=self._engine.max_model_len,
@@ -280,23 +280,23 @@ def require_replica(wanted: str | None, own: str) -> None:
 
 def replica_report(replica_id: str, engine: Engine, door: Door, prefixes: RecentPrefixes) -> HeadroomReport:
     """What the routers rank a replica by, and its callers admit requests by."""
-    headroom, objectives, slo = engine.headroom(), engine.objectives, engine.config.slo
+    capacity, objectives, slo = engine.capacity(), engine.objectives, engine.config.slo
     slack = None
-    if headroom.decode_step_s is not None and objectives is not None:
-        slack = 1 - headroom.decode_step_s / objectives.tpot_s
+    if capacity.decode_step_s is not None and objectives is not None:
+        slack = 1 - capacity.decode_step_s / objectives.tpot_s
     ttft_s = objectives.ttft_s if objectives is not None else None
     return HeadroomReport(
         replica_id=replica_id,
         reported_s=time.monotonic(),
-        kv_capacity_tokens=headroom.kv_capacity_tokens,
-        longest_request_tokens=headroom.longest_request_tokens,
-        is_model_limit=headroom.is_model_limit,
+        kv_capacity_tokens=capacity.kv_capacity_tokens,
+        longest_request_tokens=capacity.longest_request_tokens,
+        is_model_limit=capacity.is_model_limit,
         max_requests=engine.config.batch.max_requests,
         promises=door.promises(),
         num_waiting=door.num_waiting,
-        waiting_prefill_tokens=headroom.waiting_prefill_tokens + door.waiting_prompt_tokens,
+        waiting_prefill_tokens=capacity.waiting_prefill_tokens + door.waiting_prompt_tokens,
         drain_tokens_per_s=door.drain_tokens_per_s(),
-        prefill_s_per_token=headroom.prefill_s_per_token,
+        prefill_s_per_token=capacity.prefill_s_per_token,
         slack=slack,
         ttft_s=ttft_s,
         tightest_ttft_s=slo.tightest * ttft_s if ttft_s is not None else None,
@@ -338,7 +338,7 @@ async def text_messages(
             handle.stop()
         if stopped or event.finish_reason is not None:
             reason = "stop" if stopped else event.finish_reason
-            yield Finished(reason=cast(FinishReason, reason), num_output_tokens=num_output_tokens, error=event.error)
+            yield Finished(reason=cast(EndReason, reason), num_output_tokens=num_output_tokens, error=event.error)
             return
 
 

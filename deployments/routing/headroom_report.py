@@ -14,9 +14,10 @@ MAX_ORIGINS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Promise:
-    """What one caller's requests may hold when a replica holds most, those at the door included.
+    """What a replica has promised one caller: what its requests may hold when the replica holds most.
 
-    `sequence` is the latest of them: its earlier ones, if they still run, are in here too.
+    Those at the door are included. `sequence` is the latest of them: its earlier ones, if they still run, count
+    too.
     """
 
     origin: str

@@ -71,7 +71,7 @@ class Mine:
             self.unreported_tokens += sign * sent.ask.tokens
 
 
-NOTHING = Mine()
+NONE_SENT = Mine()
 
 
 class Promised:

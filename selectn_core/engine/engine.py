@@ -19,16 +19,16 @@ from selectn_core.control.guarantee import Guarantee
 from selectn_core.control.steering import Steering
 from selectn_core.device import Device, open_device, resolve_kind
 from selectn_core.engine.accounts import MemoryAccount, account
-from selectn_core.engine.device_budget import arena_sectors, everything_bytes, host_sectors
-from selectn_core.engine.fingerprint import fingerprint_of
-from selectn_core.engine.headroom import (
-    Headroom,
+from selectn_core.engine.capacity import (
+    Capacity,
     capacity_tokens,
     decode_step_s,
+    footprint_tokens,
     latest,
-    promised_tokens,
     waiting_prefill_tokens,
 )
+from selectn_core.engine.device_budget import arena_sectors, everything_bytes, host_sectors
+from selectn_core.engine.fingerprint import fingerprint_of
 from selectn_core.engine.link_needs import LinkNeeds, UnitDemand
 from selectn_core.engine.measure_workspace import measure_workspace
 from selectn_core.engine.self_test import Limits, check_model, refusing
@@ -299,7 +299,7 @@ class Engine:
         return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
     def reachable_kv_tokens(self, k_max: int | None = None) -> int:
-        """Promised tokens that the KV cache holds if up to `k_max` units are offloaded; None: `guarantee.plan`.
+        """Tokens of footprints that the KV cache holds if up to `k_max` units are offloaded; None: `guarantee.plan`.
 
         Where units are unequal these are so many of the largest, or more of others that have no more bytes together.
         """
@@ -310,10 +310,10 @@ class Engine:
                 target = self.target.plans.most_within(target.num_slots, most_bytes)
         return capacity_tokens(self.batching.geometry, self.arena.num_sectors, self.target.kv_sectors(target))
 
-    def headroom(self, k_max: int | None = None) -> Headroom:
-        """What this engine can take if it offloads up to `k_max` units (None: what may be promised)."""
+    def capacity(self, k_max: int | None = None) -> Capacity:
+        """What this engine can take if it offloads up to `k_max` units (None: what is guaranteed)."""
         longest = self.max_model_len
-        return Headroom(
+        return Capacity(
             kv_capacity_tokens=self.reachable_kv_tokens(k_max),
             longest_request_tokens=longest,
             is_model_limit=longest == self._model_limit,
@@ -326,9 +326,9 @@ class Engine:
         """The requests in flight, waiting ones included; any thread."""
         return list(self.requests.by_ticket().values())
 
-    def promised_tokens(self, total_tokens: int) -> int:
-        """What a request of `total_tokens`, prompt and output, takes of `headroom`."""
-        return promised_tokens(self.batching.geometry, self.arena.num_sectors, total_tokens)
+    def footprint_tokens(self, total_tokens: int) -> int:
+        """What a request of `total_tokens`, prompt and output, takes of `capacity`."""
+        return footprint_tokens(self.batching.geometry, self.arena.num_sectors, total_tokens)
 
     def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises RequestError for what `submit` would refuse whenever it came, RequestTooLarge for want of memory."""

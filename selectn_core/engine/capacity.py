@@ -1,4 +1,4 @@
-"""What an engine can still take on: the numbers that admission and routing decide by."""
+"""What an engine can take on: the numbers that admission and routing decide by."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _PERCENT = 95
 
 
 @dataclass(frozen=True, kw_only=True)
-class Headroom:
-    """Tokens are those of `promised_tokens`.
+class Capacity:
+    """What an engine can take in all, whoever has it now; tokens are those of `footprint_tokens`.
 
     `kv_capacity_tokens`: what the KV cache holds when as much is offloaded as may be; `waiting_prefill_tokens`: prompts
     that have no token yet; `prefill_s_per_token` and `decode_step_s` (95th percentile) are as lately measured, None
@@ -38,10 +38,10 @@ class InFlight(Protocol):
     num_tokens: int
 
 
-def promised_tokens(geometry: KvGeometry, num_sectors: int, total_tokens: int) -> int:
+def footprint_tokens(geometry: KvGeometry, num_sectors: int, total_tokens: int) -> int:
     """What a request of `total_tokens`, prompt and output, takes of an arena of `num_sectors`, whole sectors.
 
-    Counted so that requests fit `n` sectors wherever their promises sum up to `capacity_tokens(..., n)` or less.
+    Counted so that requests fit `n` sectors wherever their footprints sum up to `capacity_tokens(..., n)` or less.
     """
     sectors = geometry.sectors_for_request(total_tokens)
     return -(-sectors * _tokens_in(geometry, num_sectors) // num_sectors)
@@ -53,7 +53,7 @@ def _tokens_in(geometry: KvGeometry, num_sectors: int) -> int:
 
 
 def capacity_tokens(geometry: KvGeometry, num_sectors: int, kv_sectors: int) -> int:
-    """Tokens of promises that `kv_sectors` of an arena of `num_sectors` hold."""
+    """Tokens of footprints that `kv_sectors` of an arena of `num_sectors` hold."""
     return kv_sectors * geometry.tokens_in(num_sectors) // num_sectors
 
 
