@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from selectn_core.config import EngineConfig
-from selectn_core.control.guarantee import Guarantee
 from selectn_core.control.policies import MOST_SLOTS
 from selectn_core.offload.control import LinkShare
 from selectn_core.offload.offloading import Offloading
@@ -27,8 +26,8 @@ class UnitDemand:
 class LinkNeeds:
     """An engine's; any thread may ask. A range of units, here and in `UnitDemand`, counts in the largest of them."""
 
-    def __init__(self, offloading: Offloading, guarantee: Guarantee, config: EngineConfig) -> None:
-        self._offloading, self._guarantee = offloading, guarantee
+    def __init__(self, offloading: Offloading, config: EngineConfig) -> None:
+        self._offloading = offloading
         self._target, self._plans = offloading.target, offloading.target.plans
         self._num_units, self._num_sharing = len(offloading.units), config.offload.num_sharing
         self._configured_link = config.device.link_gb_per_s * 1e9
@@ -45,16 +44,6 @@ class LinkNeeds:
     def equal_share_bytes_per_s(self) -> float:
         """What it carries for this engine if everybody who may use its bus does."""
         return self.link_bytes_per_s / self._num_sharing
-
-    @property
-    def guaranteed_units(self) -> int:
-        """The fewest that must be offloaded for what requests were guaranteed."""
-        return self._guarantee.num_offloaded
-
-    @property
-    def wanted_units(self) -> int:
-        """The fewest with which those in flight, and a few more like them, have memory."""
-        return self._guarantee.wanted_offloaded
 
     def demand(self, *, needed: int = 0, wanted: int = 0) -> UnitDemand:
         """What the engine wants of its bus, within its TPOT objective: all units at most.
