@@ -22,8 +22,9 @@ from typing import Any
 from benchmarks.common import Check, finish, parse_arguments, table
 from deployments.replica.door import Door, Visit
 from deployments.routing.admission import Admission, AdmissionConfig
+from deployments.routing.ask import Ask
 from deployments.routing.board import Board
-from deployments.routing.headroom_report import MAX_ORIGINS, Ask, HeadroomReport, Promise
+from deployments.routing.headroom_report import MAX_ORIGINS, HeadroomReport, Promise
 from deployments.routing.shared_board import SharedBoard
 
 NUM_INSIDE, NUM_REPLICAS = (64, 128, 256, 512), (16, 32, 64, 128)
@@ -124,7 +125,7 @@ async def _board(num_replicas: int, num_samples: int) -> dict[str, Any]:
         observe = [_seconds(partial(_observe, board, reports)) for reports in arriving]
     waiting = [
         asyncio.ensure_future(
-            admission.enter(admission.claim(_ask(f"q{number}", 5000 - number), key="k", priority="normal"))
+            admission.enter(replace(_ask(f"q{number}", 5000 - number), key="k", arrived_s=admission.now_s))
         )
         for number in range(NUM_QUEUED)
     ]

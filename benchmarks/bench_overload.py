@@ -38,7 +38,7 @@ import psutil
 from ray import serve
 
 from benchmarks.common import Check, finish, parse_arguments, table
-from benchmarks.http_load import Ask, Load, Outcome, client_session
+from benchmarks.http_load import ClientRequest, Load, Outcome, client_session
 from deployments.commands.local_cluster import ClusterConfig, local_cluster
 from deployments.commands.serving import base_urls, deployed, free_port, wait_until_serving
 from deployments.config import IMPORT_PATH, REPLICA_NAME
@@ -217,7 +217,7 @@ async def _run(
     return [full, Part(name="overload", began_s=began_s, ended_s=ended_s, outcomes=outcomes), recovery]
 
 
-async def _send_invalid(load: Load, asks: Iterator[Ask], number: int) -> None:
+async def _send_invalid(load: Load, asks: Iterator[ClientRequest], number: int) -> None:
     print(f"warm-up: {number} invalid requests", flush=True)
     invalid = (replace(ask, priority="none") for ask in islice(asks, number))
 
@@ -230,20 +230,20 @@ async def _send_invalid(load: Load, asks: Iterator[Ask], number: int) -> None:
     await asyncio.gather(*(client() for _ in range(NUM_CLIENTS)))
 
 
-async def _keep_busy(name: str, load: Load, asks: Iterator[Ask], seconds: float) -> Part:
+async def _keep_busy(name: str, load: Load, asks: Iterator[ClientRequest], seconds: float) -> Part:
     print(f"{name}: {NUM_CLIENTS} clients, {seconds:.0f} s", flush=True)
     began_s = time.perf_counter()
     outcomes = await load.keep_busy(asks, NUM_CLIENTS, seconds)
     return Part(name=name, began_s=began_s, ended_s=began_s + seconds, outcomes=outcomes)
 
 
-def _asks(keys: dict[str, str], rng: random.Random) -> Iterator[Ask]:
+def _asks(keys: dict[str, str], rng: random.Random) -> Iterator[ClientRequest]:
     """Requests of all keys and priorities, each with a prompt of its own."""
     while True:
         (owner,) = rng.choices(list(KEY_SHARES), list(KEY_SHARES.values()))
         (priority,) = rng.choices(list(PRIORITY_SHARES), list(PRIORITY_SHARES.values()))
         words = " ".join(rng.choice(("a", "river", "of", "light", "and", "stone", "under", "the")) for _ in range(20))
-        yield Ask(
+        yield ClientRequest(
             owner=owner,
             key=keys[owner],
             priority=priority,
@@ -253,8 +253,8 @@ def _asks(keys: dict[str, str], rng: random.Random) -> Iterator[Ask]:
 
 
 def _arrivals(
-    asks: Iterator[Ask], requests_per_s: float, duration_s: float, rng: random.Random
-) -> Iterator[tuple[float, Ask]]:
+    asks: Iterator[ClientRequest], requests_per_s: float, duration_s: float, rng: random.Random
+) -> Iterator[tuple[float, ClientRequest]]:
     at_s = rng.expovariate(requests_per_s)
     while at_s < duration_s:
         yield at_s, next(asks)

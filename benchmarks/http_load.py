@@ -21,7 +21,7 @@ UNSUCCESSFUL: dict[int, attainment.Outcome] = {429: "refused", 503: "refused", 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class ClientRequest:
     """A completion to ask for, and who asks: the API key `key` of the owner `owner`."""
 
     owner: str
@@ -125,7 +125,7 @@ class Load:
     def __init__(self, session: aiohttp.ClientSession, base_url: str, model: str) -> None:
         self._session, self._url, self._model = session, f"{base_url}/v1/completions", model
 
-    async def arrive(self, asks: Iterable[tuple[float, Ask]]) -> list[asyncio.Task[Outcome]]:
+    async def arrive(self, asks: Iterable[tuple[float, ClientRequest]]) -> list[asyncio.Task[Outcome]]:
         """Sends each request at its time, in seconds from now, whatever became of the others.
 
         Returns when the last one has been sent.
@@ -136,7 +136,7 @@ class Load:
             tasks.append(asyncio.create_task(self.complete(ask)))
         return tasks
 
-    async def keep_busy(self, asks: Iterator[Ask], num_clients: int, duration_s: float) -> list[Outcome]:
+    async def keep_busy(self, asks: Iterator[ClientRequest], num_clients: int, duration_s: float) -> list[Outcome]:
         """`num_clients` that ask again as soon as they have an answer, or may return after a 429."""
         until_s, outcomes = time.perf_counter() + duration_s, list[Outcome]()
 
@@ -150,7 +150,7 @@ class Load:
         await asyncio.gather(*(client() for _ in range(num_clients)))
         return outcomes
 
-    async def complete(self, ask: Ask) -> Outcome:
+    async def complete(self, ask: ClientRequest) -> Outcome:
         """Asks once and reads the answer to its end."""
         sent_s = time.perf_counter()
         headers = {"Authorization": f"Bearer {ask.key}", "Content-Type": "application/json"}

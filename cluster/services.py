@@ -9,9 +9,8 @@ from typing import Annotated
 import ray
 
 from cluster.coordinator.actor import COORDINATOR_NAME, CoordinatorSink, open_coordinator
-from cluster.coordinator.actor import NAMESPACE as COORDINATOR_NAMESPACE
 from cluster.coordinator.coordinator import LEASE, CoordinatorConfig
-from cluster.node.agents import start_node_agents, stop_node_agents
+from cluster.node.agents import NAMESPACE, start_node_agents, stop_node_agents
 from cluster.node.telemetry import TelemetryConfig
 from selectn_core.bounds import Bounds, check_numbers, require
 from selectn_core.config import MOST_GIB
@@ -57,4 +56,4 @@ def stop_services() -> None:
     """Ends them. Harmless where there are none; a replica that still runs makes the coordinator anew."""
     stop_node_agents()
     with contextlib.suppress(ValueError):  # there is none of that name
-        ray.kill(ray.get_actor(COORDINATOR_NAME, namespace=COORDINATOR_NAMESPACE), no_restart=True)
+        ray.kill(ray.get_actor(COORDINATOR_NAME, namespace=NAMESPACE), no_restart=True)

@@ -151,10 +151,10 @@ def parse(section: type[Section], values: Any, *, where: str) -> Section:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(describe(error, where=where)) from None
+        raise ConfigError(problems_in(error, where=where)) from None
 
 
-def describe(error: ValidationError, *, where: str) -> str:
+def problems_in(error: ValidationError, *, where: str) -> str:
     """One line per problem: which field, which value, what is allowed."""
     lines = []
     for problem in error.errors(include_url=False):

@@ -42,12 +42,12 @@ def apply_declared(engine: Engine, wanted: EngineConfig) -> None:
     """Has a running engine do what is declared, from its next step on. Raises ConfigError, and changes nothing then."""
     offload, before = wanted.offload, engine.config.slo
     if offload.num_offloaded != "auto":  # looked at before anything is changed
-        engine.target.of("user_config.offload.num_offloaded", offload.num_offloaded, offload.num_slots)
+        engine.check_num_offloaded("user_config.offload.num_offloaded", offload.num_offloaded, offload.num_slots)
     if wanted.slo != before:
         engine.set_objectives(wanted.slo)
     if offload.num_offloaded != "auto":
         engine.set_num_offloaded(offload.num_offloaded, offload.num_slots)
-    elif engine.offloading.control.is_manual:
+    else:
         engine.resume_policy()
 
 

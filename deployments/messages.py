@@ -13,7 +13,7 @@ from deployments.prompt_length import TextBound
 
 Priority = Literal["high", "normal", "low"]
 Refusal = Literal["invalid", "overloaded", "unavailable", "too_large"]
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+EndReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,9 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One generation. `prompt` is text, token ids, or a conversation for the chat template.
+    """One generation as it goes to a replica: the only form of a request that has its prompt and its sampling.
+
+    `prompt` is text, token ids, or a conversation for the chat template.
 
     `model` is the name that was asked for; "": whatever is served.
     `ttft_ms` and `tpot_ms` are the request's own latency objectives; None: the server's.
@@ -90,7 +92,7 @@ class Delta:
 class Finished:
     """The last message. `num_output_tokens` counts what was generated, cut-off stop strings included."""
 
-    reason: FinishReason
+    reason: EndReason
     num_output_tokens: int
     error: str | None = None
 

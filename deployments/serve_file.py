@@ -18,9 +18,9 @@ from deployments.config import (
     INGRESS_NAME,
     REPLICA_NAME,
     AppArgs,
-    describe,
     nearest,
     parse,
+    problems_in,
     refuse_unknown_keys,
     require_calls,
 )
@@ -150,7 +150,7 @@ def _check_serve_schema(document: Mapping[str, Any], path: str | Path) -> None:
         refuse_unknown_keys(ServeDeploySchema, document)  # Serve itself would drop them silently
         schema = ServeDeploySchema.model_validate(dict(document))
     except ValidationError as error:
-        raise ConfigError(describe(error, where=str(path))) from None
+        raise ConfigError(problems_in(error, where=str(path))) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except Exception as error:  # of Serve's own validators, which import what the file names

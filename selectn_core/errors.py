@@ -40,7 +40,7 @@ class RecordRefused(SelectNError):
 
 
 class NotMeasured(SelectNError):
-    """A step of this size was never measured, so nothing is promised of it."""
+    """A step of this size was never measured, so nothing is known of what it takes."""
 
 
 class LinkError(SelectNError):

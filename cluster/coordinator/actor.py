@@ -15,12 +15,12 @@ from ray.actor import ActorHandle
 
 from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig, CoordinatorStatus
 from cluster.node.agent import ActorSink
+from cluster.node.agents import NAMESPACE
 from cluster.node.node_state import node_state
 from cluster.protocol.messages import NodeState, RangeUpdate, ReplicaReport
 from cluster.protocol.node_reports import NodeReport
 
 COORDINATOR_NAME = "selectn_coordinator"
-NAMESPACE = "selectn"
 # Every replica has one call waiting, and a second one for a moment when its demand changes.
 MAX_WAITING_CALLS = 20_000
 
@@ -38,7 +38,7 @@ class CoordinatorActor:
         """What the replica may do: at once if that is something else than it reported, else after `hold_s`.
 
         The answer renews the lease in either case. None: the report is an old one, a newer one of the same replica
-        took its place, or there is nothing that may be promised yet.
+        took its place, or there is nothing that may be given out yet.
         """
         now_s = time.monotonic()
         self._sweep(now_s)

@@ -6,7 +6,7 @@ fallback after that), or an update that was sent for the version it reported and
 more than those accounts leave of the bus, so who is to shrink does so first, and who is to grow when that was heard.
 
 State is soft. A new life knows nothing, so for one lease it raises nobody and only renews what replicas hold: what the
-previous life had promised stays within the bus. After that the replicas which have not been heard yet hold at most
+previous life had given out stays within the bus. After that the replicas which have not been heard yet hold at most
 their fallback, an equal share, which is kept free for as many as the node's agent says there are.
 """
 

@@ -88,7 +88,7 @@ def find_buses(
     """The buses of a node's GPUs. `levels`: NVML's common ancestor of pairs of indices, as far as they are known.
 
     Each GPU is on exactly one bus. Configured ones come first; the rest share a bus if they are behind one switch or
-    host bridge, or if nobody knows whether they are: bandwidth is then not promised twice. What is not known about
+    host bridge, or if nobody knows whether they are: bandwidth is then not given out twice. What is not known about
     a GPU in trouble says nothing, since it may be silent for that very reason: it gets a bus of its own.
     """
     buses, rest = [], list(gpus)

@@ -1,4 +1,4 @@
-"""A node's host-memory ledger: bytes are reserved by an owner before they are used, and never promised twice.
+"""A node's host-memory ledger: bytes are reserved by an owner before they are used, and never given out twice.
 
 An owner renews its entry within the lease. One that does not is *lapsed*: it may have died, and its bytes may still be
 in use all the same, so they stay counted until somebody who has looked (the node's agent, which sees its processes)

@@ -1,6 +1,6 @@
 """What replicas, nodes and the coordinator say to each other: frozen, plain data without behaviour.
 
-docs/cluster.md says what is promised by whom. Times named `sent_s` are seconds on the sender's own monotonic clock and
+docs/cluster.md says who guarantees what. Times named `sent_s` are seconds on the sender's own monotonic clock and
 mean nothing to anybody else, who may only send them back.
 """
 
@@ -25,7 +25,7 @@ NO_EPOCH = Epoch(life=0, number=0)
 class LinkDemand:
     """What a replica wants of its bus: k_min units offloaded at least, k_max at most, each streamed in every step.
 
-    `unit_bytes` is the size of the largest unit where they differ: the bus is then never promised twice. `step_s` is
+    `unit_bytes` is the size of the largest unit where they differ: the bus is then never given out twice. `step_s` is
     the time that a step may take, the TPOT objective.
     """
 
@@ -50,7 +50,7 @@ class LinkDemand:
 
 @dataclass(frozen=True, kw_only=True)
 class KvUse:
-    """Tokens of KV a replica holds, and the most it could hold at its current k_max: what headroom is made of."""
+    """Tokens of KV a replica holds, and the most it could hold at its current k_max."""
 
     used_tokens: int = 0
     reachable_tokens: int = 0
@@ -113,7 +113,7 @@ class BusState:
     """A bus of a node: what it can move from host memory to its devices, and who may be using it.
 
     `replica_ids` are the replicas alive on it, None where the node cannot tell. To leave one out that is alive is
-    the only mistake here that could have the bus promised twice.
+    the only mistake here that could have the bus given out twice.
     """
 
     bus_id: str

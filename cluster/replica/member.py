@@ -7,7 +7,6 @@ fewest units offloaded until it has a share, and with its fallback when it has l
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
@@ -24,12 +23,12 @@ from cluster.protocol.messages import Allowance, KvUse, LinkDemand
 from cluster.protocol.node_reports import HostAnswer, HostClaim, NodeReport
 from cluster.replica.lease import RangeHolder
 from cluster.replica.range_client import Exchange, RangeClient
+from cluster.replica.recent_needs import RecentNeeds
 from selectn_core.errors import HostMemoryExceeded
 
 # torch is imported when a replica starts, not where this module is.
 if TYPE_CHECKING:
     from selectn_core.engine.engine import Engine
-    from selectn_core.offload.control import LinkShare
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +38,6 @@ CALL_TIMEOUT_S = 2.0
 AGENT_TIMEOUT_S = 20.0
 _RETRY_S = 0.2
 _MAX_HISTORY = 256
-# What was lately promised counts as needed for so many reports more: requests that come and go make no new demand.
-_NEEDED_FOR = 10
-# Steps are planned to be a little shorter than they may be, so a unit takes more of the bus than k_min's part for it.
-_SURE = 1.15
-# Requests come and go: what they need has to fall by more than this share before less is asked for.
-_KEPT_SHARE = 1 / 3
 _GIB = 1 << 30
 
 
@@ -109,8 +102,7 @@ class Member:
         self._held_bytes = self._kv_bytes = 0
         self._host_problem: str | None = "the node's agent has not answered yet"
         self._engine: Engine | None = None
-        self._k_min = self._wanted = 0
-        self._needed: deque[int] = deque([0], maxlen=_NEEDED_FOR)  # units that promises needed offloaded, lately
+        self._needs = RecentNeeds()
         self._range: RangeClient | None = None
         # (monotonic seconds, bytes/s, units at most) for people and tests: what was allowed, and when.
         self._history: deque[tuple[float, int, int]] = deque(maxlen=_MAX_HISTORY)
@@ -176,21 +168,15 @@ class Member:
         with self._claim_lock:
             self._claim = replace(self._claim, bus_id=bus_id, own_bytes=self._claim.own_bytes + more_bytes)
             self._is_granted = False
-        from selectn_core.control.policies import MOST_SLOTS
-
-        self._k_min = engine.target.fewest(MOST_SLOTS).num_offloaded
         if bus_id is not None:
-            share = equal_share(engine)
-            engine.set_link_share(link_share(engine, share, share, as_largest(engine, self._k_min)))
+            engine.take_least_link_share()
         self._engine = engine
 
     def bus_of(self, engine: Engine) -> str | None:
         """The bus that the engine's device is on: by its name, or by what the node's agent knows of its GPU."""
-        if engine.device.kind != "cuda":
+        uuid = engine.gpu_uuid
+        if uuid is None:
             return engine.config.device.bus
-        import torch
-
-        uuid = f"GPU-{torch.cuda.get_device_properties(engine.device.torch_device).uuid}"
         end_s = time.monotonic() + self._agent_timeout_s
         while time.monotonic() < end_s:
             try:
@@ -260,9 +246,8 @@ class Member:
         engine, bus_id = self._engine, self._claim.bus_id
         if engine is None or bus_id is None:
             return
-        self._needed.append(engine.guarantee.num_offloaded)
-        self._wanted = wanted_by_requests(engine, self._wanted)
-        link = link_demand(engine, max(self._k_min, *self._needed), self._wanted)
+        self._needs.add(needed=engine.guaranteed_units, wanted=engine.wanted_units)
+        link = demand_of(engine, self._needs)
         if self._range is None and self._is_granted:
             holder = RangeHolder(replica_id=self._claim.replica_id, node_id=self._node_id, bus_id=bus_id)
             self._range = RangeClient(holder, self._exchange, self._apply, link=link, hold_s=self._hold_s)
@@ -277,63 +262,13 @@ class Member:
     def _apply(self, allowed: Allowance, k_range: tuple[int, int]) -> None:
         self._history.append((time.monotonic(), allowed.link_bytes_per_s, k_range[1]))
         assert self._engine is not None
-        share = link_share(self._engine, allowed.link_bytes_per_s, allowed.fallback_bytes_per_s, k_range[1])
-        self._engine.set_link_share(share)
+        self._engine.set_link_range(allowed.link_bytes_per_s, allowed.fallback_bytes_per_s, k_range[1])
 
 
-def link_share(engine: Engine, bytes_per_s: float, guaranteed_bytes_per_s: float, k_max: int) -> LinkShare:
-    """A share in the engine's words; `k_max` counts units as large as the largest.
-
-    What k_min takes is streamed whatever it is, and a link of 0 has no latency.
-    """
-    from selectn_core.offload.control import LinkShare
-
-    return LinkShare(
-        bytes_per_s=max(1, bytes_per_s),
-        guaranteed_bytes_per_s=max(1, guaranteed_bytes_per_s),
-        max_offloaded_bytes=k_max * largest_unit_bytes(engine),
-    )
-
-
-def link_demand(engine: Engine, k_min: int, wanted: int = 0) -> LinkDemand:
-    """What the engine wants of its bus, within its TPOT objective: all units at most, counted in the largest.
-
-    At least `k_min`, which memory and its promises need, and what its requests would like (`wanted`) if its equal share
-    of the bus carries that: so much is nobody else's, however much host memory they would use with it.
-
-    A plan by hand wants what it is. Where no objective says how long a step may take, it takes an equal share's time.
-    """
-    unit_bytes = largest_unit_bytes(engine)
-    k_min, wanted, k_max = (as_largest(engine, count) for count in (k_min, wanted, len(engine.units)))
-    if engine.offloading.control.is_manual:
-        by_hand = -(-engine.target.plans.offloaded_bytes(engine.target.plan) // unit_bytes)
-        k_min = k_max = max(k_min, by_hand)
-    objectives, share = engine.objectives, equal_share(engine)
-    step_s = objectives.tpot_s if objectives is not None else max(1, k_max) * unit_bytes / share
-    k_min = max(k_min, min(wanted, k_max, int(share * step_s // unit_bytes)))
-    return LinkDemand(k_min=k_min, k_max=k_max, unit_bytes=unit_bytes, step_s=step_s)
-
-
-def largest_unit_bytes(engine: Engine) -> int:
-    """What a range counts in."""
-    return max(unit.num_bytes for unit in engine.units)
-
-
-def as_largest(engine: Engine, num_offloaded: int) -> int:
-    """How many of the largest unit have as many bytes as so many of an engine's units, of which some may be small."""
-    plan = engine.target.plans.plan(min(num_offloaded, len(engine.units)), engine.target.plan.num_slots)
-    return -(-engine.target.plans.offloaded_bytes(plan) // largest_unit_bytes(engine))
-
-
-def wanted_by_requests(engine: Engine, before: int) -> int:
-    """Units to be sure of for the requests in flight and those about to come; `before` while that is near."""
-    wanted = math.ceil(_SURE * engine.guarantee.wanted_offloaded)
-    return before if (1 - _KEPT_SHARE) * before <= wanted <= before else wanted
-
-
-def equal_share(engine: Engine) -> float:
-    """Bytes per second of the link if everybody who may use its bus does: as measured, or else as configured."""
-    return engine.link_bytes_per_s / engine.config.offload.num_sharing
+def demand_of(engine: Engine, needs: RecentNeeds) -> LinkDemand:
+    """What the engine wants of its bus, as a message."""
+    demand = engine.link_demand(needed=needs.needed, wanted=needs.wanted)
+    return LinkDemand(k_min=demand.k_min, k_max=demand.k_max, unit_bytes=demand.unit_bytes, step_s=demand.step_s)
 
 
 def _first_line(error: BaseException) -> str:

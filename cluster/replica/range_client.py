@@ -32,7 +32,7 @@ _MAX_CALLS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class RangeState:
-    """What a replica may do, for its headroom report and for people.
+    """What a replica may do, for its reports and for people.
 
     `lease_end_s` is on the replica's clock, None without a lease. `last_error`: why the last call failed.
     """

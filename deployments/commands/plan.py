@@ -217,7 +217,7 @@ def _plan(found: PlanRange, planner: Planner) -> dict[str, Any]:
                 "objective": each.name,
                 "predicted_ms": each.predicted_s * 1e3,
                 "limit_ms": each.limit_s * 1e3,
-                "headroom_ms": each.headroom_s * 1e3,
+                "headroom_ms": each.spare_s * 1e3,
             }
             for each in found.predictions
         ],

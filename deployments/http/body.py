@@ -58,8 +58,8 @@ class BodyReader:
             message = f"the body did not come within {self._timeout_s:g} s: send it faster, or a smaller one"
             raise ApiError(408, message, code="body_timeout") from None
         if len(data) <= MAX_INLINE_BYTES:
-            return parse(data, kind, longest_tokens)
-        return await asyncio.get_running_loop().run_in_executor(self._decoding, parse, data, kind, longest_tokens)
+            return parsed_body(data, kind, longest_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._decoding, parsed_body, data, kind, longest_tokens)
 
     async def _data(self, request: Request) -> bytes:
         declared = request.headers.get("content-length", "")
@@ -109,7 +109,7 @@ def _charset(content_type: str) -> str:
     return str(header.get_content_charset("utf-8"))
 
 
-def parse(data: bytes, kind: type[Body], longest_tokens: int | None = None) -> Body:
+def parsed_body(data: bytes, kind: type[Body], longest_tokens: int | None = None) -> Body:
     """A body as a `kind`. Raises ApiError for the first thing that is wrong with it."""
     body = decoded(data, MAX_TOKEN_IDS if longest_tokens is None else longest_tokens)
     try:

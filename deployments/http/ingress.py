@@ -145,7 +145,7 @@ class Service:
         max_tokens: int | None,
         key: str,
     ) -> Any:
-        await check_length(prompt, await self._replicas.models.card(body.model))
+        await check_prompt_fits(prompt, await self._replicas.models.card(body.model))
         request_id = f"{id_prefix}-{uuid.uuid4().hex}"
         request = GenerateRequest(
             request_id=request_id,
@@ -220,7 +220,7 @@ def build_api(service: Service, limits: RequestLimits, keys: ApiKeys) -> FastAPI
     return api
 
 
-async def check_length(prompt: str | tuple[int, ...] | tuple[ChatMessage, ...], card: ModelCard) -> None:
+async def check_prompt_fits(prompt: str | tuple[int, ...] | tuple[ChatMessage, ...], card: ModelCard) -> None:
     """Raises ApiError 400 for a prompt that cannot fit, before it waits for room.
 
     A chat is for its replica to judge: templates may leave out some of what is said.

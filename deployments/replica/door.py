@@ -34,7 +34,9 @@ MAX_PASSING = 4
 
 @dataclass(eq=False, kw_only=True)
 class Visit:
-    """A request at the door (`entered_s` None) or inside. `decide(True)`: it may come in; False: it never will.
+    """A request on its replica, counted in tokens as KV holds them: at the door (`entered_s` None) or inside.
+
+    `decide(True)`: it may come in; False: it never will.
 
     It begins with `prompt_tokens` and has `total_tokens` at most; `num_generated` says how far it is.
     """

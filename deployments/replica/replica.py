@@ -26,8 +26,8 @@ from deployments.messages import (
     Accepted,
     ChatMessage,
     Delta,
+    EndReason,
     Finished,
-    FinishReason,
     GenerateMessage,
     GenerateRequest,
     ModelCard,
@@ -40,7 +40,7 @@ from deployments.replica.detokenizer import Detokenizer, StopStrings
 from deployments.replica.door import Door, Visit
 from deployments.replica.membership import open_member
 from deployments.replica.prompting import PromptEncoder
-from deployments.routing.headroom_report import HeadroomReport
+from deployments.replica.report import replica_report, served_fields
 from deployments.routing.prefixes import RecentPrefixes, prefix_hashes
 from deployments.routing.sizing import prompt_bytes
 from selectn_core.config import EngineConfig, SloConfig
@@ -93,7 +93,7 @@ class SelectNReplica:
         self._door = await asyncio.to_thread(
             Door,
             self._engine.reachable_kv_tokens,
-            self._engine.promised_tokens,
+            self._engine.footprint_tokens,
             max_requests=config.batch.max_requests,
             max_waiting=config.batch.max_waiting,
             longest=self._engine.max_model_len,
@@ -278,47 +278,6 @@ def require_replica(wanted: str | None, own: str) -> None:
         )
 
 
-def replica_report(replica_id: str, engine: Engine, door: Door, prefixes: RecentPrefixes) -> HeadroomReport:
-    """What the routers rank a replica by, and its callers admit requests by."""
-    headroom, objectives, slo = engine.headroom(), engine.objectives, engine.config.slo
-    slack = None
-    if headroom.decode_step_s is not None and objectives is not None:
-        slack = 1 - headroom.decode_step_s / objectives.tpot_s
-    ttft_s = objectives.ttft_s if objectives is not None else None
-    return HeadroomReport(
-        replica_id=replica_id,
-        reported_s=time.monotonic(),
-        kv_capacity_tokens=headroom.kv_capacity_tokens,
-        longest_request_tokens=headroom.longest_request_tokens,
-        is_model_limit=headroom.is_model_limit,
-        max_requests=engine.config.batch.max_requests,
-        promises=door.promises(),
-        num_waiting=door.num_waiting,
-        waiting_prefill_tokens=headroom.waiting_prefill_tokens + door.waiting_prompt_tokens,
-        drain_tokens_per_s=door.drain_tokens_per_s(),
-        prefill_s_per_token=headroom.prefill_s_per_token,
-        slack=slack,
-        ttft_s=ttft_s,
-        tightest_ttft_s=slo.tightest * ttft_s if ttft_s is not None else None,
-        loosest_ttft_s=slo.loosest * ttft_s if ttft_s is not None else None,
-        prefixes=prefixes.hashes(),
-        # One whose engine has failed has all its room free, and would be sent everything until Serve replaces it.
-        is_draining=door.is_closed or not engine.is_healthy(),
-    )
-
-
-def served_fields(card: ModelCard) -> dict[str, Any]:
-    """What a report says of the model: `deployments/routing/served_models.py` makes the card of it again."""
-    bound = card.text_bound
-    return {
-        "model": card.name,
-        "max_model_len": card.max_model_len,
-        "model_created_unix_s": card.created_unix_s,
-        "most_prompt_chars": bound.max_chars if bound is not None else None,
-        "uncounted_chars": bound.uncounted if bound is not None else "",
-    }
-
-
 async def text_messages(
     handle: RequestHandle, detokenizer: Detokenizer, stop_strings: StopStrings
 ) -> AsyncIterator[Delta | Finished]:
@@ -338,7 +297,7 @@ async def text_messages(
             handle.stop()
         if stopped or event.finish_reason is not None:
             reason = "stop" if stopped else event.finish_reason
-            yield Finished(reason=cast(FinishReason, reason), num_output_tokens=num_output_tokens, error=event.error)
+            yield Finished(reason=cast(EndReason, reason), num_output_tokens=num_output_tokens, error=event.error)
             return
 
 

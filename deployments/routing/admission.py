@@ -12,15 +12,15 @@ import math
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from deployments.api.errors import ApiError, late, overloaded, too_large, unavailable
 from deployments.messages import Priority
 from deployments.routing.arrivals import Arrivals
+from deployments.routing.ask import Ask
 from deployments.routing.board import Board
-from deployments.routing.fair_queue import Entry, FairQueue, QueueFull
-from deployments.routing.headroom_report import Ask
+from deployments.routing.fair_queue import FairQueue, QueueFull
 from deployments.routing.offered import Offered
 from deployments.routing.shared_board import SharedBoard
 
@@ -49,32 +49,25 @@ class AdmissionConfig:
     refuse_late: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A request that wants a place: since when, for whom, how urgently, and where it must not go again."""
-
-    ask: Ask
-    key: str
-    priority: Priority
-    arrived_s: float
-    excluded: frozenset[str] = frozenset()
-    has_waited: bool = False
-    retried_s: float | None = None
-
-    def again(self, excluded: Collection[str] = ()) -> Claim:
-        """The claim of a request that had a place and was not let in: it is in front of those that came later."""
-        return replace(self, has_waited=True, excluded=self.excluded.union(excluded))
-
-    def after_death(self, replica_id: str, now_s: float) -> Claim:
-        """The claim of a request whose replica died: late or not, it is run on another."""
-        return replace(self.again((replica_id,)), retried_s=now_s)
-
-
 @dataclass(eq=False, kw_only=True)
 class _Waiter:
-    claim: Claim
+    """A request that waits for a place now, until its deadline; each time it does it is another."""
+
+    ask: Ask
     deadline_s: float
     placed: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def key(self) -> str:
+        return self.ask.key
+
+    @property
+    def priority(self) -> Priority:
+        return self.ask.priority
+
+    @property
+    def tokens(self) -> int:
+        return self.ask.tokens
 
     @property
     def has_place(self) -> bool:
@@ -86,26 +79,28 @@ class _Waiter:
 
 
 class Turn:
-    """A place on a replica. `end` gives it back; call it always, more than once if need be.
+    """A request's place on a replica, from when it is given to its `end`, which gives it back.
+
+    Call `end` always, more than once if need be.
 
     `replica_id` is where admission has placed the request, and from its end on where the router had sent it.
     """
 
-    def __init__(self, admission: Admission, entry: Entry[_Waiter], replica_id: str, sequence: int) -> None:
+    def __init__(self, admission: Admission, waiter: _Waiter, replica_id: str, sequence: int) -> None:
         self._admission = admission
-        self._unbegun: Entry[_Waiter] | None = entry
-        self.claim, self.deadline_s = entry.item.claim, entry.item.deadline_s
+        self._unbegun: _Waiter | None = waiter
+        self.ask, self.deadline_s = waiter.ask, waiter.deadline_s
         self.replica_id, self.sequence = replica_id, sequence
         self._begun_s = 0.0
 
     def begun(self) -> None:
         """The replica has let the request in."""
         self._begun_s, self._unbegun = self._admission.now_s, None
-        self._admission.on_board(lambda board: board.begun(self.claim.ask.request_id))
+        self._admission.on_board(lambda board: board.begun(self.ask.request_id))
 
     def started(self) -> None:
         """The request's first text is there."""
-        self._admission.has_started(self.claim.ask, self._admission.now_s - self._begun_s)
+        self._admission.has_started(self.ask, self._admission.now_s - self._begun_s)
 
     def end(self) -> None:
         """The request is over, or has lost its place."""
@@ -115,7 +110,7 @@ class Turn:
         self._admission.on_board(self._leave)
 
     def _leave(self, board: Board) -> None:
-        request_id = self.claim.ask.request_id
+        request_id = self.ask.request_id
         self.replica_id = board.replica_of(request_id) or self.replica_id
         board.end(request_id)
 
@@ -140,10 +135,6 @@ class Admission:
     def now_s(self) -> float:
         return self._clock()
 
-    def claim(self, ask: Ask, *, key: str, priority: Priority) -> Claim:
-        """The claim of a request that comes now."""
-        return Claim(ask=ask, key=key, priority=priority, arrived_s=self._clock())
-
     @property
     def num_waiting(self) -> int:
         return len(self._queue) + len(self._retried)
@@ -160,13 +151,13 @@ class Admission:
         with self.shared.locked() as board:
             return board.ttft_range_s
 
-    async def enter(self, claim: Claim) -> Turn:
+    async def enter(self, ask: Ask) -> Turn:
         """Returns when the request has a place. Raises ApiError: 503 if none can ever have it, 429 if not in time."""
-        with self.counting(claim):
-            return await self._enter(claim)
+        with self.counting(ask):
+            return await self._enter(ask)
 
     @contextlib.contextmanager
-    def counting(self, claim: Claim) -> Iterator[None]:
+    def counting(self, ask: Ask) -> Iterator[None]:
         """Counts the request as offered where this block, before an engine has it, is the end of it."""
         try:
             yield
@@ -174,38 +165,37 @@ class Admission:
             self.offered.refused(error)
             raise
         except asyncio.CancelledError:
-            self.offered.given_up(claim.ask, self._clock() - claim.arrived_s)
+            self.offered.given_up(ask, self._clock() - ask.arrived_s)
             raise
 
-    async def _enter(self, claim: Claim) -> Turn:
+    async def _enter(self, ask: Ask) -> Turn:
         self._listen()
-        waiter = _Waiter(claim=claim, deadline_s=self._deadline_s(claim))
-        if claim.has_waited and waiter.deadline_s <= self._clock():
-            raise self.overdue(claim)
-        entry = Entry(item=waiter, key=claim.key, priority=claim.priority, tokens=claim.ask.tokens)
-        if not claim.has_waited:
-            self._arrivals.add((claim.priority, claim.key), claim.ask.tokens)
-        self._line_up(entry)
+        waiter = _Waiter(ask=ask, deadline_s=self._deadline_s(ask))
+        if ask.has_waited and waiter.deadline_s <= self._clock():
+            raise self.overdue(ask)
+        if not ask.has_waited:
+            self._arrivals.add((ask.priority, ask.key), ask.tokens)
+        self._line_up(waiter)
         try:
             self._pump()
             if not waiter.placed.done():
-                self._refuse_what_is_hopeless(entry)
+                self._refuse_what_is_hopeless(waiter)
             async with asyncio.timeout(max(0.0, waiter.deadline_s - self._clock())):
                 replica_id = await waiter.placed
         except BaseException as error:
-            self._give_up(entry)
-            self.on_board(lambda board: board.end(claim.ask.request_id))
+            self._give_up(waiter)
+            self.on_board(lambda board: board.end(ask.request_id))
             if isinstance(error, TimeoutError):
-                raise self.overdue(claim) from None
+                raise self.overdue(ask) from None
             raise
         with self.shared.locked() as board:
-            sequence = board.sequence_of(claim.ask.request_id)
-        return Turn(self, entry, replica_id, sequence)
+            sequence = board.sequence_of(ask.request_id)
+        return Turn(self, waiter, replica_id, sequence)
 
-    def refund(self, entry: Entry[_Waiter]) -> None:
+    def refund(self, waiter: _Waiter) -> None:
         """A request had a place, and was not begun there: its key is not charged for it."""
-        if entry.item.claim.retried_s is None:
-            self._queue.refund(entry)
+        if waiter.ask.retried_s is None:
+            self._queue.refund(waiter)
 
     def on_board(self, change: Callable[[Board], None]) -> None:
         """Changes the board, and lets in whom that makes room for."""
@@ -226,15 +216,15 @@ class Admission:
             async with asyncio.timeout(at_most_s):
                 await self._news.wait()
 
-    def overdue(self, claim: Claim) -> ApiError:
+    def overdue(self, ask: Ask) -> ApiError:
         """What a request is told whose deadline has passed before a replica has begun it."""
         with self.shared.locked() as board:
-            is_somebody_there = board.has_model(claim.ask.model)
+            is_somebody_there = board.has_model(ask.model)
         if not is_somebody_there:
             return unavailable()
-        if self._config.refuse_late and claim.ask.ttft_s is not None:
-            return late(claim.ask.ttft_s, self._retry_after_s(claim.ask.tokens))
-        return overloaded(retry_after_s=self._retry_after_s(claim.ask.tokens))
+        if self._config.refuse_late and ask.ttft_s is not None:
+            return late(ask.ttft_s, self._retry_after_s(ask.tokens))
+        return overloaded(retry_after_s=self._retry_after_s(ask.tokens))
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -252,35 +242,35 @@ class Admission:
         self._news.set()
         self._pump()
 
-    def _deadline_s(self, claim: Claim) -> float:
-        wait_s, ttft_s = self._config.timeout_s, claim.ask.ttft_s
-        if claim.retried_s is not None:
-            return claim.retried_s + wait_s
+    def _deadline_s(self, ask: Ask) -> float:
+        wait_s, ttft_s = self._config.timeout_s, ask.ttft_s
+        if ask.retried_s is not None:
+            return ask.retried_s + wait_s
         if self._config.refuse_late and ttft_s is not None:
             with self.shared.locked() as board:
-                start_s = board.prefill_s(claim.ask) + self._start_s()
+                start_s = board.prefill_s(ask) + self._start_s()
             wait_s = min(wait_s, max(ttft_s - start_s, LEAST_WAIT_SHARE * ttft_s))
-        return claim.arrived_s + wait_s
+        return ask.arrived_s + wait_s
 
     def _start_s(self) -> float:
         """From a place to the first text, beyond the prefill at its best: the step that runs, calls, threads."""
         ordered = sorted(self._starts_s)
         return ordered[len(ordered) * START_PERCENT // 100] if ordered else 0.0
 
-    def _refuse_what_is_hopeless(self, entry: Entry[_Waiter]) -> None:
-        waiter, claim, ttft_s = entry.item, entry.item.claim, entry.item.claim.ask.ttft_s
-        if self._config.max_queued_requests == 0 and claim.retried_s is None:
+    def _refuse_what_is_hopeless(self, waiter: _Waiter) -> None:
+        ask, ttft_s = waiter.ask, waiter.ask.ttft_s
+        if self._config.max_queued_requests == 0 and ask.retried_s is None:
             raise self._full()
-        if claim.has_waited or not self._config.refuse_late or ttft_s is None:
+        if ask.has_waited or not self._config.refuse_late or ttft_s is None:
             return
         free, rate = self._free_tokens_and_rate()
         if rate is None:
             return
         # If it had to wait until its deadline, could all that would be before it be served by then?
         longest_s = waiter.deadline_s - self._clock()
-        before = self._queue.tokens_before(entry, self._arrivals.expected(longest_s)) + self._retried_tokens
-        spread = SPREADS * math.sqrt(before * entry.tokens)
-        if before + spread + entry.tokens - free > rate * longest_s:
+        before = self._queue.tokens_before(waiter, self._arrivals.expected(longest_s)) + self._retried_tokens
+        spread = SPREADS * math.sqrt(before * waiter.tokens)
+        if before + spread + waiter.tokens - free > rate * longest_s:
             raise late(ttft_s, self._retry_after_s(0, beyond_s=longest_s))
 
     def _free_tokens_and_rate(self) -> tuple[int, float | None]:
@@ -290,31 +280,31 @@ class Admission:
 
     @property
     def _retried_tokens(self) -> int:
-        return sum(waiter.claim.ask.tokens for waiter in self._retried)
+        return sum(waiter.ask.tokens for waiter in self._retried)
 
-    def _line_up(self, entry: Entry[_Waiter]) -> None:
+    def _line_up(self, waiter: _Waiter) -> None:
         """A retried one comes before the queue, and does not count there: it may find no place where others do."""
-        claim = entry.item.claim
-        if claim.retried_s is not None:
-            insort(self._retried, entry.item, key=lambda waiter: waiter.claim.retried_s or 0.0)
+        ask = waiter.ask
+        if ask.retried_s is not None:
+            insort(self._retried, waiter, key=lambda waiter: waiter.ask.retried_s or 0.0)
             return
         # Where nobody may wait, one may still find a place at once.
-        is_first = claim.has_waited or self._config.max_queued_requests == 0
+        is_first = ask.has_waited or self._config.max_queued_requests == 0
         try:
-            victim = self._queue.push(entry, front=is_first)
+            victim = self._queue.push(waiter, front=is_first)
         except QueueFull:
             raise self._full() from None
         if victim is not None:
-            victim.item.fail(self._full())
+            victim.fail(self._full())
 
-    def _give_up(self, entry: Entry[_Waiter]) -> None:
-        """Nobody waits for the entry any more, or takes its place."""
-        if entry.item.has_place:
-            self.refund(entry)
-        elif entry.item in self._retried:
-            self._retried.remove(entry.item)
+    def _give_up(self, waiter: _Waiter) -> None:
+        """It waits no more, or does not take its place."""
+        if waiter.has_place:
+            self.refund(waiter)
+        elif waiter in self._retried:
+            self._retried.remove(waiter)
         else:
-            self._queue.discard(entry)
+            self._queue.discard(waiter)
 
     def _full(self) -> ApiError:
         return overloaded(retry_after_s=self._retry_after_s(0))
@@ -328,14 +318,14 @@ class Admission:
     def _pump_queue(self) -> None:
         """Places the head, or where it cannot be, smaller ones of its key (deployments/replica/door.py)."""
         below_tokens, num_passed_by = math.inf, 0
-        while num_passed_by <= MAX_PASSED_BY and (entry := self._queue.head(below_tokens)) is not None:
-            if not self._settle(entry.item):
-                below_tokens, num_passed_by = entry.tokens, num_passed_by + 1
-            elif entry.item.has_place:
-                self._queue.serve(entry)
+        while num_passed_by <= MAX_PASSED_BY and (waiter := self._queue.head(below_tokens)) is not None:
+            if not self._settle(waiter):
+                below_tokens, num_passed_by = waiter.tokens, num_passed_by + 1
+            elif waiter.has_place:
+                self._queue.serve(waiter)
                 below_tokens, num_passed_by = math.inf, 0
             else:
-                self._queue.discard(entry)
+                self._queue.discard(waiter)
 
     def _settle(self, waiter: _Waiter, in_vain: InVain | None = None) -> bool:
         """Places the waiter if it can be placed now. Whether it waits no more: placed, refused, or cancelled.
@@ -343,14 +333,14 @@ class Admission:
         `in_vain`: those of this pass that found no place. When a replica dies many ask at once, most of the same size.
         """
         if not waiter.placed.done():
-            claim, kind = waiter.claim, (waiter.claim.excluded, waiter.claim.ask.model)
+            ask, kind = waiter.ask, (waiter.ask.excluded, waiter.ask.model)
             smaller = in_vain.get(kind) if in_vain is not None else None
             with self.shared.locked() as board:
-                is_in_vain = smaller is not None and _needs_less(smaller, claim.ask)
-                replica_id = None if is_in_vain else board.place(claim.ask, claim.excluded)
-                error = None if replica_id is not None else _never(board, claim.ask)
-            if in_vain is not None and replica_id is None and (smaller is None or _needs_less(claim.ask, smaller)):
-                in_vain[kind] = claim.ask
+                is_in_vain = smaller is not None and _needs_less(smaller, ask)
+                replica_id = None if is_in_vain else board.place(ask)
+                error = None if replica_id is not None else _never(board, ask)
+            if in_vain is not None and replica_id is None and (smaller is None or _needs_less(ask, smaller)):
+                in_vain[kind] = ask
             if replica_id is not None:
                 waiter.placed.set_result(replica_id)
             elif error is not None:

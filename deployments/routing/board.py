@@ -14,8 +14,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deployments.routing.headroom_report import Ask, HeadroomReport
-from deployments.routing.tallies import NOTHING, Mine, Promised, Seen, Sent
+from deployments.routing.ask import Ask
+from deployments.routing.headroom_report import HeadroomReport
+from deployments.routing.tallies import NONE_SENT, Mine, Promised, Seen, Sent
 
 # A caller may have one request waiting at a full replica's door: the next one is there when the last one leaves. And
 # where that waits for KV, one more that is smaller: there may be room for it before there is for the other.
@@ -180,9 +181,9 @@ class Board:
         """
         return list(self._ranked(self._standings(ask, excluded), ask))
 
-    def place(self, ask: Ask, excluded: Collection[str] = ()) -> str | None:
+    def place(self, ask: Ask) -> str | None:
         """Picks a replica and debits it until `end`; None where the request must wait."""
-        standings = self._standings(ask, excluded)
+        standings = self._standings(ask, ask.excluded)
         if not any(standing.can_take for standing in standings):
             return None
         standing = next(standing for standing in self._ranked(standings, ask) if standing.can_take)
@@ -282,7 +283,7 @@ class Board:
         return seen.report.kv_capacity_tokens - seen.promised_tokens - unreported_tokens + ended
 
     def _free_tokens(self, replica_id: str) -> int:
-        seen, mine = self._seen[replica_id], self._sent_to.get(replica_id, NOTHING)
+        seen, mine = self._seen[replica_id], self._sent_to.get(replica_id, NONE_SENT)
         room = self._room(seen, mine.unreported_tokens, self._clock())
         if seen.report is None or room is None:
             return 0
@@ -297,7 +298,7 @@ class Board:
         ]
 
     def _standing(self, replica_id: str, seen: Seen, ask: Ask, now_s: float) -> Standing:
-        mine = self._sent_to.get(replica_id, NOTHING)
+        mine = self._sent_to.get(replica_id, NONE_SENT)
         at_door = mine.at_door
         num_unreported, unreported_tokens = mine.num_unreported, mine.unreported_tokens
         own = mine.requests.get(ask.request_id)
@@ -339,7 +340,7 @@ class Board:
 
         def key(standing: Standing) -> tuple[Any, ...]:
             seen, room = self._seen[standing.replica_id], standing.room_tokens
-            num_mine = len(self._sent_to.get(standing.replica_id, NOTHING).requests)
+            num_mine = len(self._sent_to.get(standing.replica_id, NONE_SENT).requests)
             if seen.report is None or room is None:
                 return (1, 0, 0, num_mine, seen.tie)
             is_equal = room >= best - EQUAL_SHARE * seen.report.kv_capacity_tokens

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Generic, TypeVar, get_args
+from typing import Generic, Protocol, TypeVar, get_args
 
 from deployments.messages import Priority
 
@@ -21,19 +21,25 @@ MOST_OWED = 2
 
 Flow = tuple[Priority, str]  # a priority and a key
 
-T = TypeVar("T")
-
 
 class QueueFull(Exception):
     """The queue is full, and nobody in it has more of it than the one who came."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Entry(Generic[T]):
-    item: T
-    key: str
-    priority: Priority
-    tokens: int
+class Entry(Protocol):
+    """What the queue knows of one that waits in it: whose it is and how large."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def priority(self) -> Priority: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+
+T = TypeVar("T", bound=Entry)  # compared by identity
 
 
 @dataclass(kw_only=True)
@@ -41,7 +47,7 @@ class _Flow(Generic[T]):
     """One key's entries of one priority. `served` is its virtual time: tokens."""
 
     served: float
-    entries: deque[Entry[T]] = field(default_factory=deque)
+    entries: deque[T] = field(default_factory=deque)
 
 
 @dataclass(kw_only=True)
@@ -63,7 +69,7 @@ class _Class(Generic[T]):
         """
         return max(self.left.get(key, self.now), self.now - MOST_OWED * tokens)
 
-    def counts(self, entry: Entry[T], sign: int) -> None:
+    def counts(self, entry: T, sign: int) -> None:
         """The entry has come (1) or gone (-1)."""
         self.count += sign
         self.tokens += sign * entry.tokens
@@ -84,7 +90,7 @@ class FairQueue(Generic[T]):
     def num_tokens(self) -> int:
         return sum(each.tokens for each in self._classes.values())
 
-    def push(self, entry: Entry[T], *, front: bool = False) -> Entry[T] | None:
+    def push(self, entry: T, *, front: bool = False) -> T | None:
         """Adds an entry, at the `front` of its own flow if it has waited before.
 
         Raises QueueFull, or returns the entry that had to go: the newest of a lower priority that has more than its
@@ -104,7 +110,7 @@ class FairQueue(Generic[T]):
         self._classes[entry.priority].counts(entry, 1)
         return victim
 
-    def head(self, below_tokens: float = inf) -> Entry[T] | None:
+    def head(self, below_tokens: float = inf) -> T | None:
         """The next entry, or None: of the next key's own the first that has fewer tokens than `below_tokens`.
 
         Only its own may pass: who has most requests always has a small one, and would be served more than others.
@@ -116,7 +122,7 @@ class FairQueue(Generic[T]):
         flow = min(self._classes[priority].flows.values(), key=lambda flow: flow.served)
         return next((entry for entry in flow.entries if entry.tokens < below_tokens), None)
 
-    def pop(self) -> Entry[T]:
+    def pop(self) -> T:
         """Removes the head, which counts as served. Raises IndexError where there is none."""
         entry = self.head()
         if entry is None:
@@ -124,7 +130,7 @@ class FairQueue(Generic[T]):
         self.serve(entry)
         return entry
 
-    def serve(self, entry: Entry[T]) -> None:
+    def serve(self, entry: T) -> None:
         """Removes an entry, which counts as served. One that is not the head has passed those that stay."""
         each = self._classes[entry.priority]
         flow = each.flows[entry.key]
@@ -137,7 +143,7 @@ class FairQueue(Generic[T]):
         each.counts(entry, -1)
         self._drop_if_empty(each, entry.key)
 
-    def refund(self, entry: Entry[T]) -> None:
+    def refund(self, entry: T) -> None:
         """Takes back what a served entry has cost its key and priority: nothing came of its place.
 
         Those that wait come to no more credit by it than those that were away have (`_flow_of`, `_Class.start`).
@@ -154,7 +160,7 @@ class FairQueue(Generic[T]):
         elif entry.key in each.left:
             each.left[entry.key] -= entry.tokens
 
-    def discard(self, entry: Entry[T]) -> None:
+    def discard(self, entry: T) -> None:
         """Removes an entry unserved; does nothing if it is not there."""
         each = self._classes[entry.priority]
         flow = each.flows.get(entry.key)
@@ -163,7 +169,7 @@ class FairQueue(Generic[T]):
             each.counts(entry, -1)
             self._drop_if_empty(each, entry.key)
 
-    def tokens_before(self, entry: Entry[T], coming: Mapping[Flow, float]) -> float:
+    def tokens_before(self, entry: T, coming: Mapping[Flow, float]) -> float:
         """About how many tokens are served before `entry`, the newest of its key, if as many come as `coming` says.
 
         Who comes later may still be served sooner, but only until it is as far as `entry` will be by then: so the
@@ -206,7 +212,7 @@ class FairQueue(Generic[T]):
         begun_last = waiting / count if count else 0.0
         return min(waiting + coming, (reaches - served) * WEIGHTS[priority] + begun_last)
 
-    def _flow_of(self, entry: Entry[T]) -> _Flow[T]:
+    def _flow_of(self, entry: T) -> _Flow[T]:
         each = self._classes[entry.priority]
         if not each.flows:  # it has not waited until now: no credit for that
             each.served = max(each.served, self._now)
@@ -225,7 +231,7 @@ class FairQueue(Generic[T]):
         if len(each.left) > self._capacity:
             del each.left[next(iter(each.left))]  # who has been away for longest
 
-    def _victim(self, entry: Entry[T]) -> Entry[T] | None:
+    def _victim(self, entry: T) -> T | None:
         lower = PRIORITIES[PRIORITIES.index(entry.priority) + 1 :]
         for priority in reversed(lower):
             each = self._classes[priority]

@@ -1,4 +1,4 @@
-"""Host-memory headroom: what replicas report of it, and what a request needs of it."""
+"""Host-memory headroom: what replicas report of it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ MAX_ORIGINS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Promise:
-    """What one caller's requests may hold when a replica holds most, those at the door included.
+    """What a replica has promised one caller: what its requests may hold when the replica holds most.
 
-    `sequence` is the latest of them: its earlier ones, if they still run, are in here too.
+    Those at the door are included. `sequence` is the latest of them: its earlier ones, if they still run, count
+    too.
     """
 
     origin: str
@@ -104,19 +105,3 @@ class HeadroomReport:
             and isfinite(self.reported_s)  # NaN equals nothing: such a report would be new for ever
             and (self.slack is None or isfinite(self.slack))
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """What a request needs: `tokens` of KV (prompt and the most output), and its first token within `ttft_s`.
-
-    `least_tokens` is what it needs for certain, where the prompt's tokens are an estimate. `model` "": any will do.
-    """
-
-    request_id: str
-    tokens: int
-    least_tokens: int
-    prompt_tokens: int
-    ttft_s: float | None = None
-    prefixes: tuple[int, ...] = ()
-    model: str = ""

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from deployments.api.errors import ApiError
-from deployments.routing.headroom_report import Ask
+from deployments.routing.ask import Ask
 from selectn_core.requests.attainment import Attainment
 from selectn_core.requests.handle import RequestTiming
 from selectn_core.requests.objectives import Objectives

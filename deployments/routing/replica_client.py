@@ -24,7 +24,8 @@ from deployments.messages import (
     Priority,
     Refused,
 )
-from deployments.routing.admission import Admission, Claim, Turn
+from deployments.routing.admission import Admission, Turn
+from deployments.routing.ask import Ask
 from deployments.routing.served_models import ServedModels
 from deployments.routing.sizing import PromptSizes
 
@@ -121,15 +122,15 @@ class ReplicaClient:
         self._check_objective(request)
         longest = self.models.longest_tokens(request.model)
         request = replace(request, origin=self._admission.origin)
-        ask = self._sizes.ask(request, self._objective_s(request), longest)
-        claim = self._admission.claim(ask, key=key, priority=priority)
+        size = self._sizes.ask(request, self._objective_s(request), longest)
+        ask = replace(size, key=key, priority=priority, arrived_s=self._admission.now_s)
         try:
             turns: list[Turn] = []
-            return await read(await self._first_text(request, claim, turns))
+            return await read(await self._first_text(request, ask, turns))
         except ReplicaDied:
             logger.warning("a replica died before anything of %s was sent: running it again", request.request_id)
-            claim = claim.after_death(turns[-1].replica_id, self._admission.now_s)
-            return await read(await self._first_text(request, claim, []))
+            ask = ask.after_death(turns[-1].replica_id, self._admission.now_s)
+            return await read(await self._first_text(request, ask, []))
 
     def _objective_s(self, request: GenerateRequest) -> float | None:
         """Seconds until the first token is wanted: the request's own, what replicas have now, or as configured."""
@@ -147,10 +148,10 @@ class ReplicaClient:
         if not low_ms <= request.ttft_ms <= high_ms:
             raise out_of_range("slo.ttft_ms", request.ttft_ms, low_ms, high_ms)
 
-    async def _first_text(self, request: GenerateRequest, claim: Claim, turns: list[Turn]) -> Generation:
+    async def _first_text(self, request: GenerateRequest, ask: Ask, turns: list[Turn]) -> Generation:
         """The generation, once a replica has let it in and has text; notes its `turns`."""
         while True:
-            turn = await self._admission.enter(claim)
+            turn = await self._admission.enter(ask)
             turns.append(turn)
             messages = self._messages(request, turn)
             try:
@@ -172,17 +173,17 @@ class ReplicaClient:
                 raise refused(accepted)
             # Another ingress was quicker, or the replica is stopping: this request is still the next one.
             await self._admission.news(NEXT_ATTEMPT_S)
-            claim = claim.again()
+            ask = ask.again()
 
     async def _messages(self, request: GenerateRequest, turn: Turn) -> AsyncGenerator[Any, None]:
         """A replica's messages; closing this early cancels the request there. The place lasts as long."""
-        waited_s = self._admission.now_s - turn.claim.arrived_s
+        waited_s = self._admission.now_s - turn.ask.arrived_s
         numbered = replace(request, sequence=turn.sequence, waited_s=waited_s)
         stream: DeploymentResponseGenerator[GenerateMessage] | None = None
         is_complete = False
         try:
             stream = self._stream_handle.generate.remote(numbered)
-            with self._admission.counting(turn.claim):
+            with self._admission.counting(turn.ask):
                 first = await self._first(stream, turn)
             if isinstance(first, Accepted):
                 turn.begun()
@@ -207,7 +208,7 @@ class ReplicaClient:
             async with asyncio.timeout(max(LEAST_TIMEOUT_S, turn.deadline_s - self._admission.now_s)):
                 return await _awaited(anext(stream))
         except TimeoutError:
-            raise self._admission.overdue(turn.claim) from None
+            raise self._admission.overdue(turn.ask) from None
 
     async def _bounded(self, call: Awaitable[T], timeout_s: float) -> T:
         try:

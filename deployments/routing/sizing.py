@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deployments.messages import ChatMessage, GenerateRequest
-from deployments.routing.headroom_report import Ask
+from deployments.routing.ask import Ask
 from deployments.routing.prefixes import prefix_hashes
 
 # Until a replica has said how many tokens a prompt had: few texts have more.

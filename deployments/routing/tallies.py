@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from deployments.routing.headroom_report import Ask, HeadroomReport
+from deployments.routing.ask import Ask
+from deployments.routing.headroom_report import HeadroomReport
 from deployments.routing.prefixes import digest
 
 
@@ -70,7 +71,7 @@ class Mine:
             self.unreported_tokens += sign * sent.ask.tokens
 
 
-NOTHING = Mine()
+NONE_SENT = Mine()
 
 
 class Promised:

@@ -23,21 +23,21 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import (
-    FutureRequestState,
     GenerationOutput,
     RequestState,
     RequestStatus,
 )
-from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
 from selectn_core.batching.attention import ATTENTION_NAME, make_segments
 from selectn_core.batching.kv_pages import KvPages, bytes_of_a_page_in_every_layer, kv_geometry, with_shapes
 from selectn_core.batching.kv_swap import KvSwap, SwapIsCheaper
 from selectn_core.batching.probe import KvShape
-from selectn_core.batching.sampler import NOT_FINITE, SamplingProcessors, sampling_of
+from selectn_core.batching.sampler import NOT_FINITE, SamplingProcessors
+from selectn_core.batching.scheduler import ObservedScheduler, to_compute
 from selectn_core.config import BatchConfig
 from selectn_core.device import Device
-from selectn_core.latency.steps import Chunk, StepShape, step_of
+from selectn_core.latency.steps import Chunk, StepShape
 from selectn_core.requests.sampling import SamplingParams
 
 
@@ -238,7 +238,7 @@ class ContinuousBatching:
     def backlog(self) -> dict[str, Chunk]:
         """Of every other request, what to compute for its next token: one where its KV is in host memory."""
         return {
-            state.request_id: Chunk(len(_to_compute(state)), state.position_offset)
+            state.request_id: Chunk(len(to_compute(state)), state.position_offset)
             for state in self._processor.scheduler.waiting_requests.values()
         }
 
@@ -258,7 +258,7 @@ class ContinuousBatching:
         """Builds cache and processor now, through a scheduler class that is registered only for that moment."""
         key = f"selectn-{uuid.uuid4().hex}"
         SCHEDULER_MAPPING[key] = partial(
-            _ObservedScheduler, self._before_schedule, lambda most: self._callbacks.token_budget(most), self._begin_step
+            ObservedScheduler, self._before_schedule, lambda most: self._callbacks.token_budget(most), self._begin_step
         )
         self._manager.continuous_batching_config.scheduler_type = key
         try:
@@ -312,50 +312,6 @@ class ContinuousBatching:
             shape, started_s = self._step
             self._step = None
             self._callbacks.on_step_done(shape, time.perf_counter() - started_s)
-
-
-class _ObservedScheduler(FIFOScheduler):
-    """First come first served, with a word before it plans a step, and one about what the step is before it runs.
-
-    Of the requests that hold no KV it sees those that may begin, by name: memory was counted for them. A budget of
-    tokens does not say who that is, where some are short and of others the beginning is in the cache.
-    """
-
-    def __init__(
-        self,
-        before: Callable[[], Sequence[str] | None],
-        budget: Callable[[int], int],
-        on_planned: Callable[[StepShape, float], None],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self._before, self._budget, self._on_planned = before, budget, on_planned
-        self._beginning: Sequence[str] | None = ()
-
-    def _get_waiting_candidates(self) -> list[RequestState]:
-        waiting = self.waiting_requests
-        if self._beginning is None:
-            return list(waiting.values())
-        return [waiting[request_id] for request_id in self._beginning if request_id in waiting]
-
-    def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
-        started_s = time.perf_counter()
-        self._beginning = self._before()
-        planned = super().schedule_batch(self._budget(token_budget), cache_budget)
-        if planned[0]:
-            self._on_planned(_shape(planned[0]), started_s)
-        return planned
-
-
-def _to_compute(state: RequestState) -> list[int]:
-    return state.tokens_to_process if state.status == RequestStatus.DECODING else state.remaining_prefill_tokens
-
-
-def _shape(batch: Sequence[FutureRequestState]) -> StepShape:
-    choosing = [sampling_of(request)[0] for request in batch if request.has_new_token]
-    num_sampled = sum(not params.is_greedy for params in choosing)
-    step = step_of([Chunk(request.query_length, request.state.position_offset) for request in batch])
-    return step.sampling(num_sampled, sum(params.is_truncated for params in choosing))
 
 
 class _CallbackRouter(OutputRouter):

@@ -73,7 +73,7 @@ class LinkEstimate:
 
     @property
     def is_below_guarantee(self) -> bool:
-        """Whether the link gives clearly less than what was promised."""
+        """Whether the link gives clearly less than what was guaranteed."""
         return self._now_bytes_per_s < _BROKEN_SHARE * self.guaranteed.bytes_per_s
 
     @property

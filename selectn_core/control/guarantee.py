@@ -1,4 +1,4 @@
-"""What requests may be promised: the memory that stays theirs to their end, and what must be offloaded for it.
+"""What is guaranteed to requests: the memory that stays theirs to their end, and what must be offloaded for it.
 
 A request that has begun needs KV cache until it ends, so it may only count on memory that nobody can take away. With a
 policy that is what the *guaranteed* share of the link frees: streamed in time even when the coordinator's lease has run
@@ -50,9 +50,10 @@ class Guarantee:
 
     @property
     def num_offloaded(self) -> int:
-        """k_min with what is promised now: the fewest units offloaded with which requests have memory to their end.
+        """k_min with what is guaranteed now: the fewest units offloaded with which requests have memory to their end.
 
-        What several are promised together is never more than `plan` has; what they hold already counts whatever it has.
+        What several are guaranteed together is never more than `plan` has; what they hold already counts whatever it
+        has.
         """
         offloading, plan = self._offloading, self.plan
         sectors_for, handles = offloading.geometry.sectors_for_request, self._handles()

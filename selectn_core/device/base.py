@@ -36,6 +36,11 @@ class Device(ABC):
     capacity_bytes: int
 
     @property
+    def gpu_uuid(self) -> str | None:
+        """Of the GPU that it is, as NVML names it; None for one that is none."""
+        return None
+
+    @property
     @abstractmethod
     def allocated_bytes(self) -> int:
         """Bytes of device memory given out by `allocate` and not freed."""

@@ -1,6 +1,6 @@
 """A paced host bus that emulated devices in several processes share, through a few words of shared memory.
 
-The state is a timeline: `next_free_ns`, the instant up to which the bus is promised. Whoever wants to move bytes
+The state is a timeline: `next_free_ns`, the instant up to which the bus is reserved. Whoever wants to move bytes
 extends it under a file lock and then has the bus until the instant it was given. Nothing is held while bytes move:
 the lock lasts microseconds and the kernel drops it with its process, so a process killed at any point costs the
 others at most the chunk it had reserved.
@@ -26,10 +26,10 @@ from selectn_core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_STATE = struct.Struct("<8sdqq")  # magic, bytes per second, next_free_ns, promised_ns in all
+_STATE = struct.Struct("<8sdqq")  # magic, bytes per second, next_free_ns, reserved_ns in all
 _MAGIC = b"selnbus1"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# A promise further ahead than this is not one that living processes made (each holds one chunk at a time).
+# A reservation further ahead than this is not one that living processes made (each holds one chunk at a time).
 _LONGEST_QUEUE_NS = 10_000_000_000
 _LATEST_WAKE_UP_NS = 5_000_000
 
@@ -71,19 +71,19 @@ class Bus:
         )
 
     def reserve(self, num_bytes: int, *, ready_ns: int) -> tuple[int, int]:
-        """Promises the bus for `num_bytes`; returns the (start, end) instants on CLOCK_MONOTONIC in ns.
+        """Reserves the bus for `num_bytes`; returns the (start, end) instants on CLOCK_MONOTONIC in ns.
 
         `ready_ns` is when the bytes could have been sent. It may lie a little in the past: a copy engine starts
         the moment it can, so a thread that the scheduler woke late does not lose the bus's time.
         """
         with self._locked_file():
-            _, bytes_per_s, next_free_ns, promised_ns = self._read()
+            _, bytes_per_s, next_free_ns, reserved_ns = self._read()
             now_ns = time.monotonic_ns()
             start_ns = max(next_free_ns, min(ready_ns, now_ns), now_ns - _LATEST_WAKE_UP_NS)
             if start_ns > now_ns + _LONGEST_QUEUE_NS:
                 start_ns = now_ns
             duration_ns = round(num_bytes / bytes_per_s * 1e9)
-            self._write(bytes_per_s, start_ns + duration_ns, promised_ns + duration_ns)
+            self._write(bytes_per_s, start_ns + duration_ns, reserved_ns + duration_ns)
         return start_ns, start_ns + duration_ns
 
     @property
@@ -97,8 +97,8 @@ class Bus:
         if not value > 0:
             raise ValueError(f"bytes_per_s={value}: expected more than 0")
         with self._locked_file():
-            _, _, next_free_ns, promised_ns = self._read()
-            self._write(value, next_free_ns, promised_ns)
+            _, _, next_free_ns, reserved_ns = self._read()
+            self._write(value, next_free_ns, reserved_ns)
 
     def close(self) -> None:
         """Leaves the bus; a named one stays for the others until `unlink`."""
@@ -145,13 +145,13 @@ class Bus:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def _read(self) -> tuple[bytes, float, int, int]:
-        magic, bytes_per_s, next_free_ns, promised_ns = _STATE.unpack_from(self._memory)
+        magic, bytes_per_s, next_free_ns, reserved_ns = _STATE.unpack_from(self._memory)
         if magic == _MAGIC and not bytes_per_s > 0:
             raise ConfigError(f"bus {self.name!r} holds no valid state: remove {SHARED_MEMORY}/selectn-bus-*")
-        return magic, bytes_per_s, next_free_ns, promised_ns
+        return magic, bytes_per_s, next_free_ns, reserved_ns
 
-    def _write(self, bytes_per_s: float, next_free_ns: int, promised_ns: int) -> None:
-        _STATE.pack_into(self._memory, 0, _MAGIC, bytes_per_s, next_free_ns, promised_ns)
+    def _write(self, bytes_per_s: float, next_free_ns: int, reserved_ns: int) -> None:
+        _STATE.pack_into(self._memory, 0, _MAGIC, bytes_per_s, next_free_ns, reserved_ns)
 
 
 def _path(name: str) -> Path:

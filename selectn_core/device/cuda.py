@@ -60,6 +60,10 @@ class CudaDevice(Device):
         self._origin = CudaEvent(torch.cuda.current_stream(self.torch_device), timed=True)
 
     @property
+    def gpu_uuid(self) -> str | None:
+        return f"GPU-{torch.cuda.get_device_properties(self.torch_device).uuid}"
+
+    @property
     def allocated_bytes(self) -> int:
         return sum(self._sizes.values())
 

@@ -103,17 +103,20 @@ def _parse_pressure(text: str, *, scope: str) -> MemoryPressure:
 
 def _cgroup_v2(proc: Path) -> Iterator[HostMemory]:
     for directory in _cgroup_directories(proc, "cgroup2", ""):
-        yield from _headroom(directory, "memory.max", "memory.current", ("inactive_file", "active_file"))
+        yield from _left_in(directory, "memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
 def _cgroup_v1(proc: Path) -> Iterator[HostMemory]:
     for directory in _cgroup_directories(proc, "cgroup", "memory"):
         cached = ("total_inactive_file", "total_active_file")
-        yield from _headroom(directory, "memory.limit_in_bytes", "memory.usage_in_bytes", cached)
+        yield from _left_in(directory, "memory.limit_in_bytes", "memory.usage_in_bytes", cached)
 
 
-def _headroom(directory: Path, limit: str, usage: str, cached: tuple[str, ...]) -> Iterator[HostMemory]:
-    """The limit of one cgroup; nothing where it has none ("max", or v1's number near 2^63, which never is least)."""
+def _left_in(directory: Path, limit: str, usage: str, cached: tuple[str, ...]) -> Iterator[HostMemory]:
+    """What one cgroup has left of its limit.
+
+    Nothing where it has none: "max", or v1's number near 2^63, which never is least.
+    """
     try:
         text = (directory / limit).read_text().strip()
         if text == "max":

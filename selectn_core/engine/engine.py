@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -13,26 +11,27 @@ from typing import Any
 
 import torch
 
-from selectn_core.batching import Callbacks, ContinuousBatching, GenerationOutput, kv_geometry, kv_shapes
+from selectn_core.batching import Callbacks, ContinuousBatching, kv_geometry, kv_shapes
 from selectn_core.config import EngineConfig, SloConfig
 from selectn_core.control.guarantee import Guarantee
 from selectn_core.control.steering import Steering
 from selectn_core.device import Device, open_device, resolve_kind
 from selectn_core.engine.accounts import MemoryAccount, account
-from selectn_core.engine.device_budget import arena_sectors, everything_bytes, host_sectors
-from selectn_core.engine.fingerprint import fingerprint_of
-from selectn_core.engine.headroom import (
-    Headroom,
-    capacity_tokens,
+from selectn_core.engine.capacity import (
+    Capacity,
+    TokenLimits,
     decode_step_s,
     latest,
-    promised_tokens,
     waiting_prefill_tokens,
 )
+from selectn_core.engine.device_budget import arena_sectors, everything_bytes, host_sectors
+from selectn_core.engine.fingerprint import fingerprint_of
+from selectn_core.engine.link_needs import LinkNeeds, UnitDemand
 from selectn_core.engine.measure_workspace import measure_workspace
+from selectn_core.engine.request_lifecycle import RequestLifecycle
 from selectn_core.engine.self_test import Limits, check_model, refusing
 from selectn_core.engine.supervisor import Supervisor
-from selectn_core.errors import EngineOverloaded, EngineUnavailable, RequestError, RequestTooLarge
+from selectn_core.errors import RequestError
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.latency.steps import StepLog, StepShape
 from selectn_core.memory.arena import Arena
@@ -46,8 +45,8 @@ from selectn_core.offload.overlapped import OverlappedExecutor
 from selectn_core.offload.synchronous import SynchronousExecutor
 from selectn_core.offload.target import Target
 from selectn_core.planning.record import Fingerprint, PerformanceRecord
-from selectn_core.requests.attainment import Attainment, Outcome
-from selectn_core.requests.handle import RequestHandle, TokenEvent
+from selectn_core.requests.attainment import Attainment
+from selectn_core.requests.handle import RequestHandle
 from selectn_core.requests.objectives import Objectives, requested_objectives
 from selectn_core.requests.sampling import SamplingParams
 from selectn_core.requests.table import RequestTable
@@ -86,7 +85,6 @@ class Engine:
             limit = self._context_limit
             logger.warning("requests may have %d tokens, prompt and output: %s", limit.num_tokens, limit.reason)
         self.steps = StepLog()
-        self.attainment = Attainment(config.slo.percentile)
         # Called on the generation thread when a step is planned and has not begun.
         self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
         self._record: PerformanceRecord | None = None
@@ -103,13 +101,24 @@ class Engine:
             with refusing(self.model, "continuous batching does not take it"):
                 self.workspace = self._measured_workspace(geometry)
                 self.batching = self._make_batching(geometry)
-            self.supervisor = Supervisor(self.batching, self.requests, self._fail_all)
             self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
             self.target = Target(self.units, self.arena, config.offload)
             self.executor = executor_class(self.model, self.store, self.device, self.target.plan, self.arena)
             self.executor.attach()
             self.offloading = Offloading(config, self.requests, self.batching, self.arena, self.executor, self.target)
             self.guarantee = Guarantee(self.offloading, config.batch.max_requests)
+            self.link_needs = LinkNeeds(self.offloading, config)
+            self.limits = TokenLimits(self.offloading, self.guarantee, self._context_limit)
+            self.lifecycle = RequestLifecycle(
+                self.requests,
+                self.batching,
+                self.limits,
+                vocab_size=self.model.config.get_text_config().vocab_size,
+                eos_ids=self.default_eos_ids,
+                objectives=lambda: self.objectives,
+                percentile=config.slo.percentile,
+            )
+            self.supervisor = Supervisor(self.batching, self.requests, self.lifecycle.fail_all)
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
             self._self_test()
         except BaseException:
@@ -145,8 +154,8 @@ class Engine:
         self.offloading.put_in_control(Steering(self.offloading, self.config, record))
 
     def resume_policy(self) -> None:
-        """Lets the policy decide again after a plan by hand, if there has been one."""
-        if self._record is not None:
+        """Lets the policy decide again after a plan by hand, if there has been one; else changes nothing."""
+        if self._record is not None and self.offloading.control.is_manual:
             self.steer(self._record)
 
     @property
@@ -158,17 +167,7 @@ class Engine:
         """Changes the objectives from the next step on, for requests in flight too."""
         self.offloading.control.set_objectives(slo)  # first: where it refuses them nothing has changed
         self.config = replace(self.config, slo=slo)
-        self.attainment = Attainment(slo.percentile)
-
-    def set_link_share(self, share: LinkShare) -> None:
-        """What this replica may use of its host bus from the next step on, whoever decides; any thread."""
-        self.offloading.set_link_share(share)
-
-    @property
-    def link_bytes_per_s(self) -> float:
-        """What the link carries if nobody else uses it: as measured, or else as configured."""
-        measured = self.offloading.control.measured_link
-        return measured.bytes_per_s if measured is not None else self.config.device.link_gb_per_s * 1e9
+        self.lifecycle.attainment = Attainment(slo.percentile)
 
     def objectives_for(self, *, ttft_ms: float | None, tpot_ms: float | None) -> Objectives | None:
         """A request's objectives: its own where it names them, else the engine's. Raises RequestError."""
@@ -178,6 +177,10 @@ class Engine:
         if default is None:
             raise RequestError("slo: this server has no latency objectives: none was configured", field="slo")
         return requested_objectives(default, self.config.slo, ttft_ms=ttft_ms, tpot_ms=tpot_ms)
+
+    @property
+    def _model_limit(self) -> int | None:
+        return self._context_limit.num_tokens if self._context_limit is not None else None
 
     def _make_batching(self, geometry: KvGeometry) -> ContinuousBatching:
         num_sectors = arena_sectors(self.device, geometry, self.workspace, self.config.batch)
@@ -191,13 +194,46 @@ class Engine:
                 token_budget=self._token_budget,
                 on_step_planned=self._on_step_planned,
                 on_step_done=self._on_step_done,
-                on_output=self._on_output,
+                on_output=lambda output: self.lifecycle.on_output(output),
                 swap_is_cheaper=self._swap_is_cheaper,
             ),
             shapes=self._kv_shapes,
             num_sectors=num_sectors,
             num_host_sectors=host_sectors(self.config, geometry, longest),
         )
+
+    # -- its host bus -------------------------------------------------------------------------------------------
+
+    @property
+    def gpu_uuid(self) -> str | None:
+        """Of the GPU that it runs on, as NVML names it; None where that is none."""
+        return self.device.gpu_uuid
+
+    def set_link_share(self, share: LinkShare) -> None:
+        """What this replica may use of its host bus from the next step on, whoever decides; any thread."""
+        self.offloading.set_link_share(share)
+
+    def set_link_range(self, bytes_per_s: float, guaranteed_bytes_per_s: float, k_max: int) -> None:
+        """As `set_link_share`, for up to `k_max` units as large as the largest."""
+        self.set_link_share(self.link_needs.share(bytes_per_s, guaranteed_bytes_per_s, k_max))
+
+    def take_least_link_share(self) -> None:
+        """As `set_link_share`: an equal share, and as few units offloaded as memory allows."""
+        self.set_link_share(self.link_needs.least_share())
+
+    @property
+    def guaranteed_units(self) -> int:
+        """The fewest units that must be offloaded for what requests were guaranteed."""
+        return self.guarantee.num_offloaded
+
+    @property
+    def wanted_units(self) -> int:
+        """The fewest with which those in flight, and a few more like them, have memory."""
+        return self.guarantee.wanted_offloaded
+
+    def link_demand(self, *, needed: int = 0, wanted: int = 0) -> UnitDemand:
+        """What this engine wants of its host bus (`LinkNeeds.demand`)."""
+        return self.link_needs.demand(needed=needed, wanted=wanted)
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -209,7 +245,7 @@ class Engine:
         """Ends generation, fails what is left and gives all memory back. Idempotent."""
         if not self.supervisor.close():
             return
-        self._fail_all("the engine was closed")
+        self.lifecycle.fail_all("the engine was closed")
         self.executor.detach()
         self.store.close()
         self.device.close()
@@ -229,34 +265,18 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Prompt and output tokens that one request may have: the model's limit, or what the KV cache can hold.
-
-        That is what it holds with every unit offloaded: they are, while a request needs it.
-        """
-        capacity = self.batching.geometry.longest_request_in(self.target.most_kv_sectors)
-        return min(self._model_limit or capacity, capacity)
-
-    @property
-    def max_model_len_reason(self) -> str:
-        """What `max_model_len` follows from."""
-        limit = self._context_limit
-        if limit is not None and limit.num_tokens == self.max_model_len:
-            return limit.reason
-        return "what the KV cache can hold with every unit offloaded"
-
-    @property
-    def _model_limit(self) -> int | None:
-        return self._context_limit.num_tokens if self._context_limit is not None else None
+        """Prompt and output tokens that one request may have (`TokenLimits`)."""
+        return self.limits.max_model_len
 
     @property
     def kv_capacity_tokens(self) -> int:
         """Tokens that the KV cache holds now, whoever they belong to."""
-        return self.batching.geometry.tokens_in(self.batching.pages.num_sectors)
+        return self.limits.kv_capacity_tokens
 
     @property
     def used_kv_tokens(self) -> int:
         """Tokens that the parts of the KV cache in use would hold."""
-        return self.batching.geometry.tokens_in(self.batching.pages.num_in_use)
+        return self.limits.used_kv_tokens
 
     @property
     def kv_swap_bytes(self) -> int:
@@ -274,24 +294,16 @@ class Engine:
         return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
     def reachable_kv_tokens(self, k_max: int | None = None) -> int:
-        """Promised tokens that the KV cache holds if up to `k_max` units are offloaded; None: `guarantee.plan`.
+        """Tokens of footprints that the KV cache holds if up to `k_max` units are offloaded (`TokenLimits`)."""
+        return self.limits.reachable_kv_tokens(k_max)
 
-        Where units are unequal these are so many of the largest, or more of others that have no more bytes together.
-        """
-        target = self.guarantee.plan
-        if k_max is not None:
-            most_bytes = k_max * max(unit.num_bytes for unit in self.units)
-            if most_bytes > self.offloading.offloaded_bytes(target):
-                target = self.target.plans.most_within(target.num_slots, most_bytes)
-        return capacity_tokens(self.batching.geometry, self.arena.num_sectors, self.target.kv_sectors(target))
-
-    def headroom(self, k_max: int | None = None) -> Headroom:
-        """What this engine can take if it offloads up to `k_max` units (None: what may be promised)."""
+    def capacity(self, k_max: int | None = None) -> Capacity:
+        """What this engine can take if it offloads up to `k_max` units (None: what is guaranteed)."""
         longest = self.max_model_len
-        return Headroom(
+        return Capacity(
             kv_capacity_tokens=self.reachable_kv_tokens(k_max),
             longest_request_tokens=longest,
-            is_model_limit=longest == self._model_limit,
+            is_model_limit=longest == self.limits.model_limit,
             waiting_prefill_tokens=waiting_prefill_tokens(self.handles()),
             prefill_s_per_token=self.steps.prefill_s_per_token(),
             decode_step_s=decode_step_s(latest(self.steps.records)),
@@ -301,13 +313,13 @@ class Engine:
         """The requests in flight, waiting ones included; any thread."""
         return list(self.requests.by_ticket().values())
 
-    def promised_tokens(self, total_tokens: int) -> int:
-        """What a request of `total_tokens`, prompt and output, takes of `headroom`."""
-        return promised_tokens(self.batching.geometry, self.arena.num_sectors, total_tokens)
+    def footprint_tokens(self, total_tokens: int) -> int:
+        """What a request of `total_tokens`, prompt and output, takes of `capacity`."""
+        return self.limits.footprint_tokens(total_tokens)
 
     def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises RequestError for what `submit` would refuse whenever it came, RequestTooLarge for want of memory."""
-        self._check_prompt(prompt_ids, params)
+        self.lifecycle.check(prompt_ids, params)
 
     def submit(
         self,
@@ -327,75 +339,9 @@ class Engine:
         Raises RequestError (empty, too long, token out of range, id in use), EngineOverloaded when
         `batch.max_waiting` requests wait, EngineUnavailable when nothing would serve it.
         """
-        self._check_prompt(prompt_ids, params)
-        handle = RequestHandle(request_id or uuid.uuid4().hex, len(prompt_ids), self._cancel, waited_s=waited_s)
-        seed = params.seed if params.seed is not None else secrets.randbits(63)
-        eos_ids = () if params.ignore_eos else self.default_eos_ids
-        handle.eos_ids = frozenset((*eos_ids, *params.stop_token_ids))
-        handle.max_total_tokens += params.max_tokens
-        handle.params, handle.objectives = params, objectives
-        try:
-            self._queue(handle, prompt_ids, params, seed)
-        except (EngineOverloaded, EngineUnavailable):
-            if not returns:
-                self._count(handle, "refused")
-            raise
-        return handle
-
-    def _queue(self, handle: RequestHandle, prompt_ids: Sequence[int], params: SamplingParams, seed: int) -> None:
-        self.requests.add(handle)
-        if not self.batching.submit(handle.ticket, prompt_ids, params, sorted(handle.eos_ids), seed):
-            self.requests.remove(handle.ticket)
-            raise EngineUnavailable("generation is being restarted after an error; send the request again")
-
-    def _count(self, handle: RequestHandle, outcome: Outcome) -> None:
-        self.attainment.add(handle.timing, handle.objectives or self.objectives, outcome)
-
-    def _end(self, handle: RequestHandle, outcome: Outcome, last: TokenEvent) -> None:
-        """Counts it, and then lets its reader know: who has the end finds it in `snapshot`."""
-        handle.push(last, before_seen=lambda: self._count(handle, outcome))
-
-    def _fail_all(self, reason: str) -> None:
-        for handle in self.requests.remove_all():
-            self._end(handle, "failed", TokenEvent(token_ids=(), finish_reason="error", error=reason))
-
-    def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        if not prompt_ids:
-            raise RequestError("the prompt is empty: at least one token is needed", field="prompt")
-        vocab_size = self.model.config.get_text_config().vocab_size
-        if not all(0 <= token < vocab_size for token in prompt_ids):
-            raise RequestError(f"the prompt has token ids outside 0..{vocab_size - 1}", field="prompt")
-        if len(prompt_ids) + params.max_tokens > self.max_model_len:
-            is_model_limit = len(prompt_ids) + params.max_tokens > (self._model_limit or 0) > 0
-            raise (RequestError if is_model_limit else RequestTooLarge)(
-                f"{len(prompt_ids)} prompt tokens and max_tokens={params.max_tokens} are more than the "
-                f"{self.max_model_len} tokens that a request may have here ({self.max_model_len_reason})",
-                field="max_tokens" if len(prompt_ids) < self.max_model_len else "prompt",
-            )
-
-    def _cancel(self, ticket: str) -> None:
-        handle = self.requests.remove(ticket)
-        if handle is not None:
-            self.batching.cancel(ticket)
-            outcome: Outcome = "completed" if handle.has_enough else "cancelled"
-            self._end(handle, outcome, TokenEvent(token_ids=(), finish_reason="cancelled"))
-
-    def _on_output(self, output: GenerationOutput) -> None:
-        handle = self.requests.get(output.request_id)
-        if handle is None:  # cancelled, or submitted while generation failed: nobody reads it
-            if not output.is_finished():
-                self.batching.cancel(output.request_id)
-            return
-        new = tuple(output.generated_tokens[handle.num_tokens :])
-        if not output.is_finished():
-            handle.push(TokenEvent(token_ids=new))
-            return
-        self.requests.remove(output.request_id)
-        if output.error is not None:
-            self._end(handle, "failed", TokenEvent(token_ids=new, finish_reason="error", error=output.error))
-        else:
-            stopped = output.generated_tokens[-1] in handle.eos_ids
-            self._end(handle, "completed", TokenEvent(token_ids=new, finish_reason="stop" if stopped else "length"))
+        return self.lifecycle.submit(
+            prompt_ids, params, request_id=request_id, objectives=objectives, waited_s=waited_s, returns=returns
+        )
 
     # -- a step: plan, run, record ------------------------------------------------------------------------------
 
@@ -420,6 +366,10 @@ class Engine:
     def set_num_offloaded(self, num_offloaded: int, num_slots: int | None = None) -> None:
         """Offloads so many units by hand from the next step on (`Offloading.set_num_offloaded`)."""
         self.offloading.set_num_offloaded(num_offloaded, num_slots)
+
+    def check_num_offloaded(self, name: str, num_offloaded: int, num_slots: int) -> None:
+        """Raises ConfigError, naming `name`, where `set_num_offloaded` would."""
+        self.target.of(name, num_offloaded, num_slots)
 
     def set_plan(self, plan: OffloadPlan, *, urgent: bool = False) -> None:
         """Offloads these units by hand from the next step on (`Offloading.set_plan`)."""
@@ -452,7 +402,7 @@ class Engine:
             "kv_bytes": self.batching.pages.num_sectors * self.arena.sector_bytes,
             "kv_capacity_tokens": self.kv_capacity_tokens,
             "max_model_len": self.max_model_len,
-            "max_model_len_reason": self.max_model_len_reason,
+            "max_model_len_reason": self.limits.max_model_len_reason,
             "running": running,
             "waiting": num_requests - running,
             "num_steps": self.steps.num_steps,
@@ -462,7 +412,7 @@ class Engine:
             "link_busy_s": usage.busy_s,
             "stall_s": self.executor.stats.stall_s,
             "objectives": asdict(self.objectives) if self.objectives is not None else None,
-            "attainment": self.attainment.snapshot(),
+            "attainment": self.lifecycle.attainment.snapshot(),
             "steering": steering and {**steering, "prediction_error": self.steps.prediction_error()},
             "preemptions": self.batching.swap.num_preemptions,
             "preemptions_swapped": self.batching.swap.num_swapped,

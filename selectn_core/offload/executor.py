@@ -15,17 +15,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from selectn_core.device import Device, Event
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.memory.arena import FixedMemory, WeightMemory
 from selectn_core.memory.plan_memory import plan_bytes, slot_bytes
+from selectn_core.offload.unit_hooks import UnitHooks
 from selectn_core.weights.host_store import HostStore
 from selectn_core.weights.units import Unit
 
@@ -79,8 +78,13 @@ class Executor(ABC):
         self._home_copied: dict[int, Event] = {}
         self._slots: list[torch.Tensor] = []  # uint8 [slot_bytes of the plan] each
         self._slot_views: dict[tuple[int, int], list[torch.Tensor]] = {}  # (unit, slot)
-        self._handles: list[RemovableHandle] = []
-        self._unit_handles: dict[int, tuple[RemovableHandle, RemovableHandle]] = {}
+        self._hooks = UnitHooks(
+            model,
+            self.units,
+            begin_step=self.begin_step,
+            before_unit=self._before_unit,
+            after_unit=self._after_unit,
+        )
         self._stalls: deque[tuple[Callable[[], float], Callable[[], float]]] = deque(maxlen=2 * len(self.units))
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -97,30 +101,16 @@ class Executor(ABC):
 
     def hook(self) -> None:
         """Hooks the model; the weights are where they are."""
-        self._handles.append(self.model.register_forward_pre_hook(lambda *_: self.begin_step()))
+        self._hooks.attach()
         self._hook_units()
 
     def _hook_units(self) -> None:
         """Hooks the units that need it: resident ones whose weights have arrived run as transformers built them."""
-        self._unhook_units()
-        for index in (*self.plan.offloaded, *self._home_copied):
-            unit = self.units[index]
-            # First and last: what others hook in between sees the unit with its weights there.
-            pre_hook = unit.module.register_forward_pre_hook(self._pre_hook(unit), prepend=True)
-            self._unit_handles[index] = (pre_hook, unit.module.register_forward_hook(self._post_hook(unit)))
-
-    def _unhook_units(self) -> None:
-        for handles in self._unit_handles.values():
-            for handle in handles:
-                handle.remove()
-        self._unit_handles.clear()
+        self._hooks.put_around((*self.plan.offloaded, *self._home_copied))
 
     def unhook(self) -> None:
         """Leaves the model as transformers built it, which works while every unit is resident."""
-        self._unhook_units()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.detach()
 
     def detach(self) -> None:
         """Unhooks the model, gives device memory back and leaves the parameters bound to the host store."""
@@ -180,7 +170,7 @@ class Executor(ABC):
         self.stats.num_steps += 1
         if self._applies_in_step:
             self.apply_plan()
-        if len(self._unit_handles) != len(self.plan.offloaded) + len(self._home_copied):
+        if len(self._hooks) != len(self.plan.offloaded) + len(self._home_copied):
             self._hook_units()
 
     def end_step(self) -> float:
@@ -301,12 +291,6 @@ class Executor(ABC):
                 self.store.bind(unit)
 
     # -- units --------------------------------------------------------------------------------------------------
-
-    def _pre_hook(self, unit: Unit) -> Any:
-        return lambda *_: self._before_unit(unit)
-
-    def _post_hook(self, unit: Unit) -> Any:
-        return lambda *_: self._after_unit(unit)
 
     @abstractmethod
     def _before_unit(self, unit: Unit) -> None:

@@ -174,7 +174,7 @@ def _candidate(units: UnitSet, offloaded: tuple[int, ...], num_slots: int) -> Ca
 def meets(candidate: Candidate, objectives: Iterable[Objective], pace: Pace) -> bool:
     """Whether every one of these objectives is met at this pace. What T_bound rules out is not simulated."""
     objectives = list(objectives)
-    if any(bound_s(o, candidate, pace) > o.limit_s * _ROUNDING for o in objectives):
+    if any(objective_bound_s(o, candidate, pace) > o.limit_s * _ROUNDING for o in objectives):
         return False
     return all(predicted_s(o, candidate, pace) <= o.limit_s * _ROUNDING for o in objectives)
 
@@ -188,7 +188,7 @@ def predicted_s(objective: Objective, candidate: Candidate, pace: Pace) -> float
     return total_s
 
 
-def bound_s(objective: Objective, candidate: Candidate, pace: Pace) -> float:
+def objective_bound_s(objective: Objective, candidate: Candidate, pace: Pace) -> float:
     """T_bound of these steps (`latency.bound_s`), with what a busy link adds to compute left out."""
     link = pace.link
     copies_s = candidate.offloaded_bytes / link.bytes_per_s + len(candidate.offloaded) * link.copy_s

@@ -22,7 +22,7 @@ _LARGEST = 1 << 24
 
 
 class CostModel(Protocol):
-    """What can be promised of a step (`latency.step_times.StepTimes` of a performance record does)."""
+    """What a step is sure not to exceed (`latency.step_times.StepTimes` of a performance record does)."""
 
     def conservative(self, shape: StepShape) -> StepCosts:
         """Costs that a step of this shape does not exceed. Raises NotMeasured."""

@@ -15,9 +15,9 @@ from selectn_core.planning.candidates import (
     Objective,
     Pace,
     UnitSet,
-    bound_s,
     candidates_of,
     meets,
+    objective_bound_s,
     predicted_s,
     with_size_sets,
 )
@@ -36,7 +36,7 @@ class Prediction:
     limit_s: float
 
     @property
-    def headroom_s(self) -> float:
+    def spare_s(self) -> float:
         return self.limit_s - self.predicted_s
 
 
@@ -188,7 +188,7 @@ class _Plans:
         least_s = math.inf
         for candidate in (c for c in self.candidates if c.fits):
             objective, others = _split(candidate.units.objectives, name)
-            if bound_s(objective, candidate, self.pace) < least_s and meets(candidate, others, self.pace):
+            if objective_bound_s(objective, candidate, self.pace) < least_s and meets(candidate, others, self.pace):
                 least_s = min(least_s, predicted_s(objective, candidate, self.pace))
         return None if math.isinf(least_s) else least_s
 

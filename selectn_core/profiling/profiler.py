@@ -16,20 +16,27 @@ from statistics import median
 
 import numpy as np
 
-from selectn_core.config import BatchConfig
 from selectn_core.engine.engine import Engine
 from selectn_core.engine.fingerprint import kinds_of
 from selectn_core.latency.step_times import MeasuredStep, StepTimes
 from selectn_core.latency.steps import StepLog, StepShape
-from selectn_core.memory.kv_geometry import KvGeometry
 from selectn_core.memory.plan_memory import fewest_offloaded
 from selectn_core.planning.record import LinkRecord, MeasuredCopy, MemoryRecord, PerformanceRecord
 from selectn_core.profiling.sampling_times import measure_sampling
+from selectn_core.profiling.step_grid import (
+    Extent,
+    Requests,
+    coarse_grid,
+    described,
+    extent_of,
+    fine_grid,
+    longest_beside,
+    shape_of,
+)
 from selectn_core.profiling.unit_timer import UnitTimer
 
 logger = logging.getLogger(__name__)
 
-Requests = tuple[tuple[int, int], ...]  # tokens in the step, keys before them
 OnProgress = Callable[[float, str], None]  # share of the time that is used, what is being measured
 
 DEFAULT_BUDGET_S = 45.0
@@ -41,28 +48,6 @@ _PREDICTED_IN_A_ROW = 6
 _GOOD_ERROR = 0.05
 _COPY_SIZES = (1 << 16, 1 << 20, 1 << 22)
 _COPIES_PER_SAMPLE = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extent:
-    """How large the shapes of a profile get: tokens and requests in a step, keys of one request, keys in all.
-
-    `windows` are the sliding windows of the model's attention: steps get no slower beyond them, if all of it has one.
-    """
-
-    max_tokens: int
-    max_requests: int
-    max_length: int
-    kv_tokens: int
-    windows: tuple[int, ...] = ()
-
-    def fits(self, requests: Requests, geometry: KvGeometry, num_sectors: int) -> bool:
-        """Whether the KV cache can hold the keys of such a step, and it is within the limits."""
-        tokens = sum(tokens for tokens, _ in requests)
-        sectors = sum(geometry.sectors_for_request(sum(request)) for request in requests)
-        longest = max(map(sum, requests))
-        within = tokens <= self.max_tokens and len(requests) <= self.max_requests and longest <= self.max_length
-        return within and sectors <= num_sectors
 
 
 def profile(
@@ -91,7 +76,7 @@ def is_long_enough(record: PerformanceRecord, engine: Engine, max_length: int) -
     """Whether `record` has requests as long as `profile` would measure on this engine."""
     extent = _extent(engine, max_length)
     lengths = (step.shape.decode_kv_tokens for step in record.steps if step.shape.num_decodes == 1)
-    return max(lengths, default=0) >= _longest(extent, 1)
+    return max(lengths, default=0) >= longest_beside(extent, 1)
 
 
 class _Session:
@@ -142,11 +127,11 @@ class _Session:
     # -- steps --------------------------------------------------------------------------------------------------
 
     def _coarse(self) -> None:
-        shapes = [each for each in self._possible(coarse_grid(self.extent)) if _shape(each) not in self.measured]
+        shapes = [each for each in self._possible(coarse_grid(self.extent)) if shape_of(each) not in self.measured]
         samples: dict[Requests, list[_Sample]] = {requests: [] for requests in shapes}
         for round_number in range(_COARSE_ROUNDS):
             for requests in shapes:
-                self._report(f"round {round_number + 1} of {_COARSE_ROUNDS}: {_describe(requests)}")
+                self._report(f"round {round_number + 1} of {_COARSE_ROUNDS}: {described(requests)}")
                 # A late round is skipped where time is short, never the first: every corner must be known.
                 if round_number and self._used() > 0.8:
                     break
@@ -158,11 +143,11 @@ class _Session:
         """Adds shapes between those that are known; True when the rest is predicted well, False when time is up."""
         good = 0
         for requests in self._possible(fine_grid(self.extent)):
-            if _shape(requests) in self.measured:
+            if shape_of(requests) in self.measured:
                 continue
             if self._used() >= 1:
                 return False
-            self._report(f"refining: {_describe(requests)}")
+            self._report(f"refining: {described(requests)}")
             samples = [self._sample(requests, warm_up=i == 0) for i in range(_REFINED_SAMPLES)]
             times = StepTimes(tuple(self.measured.values()), self.unit_kinds, self.unit_bytes)
             step = self._add(requests, samples)
@@ -174,7 +159,7 @@ class _Session:
 
     def _add(self, requests: Requests, samples: Sequence[_Sample]) -> MeasuredStep:
         step = MeasuredStep(
-            shape=_shape(requests),
+            shape=shape_of(requests),
             kind_s=tuple(median(each.kind_s[kind] for each in samples) for kind in range(len(self.kinds))),
             rest_s=median(each.rest_s for each in samples),
             low_s=min(each.total_s for each in samples),
@@ -337,96 +322,3 @@ def _extent(engine: Engine, max_length: int) -> Extent:
     kv_tokens = geometry.tokens_in(engine.target.most_kv_sectors)
     windows = tuple(window for window in geometry.windows if window is not None)
     return extent_of(engine.config.batch, min(max_length, engine.max_model_len), kv_tokens, windows)
-
-
-def extent_of(batch: BatchConfig, max_length: int, kv_tokens: int, windows: tuple[int, ...] = ()) -> Extent:
-    """The largest shapes that this batching can meet."""
-    return Extent(
-        max_tokens=batch.max_batch_tokens,
-        max_requests=batch.max_requests,
-        max_length=max_length,
-        kv_tokens=kv_tokens,
-        windows=windows,
-    )
-
-
-def coarse_grid(extent: Extent) -> list[Requests]:
-    """The corners and a coarse inside, largest first where the largest may turn out not to fit."""
-    batches = _geometric(extent.max_requests, 4)
-    chunks = _geometric(extent.max_tokens, 4)
-    longest = extent.max_length
-    windows = [window for window in extent.windows if window < longest]
-    shapes: list[Requests] = [
-        _decode(batch, length) for batch in batches for length in (32, *windows, _longest(extent, batch))
-    ]
-    shapes += [_prefill(tokens, past) for tokens in chunks for past in (0, min(512, longest - tokens))]
-    shapes += [_prefill(extent.max_tokens, past) for past in (*windows, longest - extent.max_tokens)]
-    for batch in (extent.max_requests, max(1, extent.max_requests // 4)):
-        for tokens in (extent.max_tokens - batch, max(1, extent.max_tokens // 4)):
-            for past in (0, min(512, longest - tokens)):
-                shapes.append((*_prefill(tokens, past), *_decode(batch - 1, min(256, _longest(extent, batch)))))
-    return _distinct(shapes)
-
-
-def fine_grid(extent: Extent) -> list[Requests]:
-    """What lies between the shapes of `coarse_grid`, the likely ones first."""
-    batches = _geometric(extent.max_requests, 2)
-    middle = [batch + batch // 2 for batch in batches if batch >= 2 and batch + batch // 2 <= extent.max_requests]
-    chunks = _geometric(extent.max_tokens, 2)
-    lengths = sorted({128, 512, 1024, 2048, *extent.windows})
-    decodes = [
-        _decode(b, length) for length in lengths for b in sorted({*batches, *middle}) if length < extent.max_length
-    ]
-    prefills = [_prefill(n, past) for past in (0, 256, 1024) for n in chunks]
-    mixed = [
-        (*_prefill(tokens, past), *_decode(batch, length))
-        for batch in sorted({*batches, *middle})
-        for tokens in chunks
-        for past, length in ((0, 128), (256, 512))
-    ]
-    order = []
-    for i in range(max(len(decodes), len(prefills), len(mixed))):  # interleaved: each kind gets its share of the time
-        order += [shapes[i] for shapes in (decodes, prefills, mixed) if i < len(shapes)]
-    return _distinct(order)
-
-
-def _geometric(most: int, factor: int) -> list[int]:
-    values, value = [], 1
-    while value < most:
-        values.append(value)
-        value *= factor
-    return [*values, most]
-
-
-def _longest(extent: Extent, batch: int) -> int:
-    """Keys of each request where `batch` of them share the KV cache, as large as it gets; a quarter is kept free."""
-    return max(2, min(extent.max_length, extent.kv_tokens * 3 // 4 // batch))
-
-
-def _decode(batch: int, length: int) -> Requests:
-    return ((1, max(1, length - 1)),) * batch
-
-
-def _prefill(tokens: int, past: int) -> Requests:
-    return ((tokens, max(0, past)),)
-
-
-def _distinct(shapes: Iterable[Requests]) -> list[Requests]:
-    return list(dict.fromkeys(shape for shape in shapes if shape and all(tokens > 0 for tokens, _ in shape)))
-
-
-def _shape(requests: Requests) -> StepShape:
-    return StepShape.of(
-        prefills=[(tokens, past) for tokens, past in requests if tokens > 1 or past == 0],
-        decodes=[past + 1 for tokens, past in requests if tokens == 1 and past > 0],
-    )
-
-
-def _describe(requests: Requests) -> str:
-    shape = _shape(requests)
-    parts = []
-    if shape.num_tokens > shape.num_decodes:
-        parts.append(f"prefill of {shape.num_tokens - shape.num_decodes} tokens")
-    if shape.num_decodes:
-        parts.append(f"{shape.num_decodes} decoding, {shape.decode_kv_tokens // shape.num_decodes} keys each")
-    return ", ".join(parts)

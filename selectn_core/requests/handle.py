@@ -79,7 +79,10 @@ class Gaps:
 
 
 class RequestHandle:
-    """Iterate over it, with `for` or `async for` but only once, to receive TokenEvents until the last."""
+    """A request that an engine has taken, from then to its end: its tokens as they come, and their times.
+
+    Iterate over it, with `for` or `async for` but only once, to receive TokenEvents until the last.
+    """
 
     def __init__(
         self, request_id: str, num_prompt_tokens: int, cancel: Callable[[str], None], *, waited_s: float = 0.0

@@ -32,7 +32,7 @@ from selectn_core.weights.checkpoint_config import (
     check_config,
     check_experts,
     check_generation_config,
-    check_numbers,
+    check_sizes,
     declared_quantiser,
     refuse_implied_quantisation,
 )
@@ -260,10 +260,10 @@ def _load_gguf(resolved: ModelConfig) -> PreTrainedModel:
     with blaming(file.path, raises=UnsupportedModel):
         config = AutoConfig.from_pretrained(resolved.source, **kwargs)
     check_architecture(config)
-    check_numbers(file.path, config.to_dict())
+    check_sizes(file.path, config.to_dict())
     with blaming(file.path):
         complete_config(file, config)
-    check_numbers(file.path, config.to_dict())  # with what is in it now
+    check_sizes(file.path, config.to_dict())  # with what is in it now
     if config.get_text_config().num_hidden_layers > len(file.tensor_names):
         raise ConfigError(f"{file.path}: has {len(file.tensor_names)} tensors, too few for its block_count")
     refuse_left_over(file, config)

@@ -41,7 +41,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"{path}: model_type={model_type!r} is not allowed: expected the name of a kind of model")
-    check_numbers(path, config)
+    check_sizes(path, config)
     for name in ("dtype", "torch_dtype"):
         value = config.get(name)
         if value is not None and (not isinstance(value, str) or value.removeprefix("torch.") not in DTYPES):
@@ -49,7 +49,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     _check_end(path, config)
 
 
-def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
+def check_sizes(path: Path, config: Mapping[str, Any]) -> None:
     """Raises ConfigError for a size that is none, or a number that is not finite."""
     for name, value in _values(config):
         last = name.rsplit(".", 1)[-1]
@@ -79,7 +79,7 @@ def check_experts(path: Path, config: PreTrainedConfig) -> None:
 def check_generation_config(path: Path) -> None:
     """Raises ConfigError for a generation_config.json that would be passed over, or could not be used."""
     values = read_object(path)
-    check_numbers(path, values)
+    check_sizes(path, values)
     _check_end(path, values)
 
 

@@ -41,7 +41,7 @@ def build_store(
 ) -> SharedStore:
     """The store of a checkpoint, in the first place with room. Raises NotShareable, HostMemoryExceeded."""
     model = load_weights(resolved)
-    description = describe(model)
+    description = description_of(model)
     _check_rebuilds(model, description)
     sections, tensors = _layout(model)
     num_bytes = stored_bytes(sections)
@@ -56,7 +56,7 @@ def build_store(
     )
 
 
-def describe(model: PreTrainedModel) -> dict[str, Any]:
+def description_of(model: PreTrainedModel) -> dict[str, Any]:
     """What `empty_model` makes the same model from, without its weights."""
     generation = model.generation_config
     return {

@@ -45,7 +45,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
-def test_promises_follow_one_another_at_the_bandwidth() -> None:
+def test_reservations_follow_one_another_at_the_bandwidth() -> None:
     bus = Bus(None, BYTES_PER_S)
     now_ns = time.monotonic_ns()
     spans = [bus.reserve(MIB, ready_ns=now_ns) for _ in range(20)]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from deployments.api.errors import ApiError
-from deployments.routing.admission import Admission, AdmissionConfig, Claim, Turn
-from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
+from deployments.routing.admission import Admission, AdmissionConfig, Turn
+from deployments.routing.ask import Ask
+from deployments.routing.headroom_report import HeadroomReport, Promise
 from deployments.routing.shared_board import SharedBoard
 
 # Of one replica, full of somebody else's requests.
@@ -38,25 +39,27 @@ class Case:
             )
         self.shared.changed()
 
-    def claim(self, tokens: int = 400, key: str = "k", priority: Any = "normal", model: str = "") -> Claim:
+    def request(self, tokens: int = 400, key: str = "k", priority: Any = "normal", model: str = "") -> Ask:
         self.num += 1
-        ask = Ask(
+        return Ask(
             request_id=f"r{self.num}",
             tokens=tokens,
             least_tokens=tokens,
             prompt_tokens=10,
             ttft_s=self.ttft_s,
             model=model,
+            key=key,
+            priority=priority,
+            arrived_s=self.admission.now_s,
         )
-        return self.admission.claim(ask, key=key, priority=priority)
 
     def enter(self, *args: Any, **kwargs: Any) -> asyncio.Task[Turn]:
-        return asyncio.ensure_future(self.admission.enter(self.claim(*args, **kwargs)))
+        return asyncio.ensure_future(self.admission.enter(self.request(*args, **kwargs)))
 
     def retry(self, *args: Any, died_on: str = "a", **kwargs: Any) -> asyncio.Task[Turn]:
         """Enters again with a request whose replica is said to be dead, though it may be running still."""
-        claim = self.claim(*args, **kwargs).after_death(died_on, self.admission.now_s)
-        return asyncio.ensure_future(self.admission.enter(claim))
+        ask = self.request(*args, **kwargs).after_death(died_on, self.admission.now_s)
+        return asyncio.ensure_future(self.admission.enter(ask))
 
 
 async def settle() -> None:

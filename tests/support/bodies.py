@@ -9,12 +9,12 @@ import pytest
 from pydantic import BaseModel
 
 from deployments.api.errors import ApiError
-from deployments.http.body import parse
+from deployments.http.body import parsed_body
 
 
 def problem(kind: type[BaseModel], body: Mapping[str, object]) -> ApiError:
     """Why this is no request of that kind."""
     with pytest.raises(ApiError) as caught:
-        parse(json.dumps(body).encode(), kind)
+        parsed_body(json.dumps(body).encode(), kind)
     assert caught.value.status == 400
     return caught.value

@@ -12,14 +12,15 @@ import random
 import selectors
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from deployments.api.errors import ApiError
 from deployments.messages import Priority
 from deployments.replica.door import Door, Visit
 from deployments.routing.admission import Admission, AdmissionConfig
-from deployments.routing.headroom_report import Ask, HeadroomReport
+from deployments.routing.ask import Ask
+from deployments.routing.headroom_report import HeadroomReport
 from deployments.routing.shared_board import SharedBoard
 
 STEP_S, STEP_SPREAD = 0.2, 0.1
@@ -183,9 +184,8 @@ def answers_to(load: Load, *, seed: int, capacity: int, places: int) -> list[Ans
         work = [asyncio.create_task(replica.report()), asyncio.create_task(replica.step())]
         answers: list[Answer] = []
 
-        async def served(ask: Ask, key: str, priority: Priority) -> float:
-            claim = admission.claim(ask, key=key, priority=priority)
-            turn = await admission.enter(claim)
+        async def served(ask: Ask) -> float:
+            turn = await admission.enter(replace(ask, arrived_s=now()))
             async with contextlib.aclosing(replica.generate(ask, turn.sequence)) as tokens:
                 try:
                     async with asyncio.timeout(max(0.0, turn.deadline_s - now())):
@@ -199,20 +199,20 @@ def answers_to(load: Load, *, seed: int, capacity: int, places: int) -> list[Ans
                         pass
                     return first_s
                 except TimeoutError:
-                    raise admission.overdue(claim) from None
+                    raise admission.overdue(turn.ask) from None
                 finally:
                     turn.end()
 
-        async def one(ask: Ask, key: str, priority: Priority) -> None:
+        async def one(ask: Ask) -> None:
             sent_s, first_s, error = now(), None, None
             try:
-                first_s = await served(ask, key, priority)
+                first_s = await served(ask)
             except ApiError as refusal:
                 error = refusal.code
             answers.append(
                 Answer(
-                    key=key,
-                    priority=priority,
+                    key=ask.key,
+                    priority=ask.priority,
                     tokens=ask.tokens,
                     sent_s=sent_s,
                     first_s=first_s,
@@ -222,9 +222,9 @@ def answers_to(load: Load, *, seed: int, capacity: int, places: int) -> list[Ans
             )
 
         tasks = []
-        for after_s, ask, key, priority in _requests(load, random.Random(seed)):
+        for after_s, ask in _requests(load, random.Random(seed)):
             await asyncio.sleep(after_s)
-            tasks.append(asyncio.create_task(one(ask, key, priority)))
+            tasks.append(asyncio.create_task(one(ask)))
         await asyncio.gather(*tasks)
         for each in work:
             each.cancel()
@@ -235,7 +235,7 @@ def answers_to(load: Load, *, seed: int, capacity: int, places: int) -> list[Ans
     return run(main)
 
 
-def _requests(load: Load, rng: random.Random) -> Iterator[tuple[float, Ask, str, Priority]]:
+def _requests(load: Load, rng: random.Random) -> Iterator[tuple[float, Ask]]:
     at_s, number = 0.0, 0
     while True:
         after_s = rng.expovariate(load.requests_per_s)
@@ -246,5 +246,13 @@ def _requests(load: Load, rng: random.Random) -> Iterator[tuple[float, Ask, str,
         (priority,) = rng.choices(list(load.priorities), list(load.priorities.values()))
         prompt, output = rng.randint(*load.prompt_tokens), rng.randint(*load.output_tokens)
         tokens = prompt + output
-        ask = Ask(request_id=str(number), tokens=tokens, least_tokens=tokens, prompt_tokens=prompt, ttft_s=load.ttft_s)
-        yield after_s, ask, key, priority
+        ask = Ask(
+            request_id=str(number),
+            tokens=tokens,
+            least_tokens=tokens,
+            prompt_tokens=prompt,
+            ttft_s=load.ttft_s,
+            key=key,
+            priority=priority,
+        )
+        yield after_s, ask

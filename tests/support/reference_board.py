@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
+from deployments.routing.ask import Ask
+from deployments.routing.headroom_report import HeadroomReport, Promise
 
 # A caller may have one request waiting at a full replica's door: the next one is there when the last one leaves. And
 # where that waits for KV, one more that is smaller: there may be room for it before there is for the other.
@@ -186,9 +187,9 @@ class Board:
             groups.setdefault(_group(standing), []).append(standing)
         return [each for group in sorted(groups) for each in self._by_room(groups[group], ask)]
 
-    def place(self, ask: Ask, excluded: Collection[str] = ()) -> str | None:
+    def place(self, ask: Ask) -> str | None:
         """Picks a replica and debits it until `end`; None where the request must wait."""
-        for standing in self.rank(ask, excluded):
+        for standing in self.rank(ask, ask.excluded):
             if standing.can_take:
                 at_door = not standing.fits
                 self._sequence += 1

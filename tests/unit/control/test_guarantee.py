@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from selectn_core.config import SloConfig
+from selectn_core.engine.capacity import capacity_tokens
 from selectn_core.engine.engine import Engine
-from selectn_core.engine.headroom import capacity_tokens
 from selectn_core.memory.plan_memory import unmeasured_plan
 from selectn_core.offload.control import LinkShare
 from selectn_core.profiling.record_cache import performance_record
@@ -63,7 +63,7 @@ def test_no_more_is_promised_than_range_and_guaranteed_share_hold(idle, values):
     least = idle.target.fewest(slots).num_offloaded
     allowed = max(tokens_with(idle, k, slots) for k in range(max(most, least) + 1) if k <= len(idle.units))
     assert tokens_with(idle, least, slots) <= idle.reachable_kv_tokens() <= allowed
-    assert idle.headroom().kv_capacity_tokens == idle.reachable_kv_tokens()
+    assert idle.capacity().kv_capacity_tokens == idle.reachable_kv_tokens()
     assert idle.guarantee.plan.num_offloaded <= max(most, least)
 
 
@@ -106,7 +106,7 @@ def test_requests_on_promised_memory_are_not_preempted_when_the_lease_runs_out(r
     with steered() as engine:
         units = len(engine.units)
         engine.set_link_share(share_of(engine, None, units, more=units))
-        each = engine.promised_tokens(3 + 40)
+        each = engine.footprint_tokens(3 + 40)
         handles = [engine.submit([5, 6, 7], greedy(40)) for _ in range(engine.reachable_kv_tokens() // each)]
         assert len(handles) > 1
         engine.set_link_share(share_of(engine, units, units))

@@ -61,7 +61,7 @@ def test_both_objectives_hold() -> None:
     found = planner().plan(Workload(batch=2, length=64, tpot_s=3.0, ttft_s=9.0, chunk_tokens=16))
     predictions = {prediction.name: prediction for prediction in found.predictions}
     assert set(predictions) == {TPOT, TTFT}
-    assert all(prediction.headroom_s >= 0 for prediction in found.predictions)
+    assert all(prediction.spare_s >= 0 for prediction in found.predictions)
     tight = planner().plan(
         Workload(batch=2, length=64, tpot_s=3.0, ttft_s=predictions[TTFT].predicted_s - 0.01, chunk_tokens=16)
     )
@@ -71,7 +71,7 @@ def test_both_objectives_hold() -> None:
 def test_a_step_without_a_limit_is_predicted_all_the_same() -> None:
     (prediction,) = planner().plan(Workload(batch=1, length=16)).predictions
     assert prediction.predicted_s > 0
-    assert math.isinf(prediction.headroom_s)
+    assert math.isinf(prediction.spare_s)
 
 
 questions = st.builds(
@@ -133,7 +133,7 @@ def test_nothing_tighter_than_the_tightest_is_feasible(asked, workload, name) ->
         with pytest.raises(Infeasible):
             asked.plan(workload.with_limit(name, 1e6))
         return
-    assert all(prediction.headroom_s >= -1e-9 for prediction in found.predictions)
+    assert all(prediction.spare_s >= -1e-9 for prediction in found.predictions)
     with pytest.raises(Infeasible):
         asked.plan(workload.with_limit(name, limit_s * 0.999))
 

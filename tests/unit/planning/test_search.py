@@ -20,8 +20,8 @@ from selectn_core.planning.candidates import (
     Objective,
     Pace,
     UnitSet,
-    bound_s,
     candidates_of,
+    objective_bound_s,
     predicted_s,
     with_size_sets,
 )
@@ -222,7 +222,7 @@ def test_what_is_emitted_fits_and_is_fast_enough(case) -> None:
     memory = case.unit_sets[0].memory
     assert max(found.need.total_bytes, found.device_bytes) <= (memory.device_bytes or PLENTY)
     assert memory.host_bytes is None or found.offloaded_bytes <= found.host_bytes <= memory.host_bytes
-    assert all(prediction.headroom_s >= -1e-9 * prediction.limit_s for prediction in found.predictions)
+    assert all(prediction.spare_s >= -1e-9 * prediction.limit_s for prediction in found.predictions)
     assert found.freed_bytes >= 0
 
 
@@ -253,7 +253,8 @@ def test_what_the_bound_rules_out_is_too_slow(case) -> None:
     for units in with_size_sets(case.unit_sets):
         for candidate in candidates_of(units):
             for objective in units.objectives:
-                assert bound_s(objective, candidate, pace) <= predicted_s(objective, candidate, pace) * (1 + 1e-9)
+                step_s = predicted_s(objective, candidate, pace)
+                assert objective_bound_s(objective, candidate, pace) <= step_s * (1 + 1e-9)
 
 
 def test_of_plans_alike_in_memory_the_fastest_is_taken() -> None:

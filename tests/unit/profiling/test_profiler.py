@@ -15,8 +15,9 @@ from selectn_core.latency.steps import StepShape
 from selectn_core.memory.kv_geometry import BlockGeometry, KvGeometry
 from selectn_core.planning.record import PerformanceRecord
 from selectn_core.planning.record_table import derived_table
-from selectn_core.profiling.profiler import Extent, coarse_grid, fine_grid, is_long_enough, profile
+from selectn_core.profiling.profiler import is_long_enough, profile
 from selectn_core.profiling.record_cache import performance_record, record_path
+from selectn_core.profiling.step_grid import Extent, coarse_grid, fine_grid
 from tests.support.engines import Batch, engine_config, generate, greedy, make_prompts, memory_gib_for
 from tests.support.records import layer_record
 from tests.support.tiny_models import tiny_model

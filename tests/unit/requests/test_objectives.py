@@ -142,7 +142,7 @@ def test_an_idle_engine_counts_on_no_more_memory_than_its_objective_allows(
         config = replace(engine_config("auto"), slo=SloConfig(ttft_ms=1000.0, tpot_ms=tpot_ms))
         engine = Engine(tiny_model(), config)
         engine.steer(performance_record(engine, budget_s=2.0))
-        capacities.append(engine.headroom().kv_capacity_tokens)
+        capacities.append(engine.capacity().kv_capacity_tokens)
         engine.close()
     assert capacities[0] < capacities[1]
 

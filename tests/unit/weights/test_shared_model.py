@@ -164,7 +164,7 @@ def test_a_model_with_an_infinite_limit_by_default_is_made_again_from_its_descri
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     assert float("inf") in model.config.time_step_limit
-    again = store_binding.empty_model(store_building.describe(model))
+    again = store_binding.empty_model(store_building.description_of(model))
     assert tuple(again.config.time_step_limit) == tuple(model.config.time_step_limit)
 
 
@@ -431,13 +431,13 @@ def test_a_model_with_a_tensor_that_is_neither_parameter_nor_buffer_stays_privat
 
 
 def test_a_configuration_that_leads_to_other_tensors_stays_private(checkpoint_of, host, monkeypatch) -> None:
-    describe = store_building.describe
+    description_of = store_building.description_of
 
     def with_fewer_layers(model):
-        description = describe(model)
+        description = description_of(model)
         return {**description, "config": {**description["config"], "num_hidden_layers": 2}}
 
-    monkeypatch.setattr(store_building, "describe", with_fewer_layers)
+    monkeypatch.setattr(store_building, "description_of", with_fewer_layers)
     with pytest.raises(UnsupportedModel, match="its configuration alone leads to other tensors"):
         load_on_host(ModelConfig(source=checkpoint_of()), host)
 

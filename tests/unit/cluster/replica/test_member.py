@@ -6,16 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 
 from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig, ReplicaStatus
 from cluster.node.host_claims import HostClaims
-from cluster.protocol.messages import BusState, LinkDemand, NodeState, RangeUpdate, ReplicaReport
+from cluster.protocol.messages import BusState, NodeState, RangeUpdate, ReplicaReport
 from cluster.protocol.node_reports import HostAnswer, HostClaim
-from cluster.replica.member import Member, equal_share, link_demand, link_share, wanted_by_requests
+from cluster.replica.member import Member
 from selectn_core.config import SloConfig
 from selectn_core.engine.engine import Engine
 from selectn_core.errors import HostMemoryExceeded
@@ -204,13 +202,13 @@ def test_what_requests_were_promised_is_what_it_needs_of_its_bus(node, member, t
         member.join(engine, "b")
         wait_until(lambda: k_min() == 0, TIMEOUT_S, "it needs nothing")
         handles = [engine.submit([5], greedy(60)) for _ in range(12)]  # nothing generates: they wait
-        needed = engine.guarantee.num_offloaded
+        needed = engine.guaranteed_units
         assert needed > 0
         wait_until(lambda: k_min() == needed, TIMEOUT_S, "it needs what was promised")
         assert member.snapshot()["range"][0] == needed
         for handle in handles:
             handle.cancel()
-        assert engine.guarantee.num_offloaded == 0
+        assert engine.guaranteed_units == 0
         wait_until(lambda: k_min() == 0, TIMEOUT_S, "it needs nothing")
     finally:
         member.stop()
@@ -224,59 +222,3 @@ def test_it_says_goodbye_to_both(node, member, engine):
     member.leave()
     assert node.core.status(time.monotonic()).replicas == ()
     assert node.placed() == []
-
-
-def test_what_a_replica_wants_of_its_bus(engine):
-    largest = max(unit.num_bytes for unit in engine.units)
-    assert link_demand(engine, 0) == LinkDemand(k_min=3, k_max=3, unit_bytes=largest, step_s=0.1)
-    assert link_demand(engine, 4).k_max == 4, "memory leaves no choice"
-
-
-def test_unequal_units_are_asked_for_in_bytes():
-    """Dense layers and those with experts: no more of the bus than their bytes take, in whole units of the largest."""
-    with Engine(tiny_model("qwen2_moe"), engine_config(0)) as engine:
-        sizes = [unit.num_bytes for unit in engine.units]
-        largest = max(sizes)
-        assert min(sizes) < largest
-        for k in range(len(sizes) + 1):
-            engine.set_num_offloaded(k)
-            wanted = sum(sizes[unit] for unit in engine.target.plan.offloaded)
-            demand = link_demand(engine, 0)
-            assert wanted <= demand.k_max * demand.unit_bytes < wanted + largest
-            share = link_share(engine, 1.0, 1.0, demand.k_max)
-            assert share.max_offloaded_bytes is not None
-            assert wanted <= share.max_offloaded_bytes < wanted + largest
-            if k:
-                assert engine.reachable_kv_tokens(demand.k_max) >= engine.reachable_kv_tokens()
-
-
-def test_what_its_requests_need_is_asked_for_up_to_an_equal_share(tmp_path, monkeypatch):
-    monkeypatch.setenv("SELECTN_CACHE_DIR", str(tmp_path))
-    engine = Engine(tiny_model("llama"), engine_config("auto"))
-    engine.steer(performance_record(engine, budget_s=2.0))
-    with engine:
-        engine.set_objectives(SloConfig(ttft_ms=1e6, tpot_ms=1e6))
-        assert [link_demand(engine, 1, wanted).k_min for wanted in (0, 3, 99)] == [1, 3, len(engine.units)]
-        one_unit_s = max(unit.num_bytes for unit in engine.units) / equal_share(engine)
-        engine.set_objectives(SloConfig(ttft_ms=1e6, tpot_ms=2.5 * one_unit_s * 1e3))
-        assert link_demand(engine, 1, 3).k_min == 2, "more than that others need not give up"
-        assert link_demand(engine, 3, 0).k_min == 3, "memory leaves no choice"
-
-
-def test_what_requests_need_rises_at_once_and_falls_when_it_has_fallen_far():
-    asked = [0]
-    for needed in (1, 8, 7, 9, 8, 7, 0):
-        asked.append(wanted_by_requests(needing(needed), asked[-1]))
-    assert asked == [0, 2, 10, 10, 11, 11, 11, 0]
-
-
-def needing(num_offloaded: int) -> Engine:
-    """In an engine's place, with requests that need so many units."""
-    return cast(Engine, SimpleNamespace(guarantee=SimpleNamespace(wanted_offloaded=num_offloaded)))
-
-
-def test_without_objectives_a_replica_wants_an_equal_share():
-    with Engine(tiny_model("llama"), engine_config(num_offloaded=2)) as engine:
-        demand = link_demand(engine, 0)
-    link_bytes_per_s = 50e9
-    assert demand.k_max * demand.unit_bytes / demand.step_s == pytest.approx(link_bytes_per_s)

@@ -12,7 +12,7 @@ import pytest
 
 from deployments.api.errors import ApiError
 from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
-from deployments.http.body import parse
+from deployments.http.body import parsed_body
 from tests.support.bodies import problem
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -46,7 +46,7 @@ def test_a_number_is_a_number_in_its_range(kind, least, name):
         assert str(error).startswith(f"{name}: expected "), value
         assert len(str(error)) < 200
     for value in TAKEN[name]:
-        assert getattr(parse(json.dumps({**least, name: value}).encode(), kind), name) == value
+        assert getattr(parsed_body(json.dumps({**least, name: value}).encode(), kind), name) == value
 
 
 @pytest.mark.parametrize("name", ["ttft_ms", "tpot_ms"])
@@ -66,7 +66,7 @@ def test_a_flag_is_true_or_false(name):
 def test_json_that_is_no_number_to_others_is_refused_by_name():
     data = b'{"model": "m", "prompt": "hi", "temperature": 1e999}'
     with pytest.raises(ApiError, match=r"temperature: expected a number, at least 0, at most 2, not inf"):
-        parse(data, CompletionRequest)
+        parsed_body(data, CompletionRequest)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_no_message_is_about_python():
     messages = set()
     for kind, body in wrong_bodies():
         try:
-            parse(json.dumps(body).encode(), kind)
+            parsed_body(json.dumps(body).encode(), kind)
         except ApiError as error:
             messages.add(str(error))
     assert len(messages) > 40
@@ -151,7 +151,7 @@ def test_a_name_in_angle_brackets_is_a_name(name):
     turn = {"role": "user", "content": "x", name: 1}
     assert problem(ChatCompletionRequest, {**CHAT, "messages": [turn]}).param == f"messages[0].{name}"
     with pytest.raises(ApiError) as caught:
-        parse(b'{"metadata": {"%s": "\\ud83d"}}' % name.encode(), ChatCompletionRequest)
+        parsed_body(b'{"metadata": {"%s": "\\ud83d"}}' % name.encode(), ChatCompletionRequest)
     assert caught.value.param == f"metadata.{name}"
 
 
@@ -181,7 +181,7 @@ def test_a_path_of_any_length_is_not_repeated_whole():
     depth = 900
     data = b'{"metadata": ' + b'{"%s": ' % (b"x" * 64) * depth + rb'"\ud83d"' + b"}" * depth + b"}"
     with pytest.raises(ApiError) as caught:
-        parse(data, ChatCompletionRequest)
+        parsed_body(data, ChatCompletionRequest)
     assert caught.value.param is not None
     assert len(caught.value.param) < 300
     assert caught.value.param.startswith("metadata.xxxx")

@@ -22,7 +22,7 @@ from deployments.api.protocol import (
     ChatDelta,
     CompletionRequest,
 )
-from deployments.http.body import parse
+from deployments.http.body import parsed_body
 from deployments.messages import ChatMessage, Refused
 from tests.support.bodies import problem
 
@@ -106,7 +106,7 @@ def test_fields_of_a_completion_may_say_off(name, value):
 )
 def test_what_other_servers_clients_send_by_default_is_taken(fields, request_type):
     kind, least = (ChatCompletionRequest, CHAT) if request_type == "chat" else (CompletionRequest, COMPLETION)
-    taken = parse(json.dumps({**least, **fields}).encode(), kind)
+    taken = parsed_body(json.dumps({**least, **fields}).encode(), kind)
     own = {"temperature"} & fields.keys()
     plain = kind.model_validate({**least, **{name: fields[name] for name in own}})
     assert taken.sampling(None) == plain.sampling(None)

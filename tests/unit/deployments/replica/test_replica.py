@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from deployments.replica.door import Door
-from deployments.replica.replica import replica_report, require_replica
+from deployments.replica.replica import require_replica
+from deployments.replica.report import replica_report
 from deployments.routing.headroom_report import HeadroomReport
 from deployments.routing.prefixes import RecentPrefixes
 from selectn_core.config import SloConfig

@@ -209,11 +209,11 @@ def test_what_a_start_takes_is_kept_for_it():
         case = Case(ttft_s=2.0)
         case.report()
         before = (await case.enter(10)).deadline_s - case.admission.now_s
-        case.admission.has_started(case.claim().ask, 1.2)
+        case.admission.has_started(case.request(), 1.2)
         after = (await case.enter(10)).deadline_s - case.admission.now_s
         assert before == pytest.approx(2.0, abs=0.1)
         assert after == pytest.approx(0.8, abs=0.1)
-        case.admission.has_started(case.claim().ask, 20.0)
+        case.admission.has_started(case.request(), 20.0)
         assert (await case.enter(10)).deadline_s - case.admission.now_s == pytest.approx(0.5, abs=0.1)
 
     run(check)
@@ -303,7 +303,7 @@ def test_priorities_and_keys_go_in_turn():
         order: list[str] = []
 
         async def come(name: str, **who: Any) -> None:
-            turn = await case.admission.enter(case.claim(**who))
+            turn = await case.admission.enter(case.request(**who))
             order.append(name)
             turn.begun()
             turn.end()
@@ -340,7 +340,7 @@ def test_a_place_that_nothing_came_of_costs_nothing(first, second, ratio, fate):
     """The one with the large request has the share of the next ones that it would have had without it."""
 
     async def come(case: Case, order: list[str], name: str, **who: Any) -> None:
-        turn = await case.admission.enter(case.claim(10, **who))
+        turn = await case.admission.enter(case.request(10, **who))
         order.append(name)
         turn.begun()
         turn.end()
@@ -360,14 +360,14 @@ def test_a_place_that_nothing_came_of_costs_nothing(first, second, ratio, fate):
             assert isinstance(outcome, asyncio.CancelledError)
             blocker.end()
         else:
-            claim = case.claim(900, **first)
+            ask = case.request(900, **first)
             for _ in range(2 if fate == "refused again" else 1):
-                turn = await case.admission.enter(claim)
+                turn = await case.admission.enter(ask)
                 if fate == "begun":
                     turn.begun()
                 turn.end()
                 turn.end()
-                claim = claim.again()
+                ask = ask.again()
         case.report(promises=FULL)
         at_door = await case.enter(10, key="other", priority="high")
         order: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from statistics import median
 
 import pytest
@@ -10,18 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.messages import Priority
-from deployments.routing.fair_queue import MOST_OWED, PRIORITIES, WEIGHTS, Entry, FairQueue, Flow, QueueFull
+from deployments.routing.fair_queue import MOST_OWED, PRIORITIES, WEIGHTS, FairQueue, Flow, QueueFull
 
 ARRIVALS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(PRIORITIES), st.integers(1, 1000)), max_size=60)
 
 
-def entry(item: int, key: str = "a", priority: Priority = "normal", tokens: int = 100) -> Entry[int]:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Entry:
+    item: int
+    key: str
+    priority: Priority
+    tokens: int
+
+
+def entry(item: int, key: str = "a", priority: Priority = "normal", tokens: int = 100) -> Entry:
     return Entry(item=item, key=key, priority=priority, tokens=tokens)
 
 
-def fill(queue: FairQueue[int], arrivals) -> list[Entry[int]]:
+def fill(queue: FairQueue[Entry], arrivals) -> list[Entry]:
     """The entries that are in the queue in the end, in the order of their arrival."""
-    inside: list[Entry[int]] = []
+    inside: list[Entry] = []
     for number, (key, priority, tokens) in enumerate(arrivals):
         each = entry(number, key, priority, tokens)
         try:
@@ -34,13 +43,13 @@ def fill(queue: FairQueue[int], arrivals) -> list[Entry[int]]:
     return inside
 
 
-def drain(queue: FairQueue[int]) -> list[Entry[int]]:
+def drain(queue: FairQueue[Entry]) -> list[Entry]:
     return [queue.pop() for _ in range(len(queue))]
 
 
 @given(ARRIVALS, st.integers(1, 20))
 def test_it_is_bounded_and_loses_nobody_else(arrivals, capacity):
-    queue: FairQueue[int] = FairQueue(capacity)
+    queue: FairQueue[Entry] = FairQueue(capacity)
     inside = fill(queue, arrivals)
     assert len(queue) == len(inside) <= capacity
     assert queue.num_tokens == sum(each.tokens for each in inside)
@@ -49,7 +58,7 @@ def test_it_is_bounded_and_loses_nobody_else(arrivals, capacity):
 
 @given(ARRIVALS)
 def test_first_come_first_served_within_a_key_and_priority(arrivals):
-    queue: FairQueue[int] = FairQueue(100)
+    queue: FairQueue[Entry] = FairQueue(100)
     fill(queue, arrivals)
     served = drain(queue)
     for key in "abc":
@@ -61,7 +70,7 @@ def test_first_come_first_served_within_a_key_and_priority(arrivals):
 @given(st.lists(st.integers(1, 1000), min_size=60, max_size=60), st.integers(2, 4))
 def test_keys_that_wait_are_served_alike(sizes, num_keys):
     """Whatever their sizes, and where smaller ones pass too: no key is ever ahead by more than one largest request."""
-    queue: FairQueue[int] = FairQueue(1000)
+    queue: FairQueue[Entry] = FairQueue(1000)
     keys = [f"k{i}" for i in range(num_keys)]
     for number, tokens in enumerate(sizes):
         queue.push(entry(number, keys[number % num_keys], tokens=tokens))
@@ -78,7 +87,7 @@ def test_keys_that_wait_are_served_alike(sizes, num_keys):
 
 @given(ARRIVALS, st.integers(1, 1000))
 def test_the_head_below_a_size_is_the_next_keys_first_that_is_smaller(arrivals, below_tokens):
-    queue: FairQueue[int] = FairQueue(100)
+    queue: FairQueue[Entry] = FairQueue(100)
     inside = fill(queue, arrivals)
     head, found = queue.head(), queue.head(below_tokens)
     own = [each for each in inside if head is not None and (each.key, each.priority) == (head.key, head.priority)]
@@ -89,7 +98,7 @@ def test_the_head_below_a_size_is_the_next_keys_first_that_is_smaller(arrivals, 
 
 
 def test_who_passes_is_served_and_its_key_comes_later_for_it():
-    queue: FairQueue[int] = FairQueue(100)
+    queue: FairQueue[Entry] = FairQueue(100)
     for number, (key, tokens) in enumerate([("a", 900), ("b", 900), ("a", 50), ("b", 50)]):
         queue.push(entry(number, key, tokens=tokens))
     smaller = queue.head(below_tokens=900)
@@ -99,7 +108,7 @@ def test_who_passes_is_served_and_its_key_comes_later_for_it():
 
 
 def test_a_flood_of_one_key_does_not_hold_up_another():
-    queue: FairQueue[int] = FairQueue(100)
+    queue: FairQueue[Entry] = FairQueue(100)
     for number in range(50):
         queue.push(entry(number, "flood"))
     queue.push(entry(99, "other"))
@@ -107,7 +116,7 @@ def test_a_flood_of_one_key_does_not_hold_up_another():
 
 
 def test_a_key_that_did_not_wait_has_no_credit_for_it_and_one_that_left_keeps_its_debt():
-    queue: FairQueue[int] = FairQueue(100)
+    queue: FairQueue[Entry] = FairQueue(100)
     for number in range(10):
         queue.push(entry(number, "busy"))
     for _ in range(5):
@@ -119,7 +128,7 @@ def test_a_key_that_did_not_wait_has_no_credit_for_it_and_one_that_left_keeps_it
 
 
 def test_a_key_that_was_away_is_owed_a_few_requests_and_no_more():
-    queue: FairQueue[int] = FairQueue(100)
+    queue: FairQueue[Entry] = FairQueue(100)
     queue.push(entry(0, "seldom"))
     for number in range(1, 50):
         queue.push(entry(number, "busy"))
@@ -134,7 +143,7 @@ def test_a_key_that_was_away_is_owed_a_few_requests_and_no_more():
 
 def test_a_key_that_comes_less_often_has_its_share_too():
     """Keys send 6 : 3 : 1 of ten times what is served, and whoever would wait long is refused: few wait at any time."""
-    rng, queue, served = random.Random(0), FairQueue[int](100), dict.fromkeys("abc", 0)
+    rng, queue, served = random.Random(0), FairQueue[Entry](100), dict.fromkeys("abc", 0)
     coming: dict[Flow, float] = {("normal", key): 1e9 for key in "abc"}
     for number in range(20_000):
         (key,) = rng.choices("abc", (6, 3, 1))
@@ -151,7 +160,7 @@ def test_a_key_that_comes_less_often_has_its_share_too():
 @given(st.lists(st.sampled_from(["high", "normal"]), max_size=30))
 def test_every_priority_moves_on(arrivals):
     """A low one is served within the tokens that its weight promises, however many important ones come."""
-    queue: FairQueue[int] = FairQueue(1000)
+    queue: FairQueue[Entry] = FairQueue(1000)
     for number, priority in enumerate(arrivals * 3):
         queue.push(entry(number, priority=priority))
     queue.push(entry(999, priority="low"))
@@ -166,7 +175,7 @@ def test_every_priority_moves_on(arrivals):
 
 
 def test_priorities_share_by_weight():
-    queue: FairQueue[int] = FairQueue(1000)
+    queue: FairQueue[Entry] = FairQueue(1000)
     for number in range(100):
         for priority in PRIORITIES:
             queue.push(entry(number, priority=priority))
@@ -174,7 +183,7 @@ def test_priorities_share_by_weight():
     assert {priority: first.count(priority) for priority in PRIORITIES} == WEIGHTS
 
 
-def served_for_a_while(queue: FairQueue[int], flows, *, times: int = 100) -> dict:
+def served_for_a_while(queue: FairQueue[Entry], flows, *, times: int = 100) -> dict:
     """Tokens that each key and priority gets, of requests of 10 that never end."""
     tokens = dict.fromkeys(flows, 0)
     for key, priority in flows:
@@ -191,7 +200,7 @@ class TestRefund:
     def test_what_comes_of_nothing_leaves_everybodys_turn_as_it_was(self, arrivals, num_served, key, priority):
         orders = []
         for is_refused in (False, True):
-            queue: FairQueue[int] = FairQueue(100)
+            queue: FairQueue[Entry] = FairQueue(100)
             fill(queue, arrivals)
             for _ in range(min(num_served, len(queue))):
                 queue.pop()
@@ -213,7 +222,7 @@ class TestRefund:
     )
     @pytest.mark.parametrize("after", [0, 1, 10])
     def test_who_asked_for_too_much_has_its_share_all_the_same(self, flows, ratio, after):
-        queue: FairQueue[int] = FairQueue(100)
+        queue: FairQueue[Entry] = FairQueue(100)
         key, priority = flows[0]
         large = entry(999, key, priority, tokens=1_000_000)
         queue.push(large)
@@ -227,7 +236,7 @@ class TestRefund:
         assert first == pytest.approx(ratio * (second - lost), abs=50)
 
     def test_who_was_alone_has_no_credit_against_those_who_come_later(self):
-        queue: FairQueue[int] = FairQueue(100)
+        queue: FairQueue[Entry] = FairQueue(100)
         large = entry(999, "a", tokens=1_000_000)
         queue.push(large)
         queue.push(entry(0, "a"))
@@ -239,7 +248,7 @@ class TestRefund:
         assert abs(tokens["a", "normal"] - tokens["b", "normal"]) <= 2 * 100
 
     def test_a_key_that_was_forgotten_is_not_remembered_for_it(self):
-        queue: FairQueue[int] = FairQueue(2)
+        queue: FairQueue[Entry] = FairQueue(2)
         each = entry(0, "a")
         queue.push(each)
         queue.serve(each)
@@ -252,7 +261,7 @@ class TestRefund:
 
 class TestFull:
     def test_the_newest_of_the_key_with_most_goes_for_one_with_fewer(self):
-        queue: FairQueue[int] = FairQueue(4)
+        queue: FairQueue[Entry] = FairQueue(4)
         for number in range(4):
             queue.push(entry(number, "flood"))
         victim = queue.push(entry(9, "other"))
@@ -262,7 +271,7 @@ class TestFull:
             queue.push(entry(10, "flood"))
 
     def test_a_lower_priority_goes_for_a_higher_but_keeps_its_share(self):
-        queue: FairQueue[int] = FairQueue(42)
+        queue: FairQueue[Entry] = FairQueue(42)
         for number in range(42):
             queue.push(entry(number, priority="low"))
         pushed_out = []
@@ -276,7 +285,7 @@ class TestFull:
         assert len(pushed_out) == 40
 
     def test_one_that_waited_already_comes_back_to_the_front_even_then(self):
-        queue: FairQueue[int] = FairQueue(1)
+        queue: FairQueue[Entry] = FairQueue(1)
         queue.push(entry(1))
         queue.push(entry(0), front=True)
         assert [each.item for each in drain(queue)] == [0, 1]
@@ -284,7 +293,7 @@ class TestFull:
 
 @given(ARRIVALS, st.integers(0, 30), st.sampled_from("abcd"), st.sampled_from(PRIORITIES))
 def test_tokens_before_is_what_is_served_before_if_nobody_comes(arrivals, num_served, key, priority):
-    queue: FairQueue[int] = FairQueue(100)
+    queue: FairQueue[Entry] = FairQueue(100)
     fill(queue, arrivals)
     for _ in range(min(num_served, len(queue))):
         queue.pop()
@@ -300,7 +309,7 @@ def test_tokens_before_is_what_is_served_before_if_nobody_comes(arrivals, num_se
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(PRIORITIES)), min_size=1, max_size=12))
 def test_tokens_before_counts_who_will_come_and_be_served_sooner(flows):
     """Requests of some keys and priorities come without end: until ours is served that many tokens are, about."""
-    queue: FairQueue[int] = FairQueue(1000)
+    queue: FairQueue[Entry] = FairQueue(1000)
     for number, (key, priority) in enumerate(flows):
         queue.push(entry(number, key, priority))
     ours = entry(999, "c", "normal")
@@ -316,7 +325,7 @@ def test_tokens_before_counts_who_will_come_and_be_served_sooner(flows):
 
 
 def test_tokens_before_knows_how_many_will_come():
-    queue: FairQueue[int] = FairQueue(100)
+    queue: FairQueue[Entry] = FairQueue(100)
     queue.push(entry(0, "a"))
     ours = entry(1, "a")
     queue.push(ours)
@@ -327,7 +336,7 @@ def test_tokens_before_knows_how_many_will_come():
 
 
 def test_discarding_is_harmless_twice_and_keys_that_left_are_forgotten():
-    queue: FairQueue[int] = FairQueue(10)
+    queue: FairQueue[Entry] = FairQueue(10)
     for number in range(200):
         each = entry(number, key=f"k{number}")
         queue.push(each)
@@ -341,7 +350,7 @@ def test_discarding_is_harmless_twice_and_keys_that_left_are_forgotten():
 
 
 def test_an_empty_queue_has_no_head():
-    queue: FairQueue[int] = FairQueue(1)
+    queue: FairQueue[Entry] = FairQueue(1)
     assert queue.head() is None
     with pytest.raises(IndexError):
         queue.pop()

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from deployments.routing.ask import Ask
 from deployments.routing.board import DOOR_REQUESTS, Board
-from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
+from deployments.routing.headroom_report import HeadroomReport, Promise
 from deployments.routing.prefixes import MAX_PREFIXES, RecentPrefixes, prefix_hashes
 from tests.support.clock import Clock
 from tests.support.routing import others
@@ -188,8 +189,8 @@ class TestRanking:
 
     def test_excluded_replicas_are_not_picked(self):
         board = board_of(report("a"), report("b"))
-        assert board.place(ask("1"), excluded=("a",)) == "b"
-        assert board.place(ask("2"), excluded=("a", "b")) is None
+        assert board.place(ask("1", excluded=frozenset("a"))) == "b"
+        assert board.place(ask("2", excluded=frozenset("ab"))) is None
 
 
 class TestMissingAndStaleReports:

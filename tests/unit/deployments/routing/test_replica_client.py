@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.api.errors import ApiError
-from deployments.messages import Accepted, Delta, Finished, FinishReason, GenerateRequest, Refused, Sampling
+from deployments.messages import Accepted, Delta, EndReason, Finished, GenerateRequest, Refused, Sampling
 from deployments.routing.replica_client import Generation, ReplicaClient
 from deployments.routing.sizing import PromptSizes
 from tests.support.routing import TIMEOUT_S, run
@@ -113,7 +113,7 @@ def test_an_answer_is_whole_and_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize(("reason", "status"), [("error", 500), ("cancelled", 503)])
-def test_one_that_fails_before_its_first_text_has_a_status_of_its_own(reason: FinishReason, status: int) -> None:
+def test_one_that_fails_before_its_first_text_has_a_status_of_its_own(reason: EndReason, status: int) -> None:
     async def check() -> None:
         failed = Finished(reason=reason, num_output_tokens=0, error="secret")
         client = Client(Stream(ANSWER[0], failed), Stream(*ANSWER[:2], failed))

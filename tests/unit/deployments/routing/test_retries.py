@@ -22,7 +22,7 @@ def test_a_request_that_lost_its_place_is_before_those_that_came_later():
         await case.enter()
         later = case.enter()
         await settle()
-        earlier = asyncio.ensure_future(case.admission.enter(case.claim().again()))
+        earlier = asyncio.ensure_future(case.admission.enter(case.request().again()))
         await settle()
         case.report(promises=(Promise(origin="other", tokens=200, requests=1),))
         await settle()
@@ -41,7 +41,7 @@ def test_one_that_lost_its_place_when_it_was_due_is_refused_though_there_is_room
         turn = await case.enter()
         turn.end()
         await asyncio.sleep(0.03)
-        error = await refusal(asyncio.ensure_future(case.admission.enter(turn.claim.again())))
+        error = await refusal(asyncio.ensure_future(case.admission.enter(turn.ask.again())))
         assert (error.status, error.code) == (429, "rate_limit_exceeded")
 
     run(check)
@@ -51,9 +51,9 @@ def test_a_request_whose_replica_died_waits_for_another_however_late_it_is():
     async def check():
         case = Case(ttft_s=0.01, timeout_s=5.0)
         case.report()
-        claim = case.claim()
+        ask = case.request()
         await asyncio.sleep(0.02)
-        dead = asyncio.ensure_future(case.admission.enter(claim.after_death("a", case.admission.now_s)))
+        dead = asyncio.ensure_future(case.admission.enter(ask.after_death("a", case.admission.now_s)))
         await settle()
         assert not dead.done()  # "a" is the one it must not go to
         with case.shared.locked() as board:
@@ -108,10 +108,10 @@ def test_whoever_is_retried_goes_first_and_in_the_order_of_the_deaths():
         await settle()
         later = case.retry(10, died_on="x")
         await settle()
-        overdue = asyncio.ensure_future(case.admission.enter(case.claim(10).after_death("x", 0.0).again()))
+        overdue = asyncio.ensure_future(case.admission.enter(case.request(10).after_death("x", 0.0).again()))
         await settle()
         assert (await refusal(overdue)).status == 429, "it was due long ago"
-        earlier = case.claim(10).after_death("x", case.admission.now_s - 1.0)
+        earlier = case.request(10).after_death("x", case.admission.now_s - 1.0)
         first = asyncio.ensure_future(case.admission.enter(earlier.again()))
         await settle()
         order = []

@@ -11,7 +11,8 @@ import pytest
 
 from deployments.messages import GenerateRequest, Sampling
 from deployments.routing import shared_board as boards
-from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
+from deployments.routing.ask import Ask
+from deployments.routing.headroom_report import HeadroomReport, Promise
 from deployments.routing.prefixes import prefix_hashes
 from deployments.routing.router import HeadroomRouter
 from deployments.routing.shared_board import SharedBoard

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from deployments.replica.door import Door, Visit
 from deployments.replica.forecast import Course, Footprints, Forecast
+from deployments.routing.ask import Ask
 from deployments.routing.board import Board
-from deployments.routing.headroom_report import Ask, HeadroomReport, Promise
+from deployments.routing.headroom_report import HeadroomReport, Promise
 from selectn_core.errors import EngineOverloaded
 from tests.support import reference_board, reference_door
 
@@ -239,7 +240,7 @@ def happens(board: Any, number: int, what: str, values: list[Any]) -> Any:
     if what == "place":
         return board.place(asked(number, *values[0]))
     if what == "again":
-        return board.place(asked(values[0], *values[1]), excluded=("a",))
+        return board.place(replace(asked(values[0], *values[1]), excluded=frozenset("a")))
     if what in ("begun", "end"):
         return getattr(board, what)(f"r{values[0]}")
     if what == "moved":

@@ -10,7 +10,7 @@ import pytest
 from deployments.api.errors import ApiError
 from deployments.messages import ModelCard
 from deployments.prompt_length import TextBound
-from deployments.replica.replica import served_fields
+from deployments.replica.report import served_fields
 from deployments.routing.headroom_report import HeadroomReport
 from deployments.routing.served_models import ServedModels, possible_names
 from deployments.routing.shared_board import SharedBoard
