@@ -73,7 +73,7 @@ class EngineUnavailable(SelectNError):
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One quantity: what it is now, and what alone would make a plan feasible (None: no amount of it would)."""
+    """One quantity: what it is now, and what alone would make a plan feasible (None: nothing realistic would)."""
 
     quantity: str
     unit: str  # bytes, bytes/s, s, or x for a factor

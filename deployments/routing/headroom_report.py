@@ -31,8 +31,8 @@ class HeadroomReport:
     """What a replica can hold and what it has promised.
 
     `reported_s` is the replica's own clock, and only tells one report from the next. `kv_capacity_tokens` is what it
-    holds if it offloads up to its present k_max, within what the node's ledger has left; `longest_request_tokens` what
-    one request may ever have there, prompt and output, and `is_model_limit` whether that is so because of the model,
+    holds if it offloads as much as it surely may (`control/guarantee.py`); `longest_request_tokens` what one request
+    may ever have there, prompt and output, and `is_model_limit` whether that is so because of the model,
     which no other replica could change. `drain_tokens_per_s`: at which a full replica gives promised
     tokens back. `slack`: 1 - (measured TPOT / objective); negative where it is missed. None: not measured yet.
     `ttft_s` is its objective now, and a request may name its own from `tightest_ttft_s` to `loosest_ttft_s`; None: it

@@ -23,7 +23,7 @@ from selectn_core.planning.candidates import (
 )
 
 DEVICE_MEMORY, HOST_MEMORY, LINK, COMPUTE = "device memory", "host memory", "link bandwidth", "compute"
-_MOST_FACTOR = 2.0**20
+MOST_FACTOR = 2.0**20  # of bandwidth or compute that is tried: what needs more is as good as impossible
 _FACTOR_STEP = 1.001
 
 
@@ -193,11 +193,14 @@ class _Plans:
         return None if math.isinf(least_s) else least_s
 
     def _least_factor(self, pace_at: Callable[[float], Pace]) -> float | None:
-        """The smallest factor from 1 up, to 0.1 %, at which some plan that fits is fast enough; None if none is."""
+        """The smallest factor from 1 up, to 0.1 %, at which some plan that fits is fast enough.
+
+        None where none is at `MOST_FACTOR`.
+        """
         least: float | None = None
         for candidate in sorted((c for c in self.candidates if c.fits), key=lambda c: c.offloaded_bytes):
             objectives = candidate.units.objectives
-            low, high = 1.0, least / _FACTOR_STEP if least else _MOST_FACTOR
+            low, high = 1.0, least / _FACTOR_STEP if least else MOST_FACTOR
             if not meets(candidate, objectives, pace_at(high)):
                 continue
             while high > low * _FACTOR_STEP:

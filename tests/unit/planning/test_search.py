@@ -25,7 +25,16 @@ from selectn_core.planning.candidates import (
     predicted_s,
     with_size_sets,
 )
-from selectn_core.planning.search import COMPUTE, DEVICE_MEMORY, HOST_MEMORY, LINK, PlanRange, least_limit_s, search
+from selectn_core.planning.search import (
+    COMPUTE,
+    DEVICE_MEMORY,
+    HOST_MEMORY,
+    LINK,
+    MOST_FACTOR,
+    PlanRange,
+    least_limit_s,
+    search,
+)
 from selectn_core.planning.unit_sets import unequal_few
 
 SECTOR = 256
@@ -298,7 +307,8 @@ def test_an_infeasible_question_says_the_smallest_change_that_helps(case) -> Non
     assert infeasible.limiting in {DEVICE_MEMORY, HOST_MEMORY, LINK, COMPUTE}
     for change in infeasible.changes:
         if change.needed is None:  # no amount of it: none of these either
-            most = {DEVICE_MEMORY: PLENTY, HOST_MEMORY: PLENTY, LINK: 1e9, COMPUTE: 1e5}.get(change.quantity, 1e9)
+            fastest = {LINK: case.link.bytes_per_s * MOST_FACTOR, COMPUTE: MOST_FACTOR}
+            most = {DEVICE_MEMORY: PLENTY, HOST_MEMORY: PLENTY, **fastest}.get(change.quantity, 1e9)
             assert not is_feasible(changed(case, change.quantity, most))
             continue
         assert is_feasible(changed(case, change.quantity, change.needed * (1 + 1e-8)))
