@@ -36,7 +36,7 @@ from tqdm import tqdm
 from benchmarks.common import Check, attained, finish, parse_arguments, random_prompts, table
 from benchmarks.noise import NoiseWatch
 from benchmarks.small_device import BATCH, FULL_STEP, NEW_TOKENS, PROMPT_TOKENS, capacity, device_gib, roomy_record
-from selectn_core.config import DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
+from selectn_core.config import POLICIES, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig, SloConfig
 from selectn_core.device.bus import Bus
 from selectn_core.engine.engine import Engine
 from selectn_core.latency.steps import StepRecord
@@ -54,7 +54,6 @@ TTFT_STEPS = 25  # the TTFT objective in TPOT objectives
 NUM_SHARING = 2
 GROUP_INTERVAL = 6
 QUICK_MULTIPLES, FULL_MULTIPLES = (1.75,), (1.3, 1.75, 2.5)
-POLICIES = ("none", "all", "static", "group", "paper", "select-n")
 QUICK_POLICIES = ("static", "paper", "select-n")
 CONTENTION = (0.45, 0.6)  # of the time that counts
 MIX_MULTIPLE, LOOSE = 1.75, 2.0  # the mix: the tight objective, and that of the others in these

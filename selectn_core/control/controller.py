@@ -298,7 +298,7 @@ class Controller:
         A plan of other units brings all of these home first, over a link that may just have become slow. It comes later
         then, if it still frees more.
         """
-        if self.policy.name != "select-n":
+        if not self.policy.any_units:
             return plan
         for num in range(current.num_offloaded - 1, current.num_slots, -1):
             offloaded = place_by_index(num, num_units=current.num_units, among=current.offloaded)
@@ -334,7 +334,7 @@ class Controller:
         return freed_bytes(plan, self.times.unit_bytes)
 
     def _with_few_moves(self, goals: Sequence[_Goal], current: OffloadPlan, wanted: OffloadPlan) -> OffloadPlan:
-        if self.policy.name != "select-n":
+        if not self.policy.any_units:
             return wanted
         near = nearest_plan(current, wanted)
         wanted_bytes = self._freed_bytes(wanted)

@@ -36,10 +36,15 @@ __all__ = [
 
 
 class Policy(ABC):
-    """Names the plan for a step. `adapts` is False for those that never change it."""
+    """Names the plan for a step.
+
+    `adapts` is False for those that never change it. With `any_units` others that free as much do as well: those that
+    are offloaded already are kept where they can be.
+    """
 
     name: str
     adapts: bool = False
+    any_units: bool = False
 
     @abstractmethod
     def choose(self, situation: Situation) -> OffloadPlan:
@@ -71,7 +76,7 @@ class Paper(Policy):
 class SelectN(Policy):
     """The k and S that free the most device memory within the limit; placed so that the fewest units have to move."""
 
-    name, adapts = "select-n", True
+    name, adapts, any_units = "select-n", True, True
 
     def __init__(self, steps: Frontier) -> None:
         self._steps = steps
