@@ -75,9 +75,12 @@ class Controller:
         self._is_prefill_held = False  # there is a prompt to compute, and no room for any of it beside who decodes
         self._is_broken = False  # the link gives less than is guaranteed, and steps are too long for it
         self._may_raise = 0
-        self._looks = False  # whether another plan was looked for in the last step
+        self._unlooked_steps = 0  # since another plan was looked for
         self._last_usage: LinkUsage | None = None
         self._remembered = Remembered()
+        self._predicted: dict[tuple[StepShape, OffloadPlan], float] = {}  # in this step
+        self._prompts = [StepShape.prefill(tokens) for tokens in chunks(max_tokens)]
+        self._guaranteed_factor = 0.0
 
     @property
     def compute_scale(self) -> float:
@@ -155,11 +158,18 @@ class Controller:
 
     def _guaranteed_within(self, load: Load, limit_s: float) -> OffloadPlan:
         shape = load.decode_step(len(load.decoding) + 1, rounded_up(load.mean_kv_tokens))
-        factor, link = (1 + self._slowdown) * self._scales[True].high, self.link.guaranteed
-        factor = math.ceil(factor / self._tuning.rounding) * self._tuning.rounding
+        factor, link = self._careful_factor(), self.link.guaranteed
         asked = (shape, factor, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
         least, most = self.min_freed_bytes, self.max_offloaded_bytes
         return self._remembered.get(asked, lambda: self._wanted(shape, factor, link, limit_s, least, most))
+
+    def _careful_factor(self) -> float:
+        """Of compute beside a link that is always busy; it stays while it is a little more than needed."""
+        rounding = self._tuning.rounding
+        factor = math.ceil((1 + self._slowdown) * self._scales[True].high / rounding) * rounding
+        if not 0 <= self._guaranteed_factor - factor < 1.5 * rounding:
+            self._guaranteed_factor = factor
+        return self._guaranteed_factor
 
     def _wanted(
         self, shape: StepShape, factor: float, link: Link, limit_s: float, least_bytes: int, most_bytes: float | None
@@ -182,6 +192,7 @@ class Controller:
 
     def decide(self, shape: StepShape, current: OffloadPlan) -> Decision:
         """The plan for this step."""
+        self._predicted.clear()
         limit_s = self._limit_of(shape)
         late_s = self._tuning.urgent_share * self._joining.tpot_s
         self._is_broken = self.link.is_below_guarantee and self._predict(self._following, current) > late_s
@@ -210,7 +221,7 @@ class Controller:
                 _Goal(shape=self._following, limit_s=PLANNED_SHARE * tpot_s, objective_s=tpot_s),
             ]
         in_time_s = TTFT_SHARE * self.ttft_s
-        prompts = map(StepShape.prefill, chunks(self._max_tokens) if in_time_s < math.inf else ())
+        prompts = self._prompts if in_time_s < math.inf else ()
         largest = next(
             (each for each in prompts if self._tuning.busy_stretch * self._joining.unloaded_s(each) <= in_time_s), None
         )
@@ -272,9 +283,10 @@ class Controller:
         missed = next(
             (g for g in goals if self._predict(g.shape, current) > g.limit_s * (1 + self._tuning.tolerance)), None
         )
-        self._looks = exceeds_range or missed is not None or not self._looks
-        if not self._looks:  # nothing presses: what more could be offloaded is asked at every other step
-            return current
+        self._unlooked_steps += 1
+        if not exceeds_range and missed is None and self._unlooked_steps < self._tuning.look_every_steps:
+            return current  # nothing presses: what more could be offloaded is asked now and then
+        self._unlooked_steps = 0
         wanted = self._choose(goals, current)
         if exceeds_range and not self._exceeds_range(wanted):
             self._may_raise = 0
@@ -365,7 +377,10 @@ class Controller:
 
     def _predict(self, shape: StepShape, plan: OffloadPlan) -> float:
         """Seconds of a step of this shape once `plan` has held for a while, on the careful side."""
-        return self._predicted_s(shape, plan, self._factor(shape, plan, careful=True))
+        asked = (shape, plan)
+        if asked not in self._predicted:
+            self._predicted[asked] = self._predicted_s(shape, plan, self._factor(shape, plan, careful=True))
+        return self._predicted[asked]
 
     def _predicted_s(self, shape: StepShape, plan: OffloadPlan, factor: float) -> float:
         link = self.link.link.beside(factor)

@@ -134,8 +134,9 @@ class Joining:
         tpots_s = (each.tpot_s for each in load.holding)
         return min((tpot_s for tpot_s in tpots_s if alone_s <= PLANNED_SHARE * tpot_s), default=math.inf)
 
-    def _alone_s(self, load: Load, num_keys: int = 1) -> float:
-        return self.unloaded_s(load.decode_step(1, rounded_up(num_keys)))
+    def _alone_s(self, load: Load, num_keys: int | None = None) -> float:
+        """Of one request that decodes with nobody beside it; `num_keys` None: as short as can be."""
+        return self.unloaded_s(load.alone if num_keys is None else load.decode_step(1, rounded_up(num_keys)))
 
     # -- how much prefill ---------------------------------------------------------------------------------------
 

@@ -81,8 +81,15 @@ class Load:
         """The step of those who decode now; of one request where none does."""
         return self.decode_step(max(1, len(self.decoding)), rounded_up(self.mean_kv_tokens))
 
+    @cached_property
+    def alone(self) -> StepShape:
+        """The step of one request that has only begun to decode."""
+        return self.decode_step(1, rounded_up(1))
+
     def sampling_in(self, shape: StepShape) -> StepShape:
         """This step with the same shares of those that decode in it sampling."""
+        if not self.sampled_share and not self.truncated_share:
+            return shape
         num_sampled, num_truncated = (
             math.ceil(share * shape.num_decodes) for share in (self.sampled_share, self.truncated_share)
         )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -39,6 +40,8 @@ from selectn_core.requests.objectives import Objectives, resolve_objectives
 
 logger = logging.getLogger(__name__)
 
+_MOST_LENGTHS = 4096
+
 
 class Steering(Control):
     """An engine's online stage: the configured policy decides, by what was measured."""
@@ -60,6 +63,7 @@ class Steering(Control):
             percentile=config.slo.percentile,
         )
         arena = offloading.arena
+        self._sectors_for = lru_cache(_MOST_LENGTHS)(offloading.geometry.sectors_for_request)
         wanted_bytes = sum(arena.round_up(unit.num_bytes) for unit in offloading.units)
         self._weight_sectors = wanted_bytes // arena.sector_bytes
         self.controller.min_freed_bytes = max(0, wanted_bytes - arena.reachable_bytes(0))
@@ -144,7 +148,9 @@ class Steering(Control):
         self, handles: Mapping[str, RequestHandle], progress: Mapping[str, Chunk], backlog: Mapping[str, Chunk]
     ) -> NextStep:
         with self._timed():
-            load = load_of(handles, progress, backlog, self.objectives, self._kv_bytes)
+            # One more than there are places: the others change nothing, however many they are.
+            most = max(0, self._batch.max_requests - len(progress)) + 1
+            load = load_of(handles, progress, backlog, self.objectives, self._kv_bytes, most_new=most)
             num_fitting, is_full = self._num_fitting(load, handles, progress)
             load = replace(load, num_fitting=load.num_begun + num_fitting, is_full=is_full)
             self._num_decoding = len(load.decoding)
@@ -153,8 +159,7 @@ class Steering(Control):
         return NextStep(beginning=beginning, served=frozenset((*progress, *beginning)))
 
     def _kv_bytes(self, handle: RequestHandle) -> int:
-        sectors = self._offloading.geometry.sectors_for_request(handle.max_total_tokens)
-        return sectors * self._offloading.arena.sector_bytes
+        return self._sectors_for(handle.max_total_tokens) * self._offloading.arena.sector_bytes
 
     def _num_fitting(
         self, load: Load, handles: Mapping[str, RequestHandle], progress: Mapping[str, Chunk]
@@ -163,7 +168,7 @@ class Steering(Control):
 
         And whether there is no room for another as large as those on average, in memory or in the batch.
         """
-        arena, sectors_for = self._offloading.arena, self._offloading.geometry.sectors_for_request
+        arena, sectors_for = self._offloading.arena, self._sectors_for
         held = sum(sectors_for(handles[ticket].max_total_tokens) for ticket in progress if ticket in handles)
         self._guaranteed = self._guaranteed_for(load)
         room = self._offloading.target.kv_sectors(self._guaranteed) - held
@@ -251,8 +256,12 @@ def load_of(
     backlog: Mapping[str, Chunk],
     default: Objectives,
     kv_bytes: Callable[[RequestHandle], int] = lambda handle: 0,
+    *,
+    most_new: int | None = None,
 ) -> Load:
     """The requests in flight as the controller sees them, in the order in which they came; `kv_bytes` at their end.
+
+    Of those that hold no KV the first `most_new` (None: all).
 
     `progress` has, for those that hold KV, the prefill that is left, in the order in which it is computed, `backlog`
     that of the others. A request that has tokens and prefill to do was preempted: it waits, and nothing hurries for its
@@ -275,6 +284,8 @@ def load_of(
                     tpot_s=objectives.tpot_s,
                 )
             )
+            continue
+        if left is None and most_new is not None and len(others) >= most_new:
             continue
         to_do = left or backlog.get(ticket) or Chunk(handle.num_prompt_tokens + handle.num_tokens, 0)
         is_new = not handle.num_tokens

@@ -14,7 +14,9 @@ class ControllerTuning:
             more memory.
         busy_steps: steps for which that holds after the last one in which requests waited. More are likely to follow,
             and moving weights costs steps.
-        raise_after_looks: looks, at every other step, that must find a plan that frees more before it is followed.
+        look_every_steps: steps from one look for a better plan to the next, where nothing presses: each costs as much
+            as the rest of deciding.
+        raise_after_looks: looks that must find a plan that frees more before it is followed.
         tolerance: share of the limit by which a step may exceed it before weights come home. Predictions are rounded to
             a few percent.
         gain: share by which more must be freed before units move.
@@ -27,6 +29,7 @@ class ControllerTuning:
 
     busy_stretch: float = 1.1
     busy_steps: int = 24
+    look_every_steps: int = 3
     raise_after_looks: int = 2
     tolerance: float = 0.04
     gain: float = 0.1

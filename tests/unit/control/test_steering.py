@@ -83,6 +83,22 @@ def test_nobody_is_left_out_of_the_load() -> None:
     assert [each.deadline_s < 1e9 for each in load.waiting] == [True, False, False, False, True]
 
 
+def test_of_those_that_cannot_begin_anyway_no_more_are_looked_at() -> None:
+    """A step's work must not grow with a queue of thousands. Those that hold KV are all there."""
+    asked = []
+
+    def kv_bytes(handle: RequestHandle) -> int:
+        asked.append(handle)
+        return 0
+
+    handles = {f"new{i}": a_handle(0) for i in range(1000)} | {"decodes": a_handle(3), "prefills": a_handle(0)}
+    progress = {"decodes": Chunk(0, 13), "prefills": Chunk(7, 3)}
+    load = load_of(handles, progress, {}, OBJECTIVES, kv_bytes, most_new=3)
+    assert [each.ticket for each in load.waiting] == ["prefills", "new0", "new1", "new2"]
+    assert len(load.decoding) == 1
+    assert asked == [handles["new0"], handles["new1"], handles["new2"]]
+
+
 def test_the_load_says_how_many_draw_their_tokens() -> None:
     """Of those who hold KV. Where nobody is in flight all do: it is the default of those who come."""
     handles = {name: a_handle(num_tokens) for name, num_tokens in (("a", 3), ("b", 3), ("c", 0), ("d", 0))}
