@@ -32,6 +32,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,6 +55,7 @@ from selectn_core.start import load_unsteered_engine
 
 FREE, NO_MODEL = "free", "none"
 APP_NAME, FLOOR_NAME = "selectn", "floor"
+FLOOR_ROUTE, FLOOR_IMPORT_PATH = "/floor", "benchmarks.ray_floor:app"
 FREE_STREAMS, MODEL_STREAMS = (1, 8, 64, 256), 16
 FREE_TOKENS, ALONE_TOKENS, MODEL_TOKENS, MODEL_TOKENS_QUICK = 300, 100, 64, 16
 FLOORS = {"floor 1": 1, "floor 8": 8}
@@ -114,12 +116,13 @@ def main() -> int:
     before_s = paces_s()
     against = [_against(each, arguments.chat) for each in arguments.against]
     samples: list[dict[str, Any]] = []
-    for model, settings in _settings(arguments).items():
-        with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, local_cluster(ClusterConfig(address="local", num_cpus=2)):
+        port = free_port("127.0.0.1")
+        for model, settings in _settings(arguments).items():
             source = arguments.model if model != FREE else str(free_model.save(Path(directory)))
-            args = _application_args(source, settings, arguments.args)
-            others = {name: server for name, served, server in against if served == (model == FREE)}
-            with _sides(args, others, is_free=model == FREE, is_chat=arguments.chat, wanted=arguments.sides) as sides:
+            document = _document(source, settings, port, more_args=arguments.args)
+            others = {name: server for name, is_free, server in against if is_free == (model == FREE)}
+            with _sides(document, others, is_chat=arguments.chat, wanted=arguments.sides) as sides:
                 samples += _measure(settings, sides, arguments.rounds or _num_rounds(arguments.quick))
     _print(samples)
     noise = NoiseReport(
@@ -155,8 +158,8 @@ def _settings(arguments: Any) -> dict[str, list[Setting]]:
     }
 
 
-def _application_args(source: str, settings: Sequence[Setting], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Nothing is offloaded, nothing refused, and there is room for all streams."""
+def _document(source: str, settings: Sequence[Setting], port: int, more_args: Mapping[str, Any]) -> dict[str, Any]:
+    """A Serve config in which nothing is offloaded, nothing refused, and there is room for all streams."""
     most = max(each.num_streams for each in settings)
     args: dict[str, Any] = {
         "model": {"source": source, "served_name": "bench", "dtype": "float32"},
@@ -167,9 +170,12 @@ def _application_args(source: str, settings: Sequence[Setting], more: Mapping[st
         "cluster": {"coordinator": False},
         "limits": {"refuse_late": False},
     }
-    for name, value in more.items():
+    for name, value in more_args.items():
         args[name] = {**args.get(name, {}), **value} if isinstance(value, dict) else value
-    return args
+    applications = [{"name": APP_NAME, "route_prefix": "/", "import_path": IMPORT_PATH, "args": args}]
+    if settings[0].model == FREE:
+        applications.append({"name": FLOOR_NAME, "route_prefix": FLOOR_ROUTE, "import_path": FLOOR_IMPORT_PATH})
+    return {"http_options": {"host": "127.0.0.1", "port": port}, "applications": applications}
 
 
 # -- the sides -----------------------------------------------------------------------------------------------------
@@ -177,39 +183,42 @@ def _application_args(source: str, settings: Sequence[Setting], more: Mapping[st
 
 @contextlib.contextmanager
 def _sides(
-    args: dict[str, Any], others: Mapping[str, Server], *, is_free: bool, is_chat: bool, wanted: Sequence[str] | None
+    document: dict[str, Any], others: Mapping[str, Server], *, is_chat: bool, wanted: Sequence[str] | None
 ) -> Iterator[dict[str, Measure]]:
     """How to measure each side, while the block lasts."""
-    path = "/v1/chat/completions" if is_chat else "/v1/completions"
-    port = free_port("127.0.0.1")
-    ours = {"name": APP_NAME, "route_prefix": "/", "import_path": IMPORT_PATH, "args": args}
-    floor = {"name": FLOOR_NAME, "route_prefix": "/floor", "import_path": "benchmarks.ray_floor:app"}
-    document = {
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [ours, *([floor] if is_free else [])],
-    }
     with contextlib.ExitStack() as stack:
-        stack.enter_context(local_cluster(ClusterConfig(address="local", num_cpus=2)))
         stack.enter_context(deployed(document))
         wait_until_serving(document, lambda elapsed_s: None)
-        (base_url,) = base_urls(document)
-        servers = {
-            "ours": Server(url=base_url + path, body={**ASKED, "model": "bench"}, groups=lambda: _ray_groups(APP_NAME))
-        }
-        if is_free and not is_chat:
-            for name, per_item in FLOORS.items():
-                body = {**ASKED, "model": "floor", "per_item": per_item}
-                url = f"{base_url}/floor{path}"
-                servers[name] = Server(url=url, body=body, groups=lambda: _ray_groups(FLOOR_NAME))
-            _wait_for_floor(f"{base_url}/floor{path}", servers["floor 1"].body)
-        servers = {name: server for name, server in {**servers, **others}.items() if wanted is None or name in wanted}
-        sides: dict[str, Measure] = {name: _over_http(server) for name, server in servers.items()}
+        servers = {**_own_servers(document, is_chat), **others}
+        sides = {name: _over_http(server) for name, server in servers.items() if wanted is None or name in wanted}
         if wanted is None or "engine" in wanted:
-            config = AppArgs.model_validate(args).engine
-            config = replace(config, device=replace(config.device, kind=resolve_kind(config.device)))
-            engine = stack.enter_context(load_unsteered_engine(config))
+            engine = stack.enter_context(_engine(document["applications"][0]["args"]))
             sides = {"engine": lambda setting: _engine_alone(engine, setting), **sides}
         yield sides
+
+
+def _own_servers(document: dict[str, Any], is_chat: bool) -> dict[str, Server]:
+    """The applications of the config, the floor once for every number of tokens an item."""
+    (base_url,), path = base_urls(document), _path(is_chat)
+    body = {**ASKED, "model": "bench"}
+    servers = {"ours": Server(url=base_url + path, body=body, groups=partial(_ray_groups, APP_NAME))}
+    if len(document["applications"]) > 1 and not is_chat:
+        url = base_url + FLOOR_ROUTE + path
+        for name, per_item in FLOORS.items():
+            body = {**ASKED, "per_item": per_item}
+            servers[name] = Server(url=url, body=body, groups=partial(_ray_groups, FLOOR_NAME))
+        _wait_for_floor(servers["floor 1"])
+    return servers
+
+
+def _path(is_chat: bool) -> str:
+    return "/v1/chat/completions" if is_chat else "/v1/completions"
+
+
+def _engine(args: Mapping[str, Any]) -> Engine:
+    """The engine that a replica with these args has."""
+    config = AppArgs.model_validate(args).engine
+    return load_unsteered_engine(replace(config, device=replace(config.device, kind=resolve_kind(config.device))))
 
 
 def _measure(settings: Sequence[Setting], sides: Mapping[str, Measure], num_rounds: int) -> list[dict[str, Any]]:
@@ -381,16 +390,16 @@ def _ray_groups(app_name: str) -> Groups:
     return {name: pids for name, pids in groups.items() if pids}
 
 
-def _wait_for_floor(url: str, body: Mapping[str, Any]) -> None:
-    until_s = time.monotonic() + 60.0
+def _wait_for_floor(server: Server) -> None:
+    until_s = time.monotonic() + MOST_REST_S
     while True:
         try:
-            _post(url, {**body, "prompt": free_model.prompt(0, 0), "max_tokens": 1})
+            _post(server.url, {**server.body, "prompt": free_model.prompt(0, 0), "max_tokens": 1})
             return
         except OSError:
             if time.monotonic() >= until_s:
                 raise
-            time.sleep(0.2)
+            time.sleep(REST_S)
 
 
 # -- other servers -------------------------------------------------------------------------------------------------
@@ -402,8 +411,7 @@ def _against(option: str, is_chat: bool) -> tuple[str, bool, Server]:
     url, _, model = address.partition("#")
     url = url.rstrip("/").removesuffix("/v1")
     model = model or served_model(url)
-    path = "/v1/chat/completions" if is_chat else "/v1/completions"
-    prompt = free_model.prompt(0, 0)
+    path, prompt = _path(is_chat), free_model.prompt(0, 0)
     asked = {"messages": [{"role": "user", "content": prompt}]} if is_chat else {"prompt": prompt}
     body: dict[str, Any] = {"model": model, "temperature": 0, "ignore_eos": True, **asked, "max_tokens": 8}
     try:

@@ -4,8 +4,12 @@ Reads a job from standard input and writes what it saw to standard output, both 
 per completion, whose chunks are taken apart here, so that a token costs this process some tens of microseconds.
 
 First completions are of all lengths, so that from then on some end and begin all the time. Counting begins when every
-stream has had a token, and after a time; streams under way at the end are cut. What a stream has said is checked as it
-comes: against the free model's known text, or of other models against what the same prompt was answered before.
+stream has had a token, and after a time. What a stream has said is checked: against the free model's known text, or of
+other models against what the same prompt was answered before.
+
+Several tokens may come as one text. Of the free model each character is a token, and streams under way at the end are
+cut. Of other models a stream's tokens are those that its usage says, by the share of its text that came while it was
+counted; so they go on to their ends.
 """
 
 from __future__ import annotations
@@ -75,7 +79,7 @@ class Seen:
     gaps: Counter[int] = field(default_factory=Counter)
     ttfts_s: list[float] = field(default_factory=list)
     tpots_s: list[float] = field(default_factory=list)  # of streams that ended, each the mean over its tokens
-    began_s: float = 0.0
+    began_s: float = 0.0  # 0: what comes is not counted
 
 
 @dataclass(kw_only=True)
@@ -84,8 +88,7 @@ class Verdict:
 
     num_whole: int = 0
     num_cut: int = 0
-    whole_chars: int = 0
-    whole_tokens: int = 0
+    counted_tokens: float = 0.0  # of whole ones, as their usage and their texts say
     wrong: Counter[str] = field(default_factory=Counter)
     num_other_texts: int = 0  # whole ones that are not what the same prompt was answered before
     texts: dict[str, str] = field(default_factory=dict)  # by prompt, the longest
@@ -114,9 +117,10 @@ class Load:
             self.seen = seen = Seen(began_s=time.perf_counter())
             await asyncio.sleep(self._job.seconds)
             self.seen, self._is_over = Seen(), True
-        self.verdict.num_cut = len(self._streams)
-        for stream in list(self._streams.values()):
-            stream.cut()
+        if self._job.prompts is None:
+            self.verdict.num_cut = len(self._streams)
+            for stream in list(self._streams.values()):
+                stream.cut()
         await asyncio.gather(*clients)
         return self._result(seen, use)
 
@@ -157,9 +161,8 @@ class Load:
     def _whole(self, stream: Stream, prompt: str) -> None:
         verdict = self.verdict
         verdict.num_whole += 1
-        if stream.usage is not None:
-            verdict.whole_tokens += stream.usage["completion_tokens"]
-            verdict.whole_chars += stream.num_chars
+        if stream.usage is not None and stream.num_chars:
+            verdict.counted_tokens += stream.usage["completion_tokens"] * stream.num_counted_chars / stream.num_chars
         if self._job.prompts is not None:
             text, before = "".join(stream.texts), verdict.texts.get(prompt, "")
             verdict.num_other_texts += not (text.startswith(before) or before.startswith(text))
@@ -169,9 +172,7 @@ class Load:
 
     def _result(self, seen: Seen, use: CpuUse) -> dict[str, Any]:
         verdict, seconds = self.verdict, use.used.seconds
-        per_char = verdict.whole_tokens / verdict.whole_chars if verdict.whole_chars else None
-        # Several tokens may come as one text: of models other than the free one their number goes by the length.
-        num_tokens = seen.num_chars * (1.0 if self._job.prompts is None else (per_char or 0.0)) or seen.num_texts
+        num_tokens = seen.num_chars if self._job.prompts is None else (verdict.counted_tokens or seen.num_texts)
         return {
             "seconds": seconds,
             "tokens": num_tokens,
@@ -199,7 +200,7 @@ class Stream(asyncio.Protocol):
         self._request = request
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.texts: list[str] = []
-        self.num_chars = 0
+        self.num_chars = self.num_counted_chars = 0
         self.usage: dict[str, int] | None = None
         self.is_cut = False
         self._status: int | None = None
@@ -308,7 +309,7 @@ class Stream(asyncio.Protocol):
         if self._first_s == 0.0:
             self._first_s = now_s
             self._load.has_begun(self._client)
-            if self._sent_s >= seen.began_s > 0:
+            if seen.began_s and self._sent_s >= seen.began_s:
                 seen.ttfts_s.append(now_s - self._sent_s)
         else:
             seen.gaps[round((now_s - self._last_s) * TENTHS_OF_MS)] += 1
@@ -316,6 +317,7 @@ class Stream(asyncio.Protocol):
         self._last_s = now_s
         self.texts.append(text)
         self.num_chars += len(text)
+        self.num_counted_chars += len(text) if seen.began_s else 0
         seen.num_chars += len(text)
         seen.num_texts += 1
 
