@@ -9,7 +9,7 @@ and 256 streams of 300 tokens; and `--model`, with 16 streams of 64 tokens. Side
 - floor 1, floor 8: a Serve application of two deployments that streams constants, one or eight tokens an item: what
   Ray's own path allows from a replica through ingress and proxy (free model only);
 - every `--against NAME=URL`: an OpenAI-compatible server that runs already and serves one of the two models. Which one
-  is found out by asking it. The free model for it: `python -m benchmarks.free_model DIR`.
+  is found out by asking it. `--save DIR` writes both as checkpoints that such a server can load.
 
 TTFT and times between tokens (ITL) are as the client sees them; of the engine they are a request's own TTFT, and the
 time from step to step. TPOT is a request's mean over its tokens. CPU milliseconds a token are of the server's
@@ -47,11 +47,13 @@ from benchmarks.noise import NoiseReport, pace_spread, paces_s
 from deployments.commands.local_cluster import ClusterConfig, local_cluster
 from deployments.commands.serving import base_urls, deployed, free_port, served_model, wait_until_serving
 from deployments.config import IMPORT_PATH, INGRESS_NAME, REPLICA_NAME, AppArgs
+from selectn_core.config import ModelConfig
 from selectn_core.device import resolve_kind
 from selectn_core.engine.engine import Engine
 from selectn_core.requests.handle import RequestHandle
 from selectn_core.requests.sampling import SamplingParams
 from selectn_core.start import load_unsteered_engine
+from selectn_core.weights.checkpoint import load_model
 
 FREE, NO_MODEL = "free", "none"
 APP_NAME, FLOOR_NAME = "selectn", "floor"
@@ -110,9 +112,12 @@ def main() -> int:
             ("--rounds", {"type": int, "help": "of all sides (default: 3; quick: 1)"}),
             ("--chat", {"action": "store_true", "help": "chat completions in place of completions"}),
             ("--args", {"type": json.loads, "default": {}, "metavar": "JSON", "help": ARGS}),
+            ("--save", {"type": Path, "metavar": "DIR", "help": "write DIR/free and DIR/model, and measure nothing"}),
             ("--sides", {"nargs": "*", "help": "only these: engine, ours, 'floor 1', 'floor 8', names of --against"}),
         ],
     )
+    if arguments.save is not None:
+        return _save(arguments.model, arguments.save)
     before_s = paces_s()
     against = [_against(each, arguments.chat) for each in arguments.against]
     samples: list[dict[str, Any]] = []
@@ -130,6 +135,14 @@ def main() -> int:
         pace_spread=pace_spread([*before_s, *paces_s()]),
     )
     return finish(arguments, "measured on the CPU", samples, _checks(samples, list(FLOORS)), noise)
+
+
+def _save(source: str, directory: Path) -> int:
+    free_model.save(directory / "free")
+    loaded = load_model(ModelConfig(source=source, dtype="float32"))
+    loaded.model.save_pretrained(directory / "model")
+    loaded.tokenizer.save_pretrained(directory / "model")
+    return 0
 
 
 AGAINST = "a server that runs already, to be measured in turn with ours (may be given several times)"

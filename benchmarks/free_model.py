@@ -4,14 +4,11 @@ A Llama of 4 layers, hidden size 256, float32, with seeded random weights and a 
 so that every character of `CYCLE` is followed by the next one, and the last by the first, whatever the batch: the
 layers add to that too little to change it. Each token is one character, so that a text shows by itself whether one
 of its tokens was lost, doubled, or came out of order.
-
-`python -m benchmarks.free_model DIR` saves it, for a server that is measured beside ours.
 """
 
 from __future__ import annotations
 
 import string
-import sys
 from pathlib import Path
 
 CYCLE = string.ascii_letters + string.digits + "-_"
@@ -67,7 +64,3 @@ def save(directory: Path) -> Path:
     model.save_pretrained(directory)
     fast.save_pretrained(directory)
     return directory
-
-
-if __name__ == "__main__":
-    save(Path(sys.argv[1]))

@@ -227,7 +227,7 @@ class Stream(asyncio.Protocol):
 
     def wrong_at_its_end(self) -> str | None:
         """What a whole answer would have that this one has not."""
-        if self._status != 200 or not self._is_done:
+        if self._status != 200 or not self._is_done or self._finish_reason is None:
             return f"broken off, status {self._status}"
         if self._is_free and (self.num_chars != self._num_tokens or self._finish_reason != "length"):
             return f"{self._finish_reason or 'no reason'} after another number of tokens than asked for"
@@ -280,17 +280,23 @@ class Stream(asyncio.Protocol):
                 break
             if end > at:  # else what ends the chunk before
                 self._left = int(buffer[at:end], 16)
+                if not self._left:
+                    self._end()
             at = end + 2
         self._buffer = buffer[at:]
         return b"".join(parts).replace(b"\r", b"")
+
+    def _end(self) -> None:
+        """At the last event that OpenAI's servers send, or the last chunk of those that leave it out."""
+        self._is_done = True
+        self._transport.close()
 
     def _take(self, event: bytes, now_s: float) -> None:
         data = event.strip().removeprefix(b"data:").strip()
         if not data or data.startswith(b":"):
             return
         if data == b"[DONE]":
-            self._is_done = True
-            self._transport.close()
+            self._end()
             return
         fields = json.loads(data)
         if "error" in fields:

@@ -50,7 +50,7 @@ def swapped(asked: dict[str, Any]) -> list[str]:
 
 
 def broken_off(asked: dict[str, Any]) -> list[str]:
-    return whole(asked)[:-1]
+    return whole(asked)[:-3]
 
 
 def too_short(asked: dict[str, Any]) -> list[str]:
