@@ -141,7 +141,8 @@ def _save(source: str, directory: Path) -> int:
     free_model.save(directory / "free")
     loaded = load_model(ModelConfig(source=source, dtype="float32"))
     loaded.model.save_pretrained(directory / "model")
-    loaded.tokenizer.save_pretrained(directory / "model")
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(directory / "model")
     return 0
 
 

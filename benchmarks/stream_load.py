@@ -144,7 +144,7 @@ class Load:
         url = urlsplit(self._job.url)
         stream = Stream(self, client, num_tokens, self._job.prompts is None, self._job.request(prompt, num_tokens))
         try:
-            await asyncio.get_running_loop().create_connection(lambda: stream, url.hostname, url.port)
+            await asyncio.get_running_loop().create_connection(lambda: stream, url.hostname or "", url.port or 80)
         except OSError:
             self.verdict.wrong["no connection"] += 1
             return False
