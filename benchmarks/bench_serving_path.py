@@ -14,7 +14,8 @@ and 256 streams of 300 tokens; and `--model`, with 16 streams of 64 tokens. Side
 TTFT and times between tokens (ITL) are as the client sees them; of the engine they are a request's own TTFT, and the
 time from step to step. TPOT is a request's mean over its tokens. CPU milliseconds a token are of the server's
 processes, `load` is the load generator; everybody shares the machine's cores. `replica` without its busiest thread,
-which is the engine's, is what the replica does besides; an engine in a process of its own counts as `engine`.
+which is the engine's, is what the replica does besides (with more compute threads than one, their work as well); an
+engine in a process of its own counts as `engine`.
 
 Every stream of the free model is checked, token by token: nothing lost, doubled or out of order. An hour of it:
 `--streams 64 --model none --sides ours --rounds 1 --seconds 3600`.
@@ -35,7 +36,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -132,7 +133,7 @@ def main() -> int:
                 samples += _measure(settings, sides, arguments.rounds or _num_rounds(arguments.quick))
     _print(samples)
     noise = NoiseReport(
-        taken_share=max(sample["taken_share"] for sample in samples),
+        taken_share=mean(sample["taken_share"] for sample in samples),
         pace_spread=pace_spread([*before_s, *paces_s()]),
     )
     return finish(arguments, "measured on the CPU", samples, _checks(samples, list(FLOORS)), noise)
