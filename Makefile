@@ -50,6 +50,7 @@ bench: $(READY)  ## Run every benchmark; results go to build/
 	$(BIN)/python -m benchmarks.bench_overload --json build/bench_overload.json
 	$(BIN)/python -m benchmarks.bench_recovery --json build/bench_recovery.json
 	$(BIN)/python -m benchmarks.bench_edge --json build/bench_edge.json
+	$(BIN)/python -m benchmarks.bench_serving_path --json build/bench_serving_path.json
 
 gpu-check: $(READY)  ## On a machine with CUDA: device contract, token identity and bench_interval, one table
 	$(BIN)/python -m benchmarks.gpu_check

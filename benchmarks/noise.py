@@ -45,23 +45,22 @@ class NoiseWatch:
     """Watches while the `with` block lasts; children that it has waited for are its own, and no noise."""
 
     def __enter__(self) -> NoiseWatch:
-        self._paces_s = _paces_s()
-        self._started_s, self._busy_s, self._own_s = time.perf_counter(), _busy_s(), _own_s()
+        self._paces_s = paces_s()
+        self._started_s, self._busy_s, self._own_s = time.perf_counter(), busy_s(), _own_s()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         available_s = (time.perf_counter() - self._started_s) * (os.cpu_count() or 1)
-        taken_s = (_busy_s() - self._busy_s) - (_own_s() - self._own_s)
-        paces_s = [*self._paces_s, *_paces_s()]
+        taken_s = (busy_s() - self._busy_s) - (_own_s() - self._own_s)
         self.report = NoiseReport(
             taken_share=max(0.0, taken_s / available_s),
-            pace_spread=quantiles(paces_s, n=10)[-1] / median(paces_s),
+            pace_spread=pace_spread([*self._paces_s, *paces_s()]),
         )
 
 
-def _busy_s() -> float:
+def busy_s() -> float:
     """CPU time that anybody had, a hypervisor's other guests included, since the machine started."""
     times = psutil.cpu_times()
     return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
@@ -72,8 +71,14 @@ def _own_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _paces_s() -> list[float]:
+def paces_s() -> list[float]:
+    """How long one fixed piece of work takes, again and again."""
     return [_pace_s() for _ in range(_NUM_PACES)]
+
+
+def pace_spread(paces_s: list[float]) -> float:
+    """The ninth decile of these times over their median."""
+    return quantiles(paces_s, n=10)[-1] / median(paces_s)
 
 
 def _pace_s() -> float:
