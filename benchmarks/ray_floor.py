@@ -8,6 +8,7 @@ asked for. `per_item` in the body is how many tokens one item of the stream from
 
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -19,11 +20,10 @@ from deployments.neighbours import NUM_CPUS
 from deployments.ray_private import bind_replica_to_node_address
 
 MAX_ONGOING_REQUESTS = 10_000
-OPTIONS = {"max_ongoing_requests": MAX_ONGOING_REQUESTS, "ray_actor_options": {"num_cpus": NUM_CPUS}}
+OPTIONS: dict[str, Any] = {"max_ongoing_requests": MAX_ONGOING_REQUESTS, "ray_actor_options": {"num_cpus": NUM_CPUS}}
 HEAD = {"id": f"cmpl-{'0' * 32}", "object": "text_completion", "created": 1_700_000_000, "model": "floor"}
 
 
-@serve.deployment(name="FloorReplica", **OPTIONS)
 class FloorReplica:
     """Streams constants."""
 
@@ -42,7 +42,6 @@ class FloorReplica:
         yield "data: [DONE]\n\n"
 
 
-@serve.deployment(name="FloorIngress", **OPTIONS)
 class FloorIngress:
     """Passes on what the replica streams."""
 
@@ -60,4 +59,5 @@ def _event(**fields: object) -> str:
     return f"data: {json.dumps({**HEAD, **fields}, separators=(',', ':'))}\n\n"
 
 
-app = FloorIngress.bind(FloorReplica.bind())
+replica = serve.deployment(FloorReplica, name="FloorReplica", **OPTIONS)
+app = serve.deployment(FloorIngress, name="FloorIngress", **OPTIONS).bind(replica.bind())

@@ -18,7 +18,8 @@ Answer = Callable[[dict[str, Any]], list[str]]
 def whole(asked: dict[str, Any]) -> list[str]:
     """Events of a right answer, of one and of two tokens."""
     text = free_model.continuation(asked["prompt"], asked["max_tokens"])
-    pieces, at = [], 0
+    pieces: list[str] = []
+    at = 0
     while at < len(text):
         pieces.append(text[at : at + 1 + len(pieces) % 2])
         at += len(pieces[-1])
