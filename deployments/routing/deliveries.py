@@ -92,8 +92,9 @@ class Deliveries:
             inbox.fail(DeliveryLost("the connection to a replica has ended"))
 
     def _connect(self, outlet: Outlet) -> None:
-        is_too_soon = time.monotonic() - self._failed_s.get(outlet, -CONNECT_AGAIN_S) < CONNECT_AGAIN_S
-        if outlet not in self._outlets and outlet not in self._connecting and not is_too_soon:
+        since_s = time.monotonic() - CONNECT_AGAIN_S
+        self._failed_s = {each: failed_s for each, failed_s in self._failed_s.items() if failed_s > since_s}
+        if not any(outlet in those for those in (self._outlets, self._connecting, self._failed_s)):
             self._connecting[outlet] = asyncio.ensure_future(self._connected(outlet))
 
     async def _connected(self, outlet: Outlet) -> None:
