@@ -60,7 +60,8 @@ class RequestLimits(Strict):
     A body has `max_body_bytes` at most, and comes within `body_timeout_s`.
     `default_max_tokens` is what a chat request gets that names no max_tokens, if the model's length allows. Of requests
     that find no room `max_queued_requests` wait in each ingress, no longer than `admission_timeout_s`, and with
-    `refuse_late` no longer than `slo.ttft_ms` allows. API keys, lines of "name key", are in a file and in an
+    `refuse_late` no longer than `slo.ttft_ms` allows. The streams of an ingress share `stream_writes_per_s`; null: each
+    text is written as it comes. API keys, lines of "name key", are in a file and in an
     environment variable of that name, on the nodes where the ingress runs; without any everybody may ask.
     """
 
@@ -70,6 +71,7 @@ class RequestLimits(Strict):
     max_queued_requests: Annotated[int, Bounds(at_least=0, at_most=1 << 20)] = 256
     admission_timeout_s: Annotated[float, Bounds(above=0, at_most=86_400)] = 30.0
     refuse_late: bool = True
+    stream_writes_per_s: Annotated[float | None, Bounds(above=0, at_most=1e6)] = 500.0
     api_keys_file: str | None = None
     api_keys_env: str | None = None
 

@@ -51,6 +51,7 @@ class GenerateRequest:
     `ttft_ms` and `tpot_ms` are the request's own latency objectives; None: the server's.
     `origin` names the caller among those that share the replicas, `sequence` the request among the caller's.
     `waited_s`: since it came to the caller, of which the time to its first token counts.
+    `inbox` is where the caller wants the text, by its connection to the replica; 0: by the call itself.
     """
 
     request_id: str
@@ -63,6 +64,16 @@ class GenerateRequest:
     origin: str = ""
     sequence: int = 0
     waited_s: float = 0.0
+    inbox: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlet:
+    """Where a replica delivers text to callers that connect and show `secret`."""
+
+    host: str
+    port: int
+    secret: str = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +87,22 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """The first message of a request that was taken: sent before there is a token."""
+    """The first message of a request that was taken: sent before there is a token.
+
+    With `connection` nothing more comes by this call: that connection of the caller's brings the rest. Without, the
+    caller may connect to `outlet`.
+    """
 
     num_prompt_tokens: int
+    outlet: Outlet | None = None
+    connection: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """The last message of a call whose caller is connected by now: that connection brings the rest."""
+
+    connection: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +121,7 @@ class Finished:
     error: str | None = None
 
 
-GenerateMessage = Refused | Accepted | Delta | Finished
+GenerateMessage = Refused | Accepted | Moved | Delta | Finished
 
 
 @dataclass(frozen=True, kw_only=True)

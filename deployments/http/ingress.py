@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Depends, FastAPI, Header
@@ -34,6 +35,7 @@ from deployments.http.api_keys import ApiKeys, load_api_keys
 from deployments.http.body import BodyReader
 from deployments.http.draining import OrderlyEnd, Stopping
 from deployments.http.responses import ChatWriter, CompletionWriter, Writer, sse_events, whole_response
+from deployments.http.write_budget import WriteBudget
 from deployments.messages import ChatMessage, GenerateRequest, ModelCard
 from deployments.ray_private import bind_replica_to_node_address, when_told_to_stop
 from deployments.routing.admission import Admission, AdmissionConfig
@@ -78,7 +80,7 @@ class Ingress:
             timeout_s=limits.admission_timeout_s,
             model_names=possible_names(model),
         )
-        self._service, self._admission = Service(client), admission
+        self._service, self._admission = Service(client, WriteBudget(limits.stream_writes_per_s)), admission
         self._limits = limits
 
     async def snapshot(self) -> dict[str, Any]:
@@ -107,8 +109,8 @@ class Ingress:
 class Service:
     """What the routes do, apart from HTTP routing."""
 
-    def __init__(self, replicas: ReplicaClient) -> None:
-        self._replicas = replicas
+    def __init__(self, replicas: ReplicaClient, budget: WriteBudget) -> None:
+        self._replicas, self._budget = replicas, budget
 
     async def chat(self, body: ChatCompletionRequest, key: str) -> Response | ChatCompletion:
         """POST /v1/chat/completions, for whom the API key belongs to."""
@@ -161,7 +163,8 @@ class Service:
         async def read(generation: Generation) -> Any:
             if not body.stream:
                 return await whole_response(generation, writer)
-            return _event_stream(generation, writer, include_usage=body.include_usage)
+            events = sse_events(generation, writer, include_usage=body.include_usage, budget=self._budget)
+            return _event_stream(events)
 
         return await self._replicas.generate(request, read, key=key, priority=body.priority)
 
@@ -253,9 +256,9 @@ def body_schema(kind: type[Request]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": whole(schema)}}}}
 
 
-def _event_stream(generation: Generation, writer: Writer, *, include_usage: bool) -> StreamingResponse:
+def _event_stream(events: AsyncIterator[str]) -> StreamingResponse:
     return StreamingResponse(
-        sse_events(generation, writer, include_usage=include_usage),
+        events,
         media_type="text/event-stream",
         # Proxies such as nginx hold a response back until it is complete unless told otherwise.
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from json.encoder import encode_basestring
+from math import inf
 from typing import Protocol
 
 from pydantic import BaseModel
@@ -22,6 +25,7 @@ from deployments.api.protocol import (
     Usage,
     now_unix_s,
 )
+from deployments.http.write_budget import WriteBudget
 from deployments.messages import Delta
 from deployments.routing.replica_client import Generation, completed_reason
 
@@ -92,10 +96,23 @@ class CompletionWriter:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
 
+class PieceEvents:
+    """The events of a stream's text: as `Writer.piece` has them, with all but the text formatted once."""
+
+    def __init__(self, writer: Writer) -> None:
+        mark = uuid.uuid4().hex
+        self._begin, self._end = _event(writer.piece(mark)).split(f'"{mark}"')
+
+    def event(self, text: str) -> str:
+        """The event that says `text`."""
+        return f"{self._begin}{_one_line(encode_basestring(text))}{self._end}"
+
+
 async def whole_response(generation: Generation, writer: Writer) -> BaseModel:
     """The response once the generation is finished. Raises ApiError if it fails."""
     text = []
     async with aclosing(generation.messages) as messages:
+        messages.hold(inf)
         async for message in messages:
             if isinstance(message, Delta):
                 text.append(message.text)
@@ -105,31 +122,44 @@ async def whole_response(generation: Generation, writer: Writer) -> BaseModel:
     raise internal()
 
 
-async def sse_events(generation: Generation, writer: Writer, *, include_usage: bool) -> AsyncIterator[str]:
-    """The response as server-sent events. A failure becomes the last event: the 200 is long sent."""
+async def sse_events(
+    generation: Generation, writer: Writer, *, include_usage: bool, budget: WriteBudget
+) -> AsyncIterator[str]:
+    """The response as server-sent events, one or more to a write. A failure becomes the last: the 200 is long sent."""
     try:
-        async with aclosing(_chunks(generation, writer, include_usage)) as chunks:
-            async for chunk in chunks:
-                yield _event(chunk)
-        yield DONE
+        with budget.stream():
+            async with aclosing(_writes(generation, writer, include_usage, budget)) as writes:
+                async for write in writes:
+                    yield write
     except ApiError as error:
         yield _event(error.body())
 
 
-async def _chunks(generation: Generation, writer: Writer, include_usage: bool) -> AsyncGenerator[BaseModel, None]:
+async def _writes(
+    generation: Generation, writer: Writer, include_usage: bool, budget: WriteBudget
+) -> AsyncGenerator[str, None]:
+    """The first text is written at once, the next in its turn with all that has come by then, and the end at once."""
     opening = writer.opening()
-    if opening is not None:
-        yield opening
+    before, pieces = _event(opening) if opening is not None else "", PieceEvents(writer)
     async with aclosing(generation.messages) as messages:
         async for message in messages:
             if isinstance(message, Delta):
-                yield writer.piece(message.text)
+                before += pieces.event(message.text)
+                if not messages.has_end:
+                    yield before
+                    before = ""
+                    messages.hold(budget.next_s())
                 continue
-            yield writer.closing(completed_reason(message))
+            events = [before, _event(writer.closing(completed_reason(message)))]
             if include_usage:
-                yield writer.usage(Usage.of(generation.num_prompt_tokens, message.num_output_tokens))
+                events.append(_event(writer.usage(Usage.of(generation.num_prompt_tokens, message.num_output_tokens))))
+            yield "".join([*events, DONE])
+            return
 
 
 def _event(body: BaseModel) -> str:
-    data = body.model_dump_json()
-    return f"data: {data if data.isascii() else data.translate(LINE_ENDS)}\n\n"
+    return f"data: {_one_line(body.model_dump_json())}\n\n"
+
+
+def _one_line(data: str) -> str:
+    return data if data.isascii() else data.translate(LINE_ENDS)

@@ -11,11 +11,12 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import serve
 
 from cluster.node.telemetry import TelemetryConfig
@@ -25,9 +26,6 @@ from deployments.declared import apply_declared, declared
 from deployments.messages import (
     Accepted,
     ChatMessage,
-    Delta,
-    EndReason,
-    Finished,
     GenerateMessage,
     GenerateRequest,
     ModelCard,
@@ -36,11 +34,13 @@ from deployments.messages import (
 )
 from deployments.prompt_length import text_bound
 from deployments.ray_private import bind_replica_to_node_address
-from deployments.replica.detokenizer import Detokenizer, StopStrings
+from deployments.replica.detokenizer import Detokenizer
 from deployments.replica.door import Door, Visit
 from deployments.replica.membership import open_member
+from deployments.replica.outlet import OutletServer
 from deployments.replica.prompting import PromptEncoder
 from deployments.replica.report import replica_report, served_fields
+from deployments.replica.streams import RequestText, Streams
 from deployments.routing.prefixes import RecentPrefixes, prefix_hashes
 from deployments.routing.sizing import prompt_bytes
 from selectn_core.config import EngineConfig, SloConfig
@@ -57,7 +57,6 @@ from selectn_core.errors import (
 # module in a process of its own, takes seconds less without them.
 if TYPE_CHECKING:
     from selectn_core.engine.engine import Engine
-    from selectn_core.requests.handle import RequestHandle
     from selectn_core.requests.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -79,6 +78,7 @@ class SelectNReplica:
         self._is_configured = False
         self._user_config_problem: str | None = None
         self._default_max_tokens = default_max_tokens
+        self._outlet = OutletServer()
         self._member, _ = await asyncio.gather(
             asyncio.to_thread(open_member, cluster, telemetry, num_sharing=config.offload.num_sharing),
             asyncio.to_thread(import_module, "selectn_core.start"),  # which takes as long
@@ -98,10 +98,12 @@ class SelectNReplica:
             max_waiting=config.batch.max_waiting,
             longest=self._engine.max_model_len,
         )
+        await self._outlet.open(ray.util.get_node_ip_address())
+        self._streams = Streams(self._outlet, stepped=self._door.progressed)
         logger.info("serving %s", self._engine.model_name)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateMessage]:
-        """Refused, or Accepted, Delta..., Finished. Abandoning the iterator cancels the request."""
+        """Refused, or Accepted and what `Stream.messages` says. Abandoning the iterator cancels the request."""
         came_s = time.monotonic()
         if request.model not in ("", self._engine.model_name):  # its caller has not heard yet who serves what
             yield Refused(kind="unavailable", message=f"this replica does not serve the model '{request.model}'")
@@ -123,11 +125,15 @@ class SelectNReplica:
                 )
                 visit.num_generated = lambda: handle.num_tokens
                 try:
-                    yield Accepted(num_prompt_tokens=handle.num_prompt_tokens)
-                    detokenizer = Detokenizer(self._tokenizer, prompt_ids)
-                    async for message in text_messages(handle, detokenizer, StopStrings(request.stop)):
-                        self._door.progressed()
-                        yield message
+                    text = RequestText(handle, Detokenizer(self._tokenizer, prompt_ids), request.stop)
+                    with closing(self._streams.open(text, request)) as stream:
+                        yield Accepted(
+                            num_prompt_tokens=handle.num_prompt_tokens,
+                            outlet=self._outlet.outlet if request.inbox else None,
+                            connection=stream.connection,
+                        )
+                        async for message in stream.messages():
+                            yield message
                 finally:
                     # A client that went away, a stop string, or nothing: cancelling a finished request is harmless.
                     handle.cancel()
@@ -236,6 +242,7 @@ class SelectNReplica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             self._door.close()
+            await self._outlet.close()
             await asyncio.to_thread(_close, engine, self._member)
             self._prompts.close()
 
@@ -278,27 +285,6 @@ def require_replica(wanted: str | None, own: str) -> None:
         )
 
 
-async def text_messages(
-    handle: RequestHandle, detokenizer: Detokenizer, stop_strings: StopStrings
-) -> AsyncIterator[Delta | Finished]:
-    """A request's token events as text, ending early where a stop string is met."""
-    num_output_tokens = 0
-    async for event in handle:
-        num_output_tokens += len(event.token_ids)
-        text = detokenizer.push(event.token_ids)
-        if event.finish_reason is not None:
-            text += detokenizer.finish()
-        text, stopped = stop_strings.push(text)
-        if event.finish_reason is not None and not stopped:
-            text += stop_strings.finish()
-        if text:
-            yield Delta(text=text)
-        if stopped:
-            handle.stop()
-        if stopped or event.finish_reason is not None:
-            reason = "stop" if stopped else event.finish_reason
-            yield Finished(reason=cast(EndReason, reason), num_output_tokens=num_output_tokens, error=event.error)
-            return
 
 
 def _body_field(error: RequestError, request: GenerateRequest) -> str | None:

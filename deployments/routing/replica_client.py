@@ -26,6 +26,8 @@ from deployments.messages import (
 )
 from deployments.routing.admission import Admission, Turn
 from deployments.routing.ask import Ask
+from deployments.routing.deliveries import Deliveries, DeliveryLost
+from deployments.routing.inbox import Inbox
 from deployments.routing.served_models import ServedModels
 from deployments.routing.sizing import PromptSizes
 
@@ -49,9 +51,11 @@ class ReplicaDied(ApiError):
 class Messages:
     """What is left of a generation: the first text, which is there, and whatever `rest` yields; then `aclose`."""
 
-    def __init__(self, first: Delta | Finished, rest: AsyncGenerator[Delta | Finished, None]) -> None:
+    def __init__(
+        self, first: Delta | Finished, rest: AsyncGenerator[Delta | Finished, None], inbox: Inbox | None = None
+    ) -> None:
         self._first: Delta | Finished | None = first
-        self._rest = rest
+        self._rest, self._inbox = rest, inbox
 
     def __aiter__(self) -> AsyncIterator[Delta | Finished]:
         return self
@@ -61,6 +65,16 @@ class Messages:
             first, self._first = self._first, None
             return first
         return await anext(self._rest)
+
+    def hold(self, until_s: float) -> None:
+        """The next text may be as late as that, by `time.monotonic`, and all that has come by then; the end may not."""
+        if self._inbox is not None:
+            self._inbox.hold(until_s)
+
+    @property
+    def has_end(self) -> bool:
+        """Whether the end is here: nothing more is waited for."""
+        return self._inbox is not None and self._inbox.has_end
 
     async def aclose(self) -> None:
         await self._rest.aclose()
@@ -91,6 +105,8 @@ class ReplicaClient:
         self._handle, self._admission, self._sizes = handle, admission, sizes
         self._stream_handle = handle.options(stream=True)
         self._ttft_s, self._timeout_s = ttft_s, timeout_s
+        self._deliveries = Deliveries(admission.origin)
+        self._readers: set[asyncio.Task[None]] = set()
         self.models = ServedModels(admission.shared, self._any_card, model_names)
 
     async def _any_card(self) -> ModelCard:
@@ -153,7 +169,8 @@ class ReplicaClient:
         while True:
             turn = await self._admission.enter(ask)
             turns.append(turn)
-            messages = self._messages(request, turn)
+            inbox = self._deliveries.open()
+            messages = self._messages(request, turn, inbox)
             try:
                 accepted = await anext(messages)
                 if isinstance(accepted, Accepted):
@@ -163,7 +180,9 @@ class ReplicaClient:
                     if isinstance(first, Finished):
                         completed_reason(first)  # raises while a failure still has a status of its own
                     turn.started()
-                    return Generation(num_prompt_tokens=accepted.num_prompt_tokens, messages=Messages(first, messages))
+                    return Generation(
+                        num_prompt_tokens=accepted.num_prompt_tokens, messages=Messages(first, messages, inbox)
+                    )
             except BaseException:
                 await messages.aclose()
                 raise
@@ -175,10 +194,10 @@ class ReplicaClient:
             await self._admission.news(NEXT_ATTEMPT_S)
             ask = ask.again()
 
-    async def _messages(self, request: GenerateRequest, turn: Turn) -> AsyncGenerator[Any, None]:
+    async def _messages(self, request: GenerateRequest, turn: Turn, inbox: Inbox) -> AsyncGenerator[Any, None]:
         """A replica's messages; closing this early cancels the request there. The place lasts as long."""
         waited_s = self._admission.now_s - turn.ask.arrived_s
-        numbered = replace(request, sequence=turn.sequence, waited_s=waited_s)
+        numbered = replace(request, sequence=turn.sequence, waited_s=waited_s, inbox=inbox.number)
         stream: DeploymentResponseGenerator[GenerateMessage] | None = None
         is_complete = False
         try:
@@ -187,13 +206,21 @@ class ReplicaClient:
                 first = await self._first(stream, turn)
             if isinstance(first, Accepted):
                 turn.begun()
+                self._deliveries.accepted(inbox, first)
             yield first
-            async for message in stream:
-                is_complete = isinstance(message, Finished)
-                yield message
+            reader = self._read_call(inbox, stream)
+            try:
+                while not is_complete:
+                    message = await inbox.take()
+                    is_complete = isinstance(message, Finished)
+                    yield message
+            finally:
+                if not is_complete:
+                    reader.cancel()
         except Exception as error:
             raise api_error(error) from error
         finally:
+            self._deliveries.close(inbox)
             try:
                 if stream is not None and not is_complete:
                     stream.cancel()
@@ -201,6 +228,13 @@ class ReplicaClient:
                 logger.debug("nothing to cancel: %s", type(error).__name__)
             finally:
                 turn.end()
+
+    def _read_call(self, inbox: Inbox, stream: DeploymentResponseGenerator[GenerateMessage]) -> asyncio.Task[None]:
+        """Reads the request's own call from here on, to its end, which may come after that of the text."""
+        reader = asyncio.create_task(self._deliveries.read_call(inbox, stream))
+        self._readers.add(reader)
+        reader.add_done_callback(self._readers.discard)
+        return reader
 
     async def _first(self, stream: DeploymentResponseGenerator[GenerateMessage], turn: Turn) -> GenerateMessage:
         """Accepted or Refused: a replica that is full lets the request wait at its door, until its deadline."""
@@ -240,7 +274,7 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, BackPressureError):
         return overloaded()
-    if isinstance(error, RayActorError):
+    if isinstance(error, RayActorError | DeliveryLost):
         logger.warning("a replica is unavailable: %s", type(error).__name__)
         return ReplicaDied()
     if isinstance(error, DeploymentUnavailableError):

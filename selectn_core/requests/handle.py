@@ -175,16 +175,27 @@ class RequestHandle:
             if event.finish_reason is not None:
                 return
 
+    def take(self) -> list[TokenEvent]:
+        """The events that are there and that no reader has had yet. Does not wait; for readers that do not iterate."""
+        with self._changed:
+            events = list(self._events)
+            self._events.clear()
+        return events
+
+    def when_pushed(self, wake: Callable[[], None] | None) -> None:
+        """Has `wake` called after each event, on the engine's thread, and now if one is there; None: no more."""
+        with self._changed:
+            self._wake = wake
+            if wake is not None and self._events:
+                wake()
+
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-        with self._changed:
-            self._wake = lambda: _wake(loop, arrived)
+        self.when_pushed(lambda: _wake(loop, arrived))
         try:
             while True:
                 arrived.clear()
-                with self._changed:
-                    events = list(self._events)
-                    self._events.clear()
+                events = self.take()
                 for event in events:
                     yield event
                     if event.finish_reason is not None:
@@ -192,8 +203,7 @@ class RequestHandle:
                 if not events:
                     await arrived.wait()
         finally:
-            with self._changed:  # not while push() is about to call it
-                self._wake = None
+            self.when_pushed(None)  # not while push() is about to call it
 
 
 def _wake(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -120,6 +121,24 @@ def test_the_wire_format_of_a_stream(http):
     assert lines[-1] == "data: [DONE]"
     assert json.loads(lines[0][6:])["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert json.loads(lines[-2][6:])["choices"][0]["delta"] == {}
+
+
+def test_many_streams_at_once_are_each_as_one_alone(client):
+    """Of different lengths, so that they end while others run; characters of several tokens are cut by steps."""
+    prompts = [f"{index} {PROMPT} ろ🦊" for index in range(32)]
+
+    def settings(index: int) -> dict:
+        return {**GREEDY, "prompt": prompts[index], "max_tokens": 8 + 3 * index}
+
+    def streamed(index: int) -> tuple[str, str]:
+        chunks = [chunk.choices[0] for chunk in client.completions.create(stream=True, **settings(index))]
+        assert {chunk.finish_reason for chunk in chunks[:-1]} == {None}
+        return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason
+
+    alone = [client.completions.create(**settings(index)).choices[0] for index in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(streamed, range(32)))
+    assert together == [(choice.text, choice.finish_reason) for choice in alone]
 
 
 def test_a_request_may_name_its_own_objectives(client):
