@@ -285,8 +285,6 @@ def require_replica(wanted: str | None, own: str) -> None:
         )
 
 
-
-
 def _body_field(error: RequestError, request: GenerateRequest) -> str | None:
     """The HTTP field at fault: a chat's prompt was made from its messages."""
     is_chat = any(isinstance(part, ChatMessage) for part in request.prompt)
