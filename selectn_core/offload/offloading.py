@@ -49,6 +49,7 @@ class Offloading:
         self._max_requests = config.batch.max_requests
         self._lock = threading.Lock()  # of what is aimed at
         self._served: frozenset[str] = frozenset()  # tickets of those that hold KV or may begin in the next step
+        self._is_leaving = False  # a request has just been cancelled, and computes one more step
 
     @property
     def plan(self) -> OffloadPlan:
@@ -120,6 +121,7 @@ class Offloading:
         if drops_unknown:
             for ticket in backlog.keys() - handles.keys():
                 self.batching.cancel(ticket)
+        self._is_leaving = drops_unknown and not progress.keys() <= handles.keys()
         step = control.admit(handles, progress, backlog)
         self._served = step.served
         return list(step.beginning)
@@ -157,6 +159,8 @@ class Offloading:
 
     def _follow_target(self) -> None:
         wanted = self._wanted_plan()
+        if self._is_leaving and self.target.kv_sectors(wanted) < self.target.kv_sectors(self.executor.plan):
+            return  # its KV may grow once more
         if wanted != self.executor.wanted:
             self.executor.request_plan(wanted)
         self.executor.apply_plan()

@@ -117,6 +117,16 @@ def test_any_sequence_of_plans_requests_and_cancellations(
     assert engine.arena.weight_bytes == 0
 
 
+def test_one_that_is_cancelled_as_a_step_is_planned_has_room_for_that_step() -> None:
+    """Layers that were away for its sake came home at once, and the next page that it needed was theirs."""
+    engine = build("phi3", prefix_sharing=False, kv_gib=0.0)
+    script = Script(engine, [("submit", 5, MOST_TOKENS - 1), *[("submit", 0, 0)] * 10, ("cancel", 0, 0)])
+    script.act()
+    with engine:
+        reasons = [reason for *_, reason in script.run()]
+    assert reasons == ["cancelled", *["length"] * 10]
+
+
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_layers_go_to_host_and_back_under_load_without_a_failed_request(family: str) -> None:
     engine = build(family, kv_tokens=80)
