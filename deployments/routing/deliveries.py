@@ -39,7 +39,7 @@ class Deliveries:
         self._inboxes: dict[int, Inbox] = {}
         self._last_calls: dict[int, asyncio.TimerHandle] = {}
         self._connections: dict[int, Connection] = {}  # those that are open, by number
-        self._outlets: dict[Outlet, int] = {}  # connected to, by this connection
+        self._outlets: set[Outlet] = set()  # connected to
         self._connecting: dict[Outlet, asyncio.Task[None]] = {}
         self._failed_s: dict[Outlet, float] = {}
 
@@ -115,7 +115,7 @@ class Deliveries:
     def joined(self, connection: Connection) -> None:
         """It is open."""
         self._connections[connection.number] = connection
-        self._outlets[connection.outlet] = connection.number
+        self._outlets.add(connection.outlet)
 
     def delivered(self, number: int, text: str, end: Finished | None) -> None:
         """Text has come for an inbox, which may have been closed by now."""
@@ -126,7 +126,7 @@ class Deliveries:
     def left(self, connection: Connection) -> None:
         """It is closed."""
         self._connections.pop(connection.number, None)
-        self._outlets.pop(connection.outlet, None)
+        self._outlets.discard(connection.outlet)
         for inbox in list(self._inboxes.values()):
             if inbox.connection == connection.number:
                 inbox.fail(DeliveryLost("the connection to a replica has ended"))

@@ -88,7 +88,7 @@ class Load:
 
     def sampling_in(self, shape: StepShape) -> StepShape:
         """This step with the same shares of those that decode in it sampling."""
-        if not self.sampled_share and not self.truncated_share:
+        if not self.sampled_share and not shape.num_sampled:
             return shape
         num_sampled, num_truncated = (
             math.ceil(share * shape.num_decodes) for share in (self.sampled_share, self.truncated_share)

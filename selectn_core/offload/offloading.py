@@ -48,8 +48,9 @@ class Offloading:
         self.link_share: LinkShare | None = None
         self._max_requests = config.batch.max_requests
         self._lock = threading.Lock()  # of what is aimed at
-        self._served: frozenset[str] = frozenset()  # tickets of those that hold KV or may begin in the next step
-        self._is_leaving = False  # a request has just been cancelled, and computes one more step
+        # Those that hold KV or may begin in the next step, by ticket. One that is cancelled meanwhile is among them: it
+        # computes that step, and the step counts on its memory.
+        self._served: dict[str, RequestHandle] = {}
 
     @property
     def plan(self) -> OffloadPlan:
@@ -109,6 +110,7 @@ class Offloading:
         `drops_unknown`: requests that only the batching knows are cancelled.
         """
         if self.target.is_urgent:
+            self._forget_ended()
             self._preempt_for(self._wanted_plan())
         beginning = self._may_begin(drops_unknown)
         self._follow_target()
@@ -121,9 +123,9 @@ class Offloading:
         if drops_unknown:
             for ticket in backlog.keys() - handles.keys():
                 self.batching.cancel(ticket)
-        self._is_leaving = drops_unknown and not progress.keys() <= handles.keys()
         step = control.admit(handles, progress, backlog)
-        self._served = step.served
+        known = {**self._served, **handles}
+        self._served = {ticket: known[ticket] for ticket in step.served if ticket in known}
         return list(step.beginning)
 
     def step_planned(self, shape: StepShape) -> None:
@@ -157,10 +159,15 @@ class Offloading:
         served = self._served
         return [handle for ticket, handle in self.requests.by_ticket().items() if ticket in served]
 
+    def _forget_ended(self) -> None:
+        """Those of the last step that hold nothing any more: no step counts on their memory."""
+        progress, handles = self.batching.progress(), self.requests.by_ticket()
+        self._served = {
+            ticket: handle for ticket, handle in self._served.items() if ticket in progress or ticket in handles
+        }
+
     def _follow_target(self) -> None:
         wanted = self._wanted_plan()
-        if self._is_leaving and self.target.kv_sectors(wanted) < self.target.kv_sectors(self.executor.plan):
-            return  # its KV may grow once more
         if wanted != self.executor.wanted:
             self.executor.request_plan(wanted)
         self.executor.apply_plan()
@@ -174,7 +181,7 @@ class Offloading:
 
         Of those that hold KV or may begin now: for one that only waits nothing has to move yet.
         """
-        longest = max((handle.max_total_tokens for handle in self.served()), default=0)
+        longest = max((handle.max_total_tokens for handle in self._served.values()), default=0)
         return self.target.with_kv(self.geometry.sectors_for_request(longest))
 
     def swap_is_cheaper(self, num_tokens: int, num_bytes: int, prefill_s_per_token: float | None) -> bool:

@@ -117,11 +117,27 @@ def test_any_sequence_of_plans_requests_and_cancellations(
     assert engine.arena.weight_bytes == 0
 
 
-def test_one_that_is_cancelled_as_a_step_is_planned_has_room_for_that_step() -> None:
-    """Layers that were away for its sake came home at once, and the next page that it needed was theirs."""
+@pytest.mark.parametrize("late", [False, True])
+def test_one_that_is_cancelled_as_a_step_is_planned_has_room_for_that_step(late: bool, monkeypatch: Any) -> None:
+    """Layers that were away for its sake came home at once, and the next page that it needed was theirs.
+
+    `late`: its client goes when requests have been looked at, as from another thread.
+    """
     engine = build("phi3", prefix_sharing=False, kv_gib=0.0)
-    script = Script(engine, [("submit", 5, MOST_TOKENS - 1), *[("submit", 0, 0)] * 10, ("cancel", 0, 0)])
+    submits = [("submit", 5, MOST_TOKENS - 1), *[("submit", 0, 0)] * 10]
+    script = Script(engine, [*submits, ("wait" if late else "cancel", 0, 0)])
     script.act()
+    control = engine.offloading.control
+    admit = control.admit
+
+    def admit_and_cancel(*args: Any) -> Any:
+        step = admit(*args)
+        if engine.steps.num_steps == 10:  # a page of four tokens is full
+            script.requests[0][2].cancel()
+        return step
+
+    if late:
+        monkeypatch.setattr(control, "admit", admit_and_cancel)
     with engine:
         reasons = [reason for *_, reason in script.run()]
     assert reasons == ["cancelled", *["length"] * 10]

@@ -106,6 +106,14 @@ async def a_replica() -> AsyncIterator[Replica]:
         await asyncio.sleep(0.01)  # its callers hear of that
 
 
+async def a_connected_ingress(replica: Replica) -> tuple[Ingress, outlets.Connection]:
+    ingress = Ingress(replica)
+    await ingress.connected()
+    connection = replica.server.connection("ingress")
+    assert connection is not None
+    return ingress, connection
+
+
 async def until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         await asyncio.sleep(0.002)
@@ -260,10 +268,7 @@ def test_an_ingress_that_reads_nothing_holds_no_other_one_up_and_grows_nothing(m
 def test_a_request_that_is_cancelled_leaves_nothing_in_the_outbox() -> None:
     async def check() -> None:
         async with a_replica() as replica:
-            ingress = Ingress(replica)
-            await ingress.connected()
-            connection = replica.server.connection("ingress")
-            assert connection is not None
+            ingress, connection = await a_connected_ingress(replica)
             connection.pause_writing()
             _, handle = await ingress.ask()
             handle.push(tokens("abc"))
@@ -282,10 +287,7 @@ def test_a_call_lasts_until_its_text_is_on_its_way() -> None:
 
     async def check() -> None:
         async with a_replica() as replica:
-            ingress = Ingress(replica)
-            await ingress.connected()
-            connection = replica.server.connection("ingress")
-            assert connection is not None
+            ingress, connection = await a_connected_ingress(replica)
             connection.pause_writing()
             inbox, handle = await ingress.ask()
             handle.push(ended(text="last words"))
