@@ -20,7 +20,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
@@ -30,7 +29,8 @@ from transformers.generation.continuous_batching.requests import (
 )
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
-from selectn_core.batching.attention import ATTENTION_NAME, make_segments
+from selectn_core.batching.attention import ATTENTION_NAME
+from selectn_core.batching.batch_inputs import BatchInputs
 from selectn_core.batching.kv_pages import KvPages, bytes_of_a_page_in_every_layer, kv_geometry, with_shapes
 from selectn_core.batching.kv_swap import KvSwap, SwapIsCheaper
 from selectn_core.batching.probe import KvShape
@@ -92,7 +92,6 @@ class ContinuousBatching:
         self._router = self._manager.output_router = _CallbackRouter(callbacks.on_output)
         self._processors = self._manager.logit_processor = SamplingProcessors()
         model.set_attn_implementation(ATTENTION_NAME)
-        self._segments_hook = model.register_forward_pre_hook(_add_segments, with_kwargs=True)
         with with_shapes(shapes):
             self._build_processor()
         self.pages = KvPages(self._processor.cache, device, num_sectors)
@@ -214,7 +213,6 @@ class ContinuousBatching:
         """Fails what is left, ends the generation thread and unhooks the model."""
         if self._manager.is_running():
             self._manager.stop(block=True, hard_stop=True)
-        self._segments_hook.remove()
         self._model.set_attn_implementation(self.plain_attention)
 
     # -- capacity -----------------------------------------------------------------------------------------------
@@ -276,6 +274,7 @@ class ContinuousBatching:
             self._end_step()
 
         processor.update_batch = update_and_record
+        BatchInputs(processor.inputs_and_outputs, processor.cache)
         self._processor = processor
 
     def _not_finite(self) -> set[str]:
@@ -395,23 +394,3 @@ def _new_manager(model: PreTrainedModel, config: BatchConfig, num_blocks: int) -
             auto_switch_to_flash=False,
         ),
     )
-
-
-def _add_segments(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Gives the attention of every layer its segments, computed once per step."""
-    cache: PagedAttentionCache | None = kwargs.get("cache")
-    if cache is None:
-        return None
-    query_bounds = kwargs["cu_seq_lens_q"].tolist()
-    by_type = {
-        name: make_segments(
-            query_bounds,
-            kwargs["cu_seq_lens_k"][name].tolist(),
-            sliding_window=getattr(allocator, "sliding_window", None),
-            device=kwargs["input_ids"].device,
-        )
-        for name, allocator in cache.cache_allocators.items()
-    }
-    num_layers = len(cache.layer_to_allocator)
-    kwargs["segments"] = [by_type[cache.layer_to_allocator[i].layer_type] for i in range(num_layers)]
-    return args, kwargs
