@@ -49,6 +49,7 @@ class Callbacks:
     KV may begin, in their turn (None: all that wait). `token_budget` then says how many of the tokens that a step may
     have it should have.
     `on_step_planned` comes when the next step is known and its inputs are not yet laid out: pages may still move.
+    `on_outputs` has what a step gave to all requests at once; failures may come beside.
     `swap_is_cheaper` decides, for a preempted request's tokens and bytes of KV, whether they go to host memory.
     """
 
@@ -56,7 +57,7 @@ class Callbacks:
     token_budget: Callable[[int], int]
     on_step_planned: Callable[[StepShape], None]
     on_step_done: Callable[[StepShape, float], None]
-    on_output: Callable[[GenerationOutput], None]
+    on_outputs: Callable[[Sequence[GenerationOutput]], None]
     swap_is_cheaper: SwapIsCheaper
 
 
@@ -89,7 +90,7 @@ class ContinuousBatching:
         # In transformers' blocks, of which sectors are no multiple: it may be one more, which is given back.
         num_blocks = max(1, math.ceil(num_sectors * self.geometry.sector_bytes / block_bytes))
         self._manager = _new_manager(model, config, num_blocks)
-        self._router = self._manager.output_router = _CallbackRouter(callbacks.on_output)
+        self._router = self._manager.output_router = _CallbackRouter(callbacks.on_outputs)
         self._processors = self._manager.logit_processor = SamplingProcessors()
         model.set_attn_implementation(ATTENTION_NAME)
         with with_shapes(shapes):
@@ -358,22 +359,22 @@ def _shape(batch: Sequence[FutureRequestState]) -> StepShape:
 
 
 class _CallbackRouter(OutputRouter):
-    """Hands every output to one callback on the generation thread."""
+    """Hands outputs to one callback on the generation thread, those of a step together."""
 
-    def __init__(self, on_output: Callable[[GenerationOutput], None]) -> None:
+    def __init__(self, on_outputs: Callable[[Sequence[GenerationOutput]], None]) -> None:
         super().__init__()
-        self._on_output = on_output
+        self._on_outputs = on_outputs
         self.not_finite: set[str] = set()  # of the step whose outputs come next, the requests that have failed
 
     def deliver(self, output: GenerationOutput) -> None:
-        if output.request_id in self.not_finite and output.error is None:
-            output.generated_tokens.pop()
-            output.error, output.status = NOT_FINITE, RequestStatus.FAILED
-        self._on_output(output)
+        self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        for output in outputs:
-            self.deliver(output)
+        for output in outputs if self.not_finite else ():
+            if output.request_id in self.not_finite and output.error is None:
+                output.generated_tokens.pop()
+                output.error, output.status = NOT_FINITE, RequestStatus.FAILED
+        self._on_outputs(outputs)
 
 
 def _new_manager(model: PreTrainedModel, config: BatchConfig, num_blocks: int) -> ContinuousBatchingManager:

@@ -47,7 +47,7 @@ from selectn_core.offload.synchronous import SynchronousExecutor
 from selectn_core.offload.target import Target
 from selectn_core.planning.record import Fingerprint, PerformanceRecord
 from selectn_core.requests.attainment import Attainment, Outcome
-from selectn_core.requests.handle import RequestHandle, TokenEvent
+from selectn_core.requests.handle import RequestHandle, TokenEvent, Wakes
 from selectn_core.requests.objectives import Objectives, requested_objectives
 from selectn_core.requests.sampling import SamplingParams
 from selectn_core.requests.table import RequestTable
@@ -191,7 +191,7 @@ class Engine:
                 token_budget=self._token_budget,
                 on_step_planned=self._on_step_planned,
                 on_step_done=self._on_step_done,
-                on_output=self._on_output,
+                on_outputs=self._on_outputs,
                 swap_is_cheaper=self._swap_is_cheaper,
             ),
             shapes=self._kv_shapes,
@@ -351,9 +351,9 @@ class Engine:
     def _count(self, handle: RequestHandle, outcome: Outcome) -> None:
         self.attainment.add(handle.timing, handle.objectives or self.objectives, outcome)
 
-    def _end(self, handle: RequestHandle, outcome: Outcome, last: TokenEvent) -> None:
+    def _end(self, handle: RequestHandle, outcome: Outcome, last: TokenEvent, wakes: Wakes | None = None) -> None:
         """Counts it, and then lets its reader know: who has the end finds it in `snapshot`."""
-        handle.push(last, before_seen=lambda: self._count(handle, outcome))
+        handle.push(last, before_seen=lambda: self._count(handle, outcome), wakes=wakes)
 
     def _fail_all(self, reason: str) -> None:
         for handle in self.requests.remove_all():
@@ -380,7 +380,12 @@ class Engine:
             outcome: Outcome = "completed" if handle.has_enough else "cancelled"
             self._end(handle, outcome, TokenEvent(token_ids=(), finish_reason="cancelled"))
 
-    def _on_output(self, output: GenerationOutput) -> None:
+    def _on_outputs(self, outputs: Sequence[GenerationOutput]) -> None:
+        with Wakes() as wakes:
+            for output in outputs:
+                self._on_output(output, wakes)
+
+    def _on_output(self, output: GenerationOutput, wakes: Wakes) -> None:
         handle = self.requests.get(output.request_id)
         if handle is None:  # cancelled, or submitted while generation failed: nobody reads it
             if not output.is_finished():
@@ -388,14 +393,14 @@ class Engine:
             return
         new = tuple(output.generated_tokens[handle.num_tokens :])
         if not output.is_finished():
-            handle.push(TokenEvent(token_ids=new))
+            handle.push(TokenEvent(token_ids=new), wakes=wakes)
             return
         self.requests.remove(output.request_id)
         if output.error is not None:
-            self._end(handle, "failed", TokenEvent(token_ids=new, finish_reason="error", error=output.error))
+            self._end(handle, "failed", TokenEvent(token_ids=new, finish_reason="error", error=output.error), wakes)
         else:
-            stopped = output.generated_tokens[-1] in handle.eos_ids
-            self._end(handle, "completed", TokenEvent(token_ids=new, finish_reason="stop" if stopped else "length"))
+            reason = "stop" if output.generated_tokens[-1] in handle.eos_ids else "length"
+            self._end(handle, "completed", TokenEvent(token_ids=new, finish_reason=reason), wakes)
 
     # -- a step: plan, run, record ------------------------------------------------------------------------------
 

@@ -78,6 +78,30 @@ class Gaps:
         return ordered[min(self._number // 100, len(ordered) - 1)] if ordered else None
 
 
+class Wakes:
+    """Readers to be woken when a `with` block ends: their loop's thread is interrupted once, not for each of them."""
+
+    def __init__(self) -> None:
+        self._readers: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+
+    def add(self, loop: asyncio.AbstractEventLoop, arrived: asyncio.Event) -> None:
+        """A reader on this loop, who waits for `arrived`."""
+        self._readers.setdefault(loop, []).append(arrived)
+
+    def __enter__(self) -> Wakes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for loop, readers in self._readers.items():
+            with contextlib.suppress(RuntimeError):  # a reader's loop may end at any moment, before its request does
+                loop.call_soon_threadsafe(_set_all, readers)
+
+
+def _set_all(readers: list[asyncio.Event]) -> None:
+    for arrived in readers:
+        arrived.set()
+
+
 class RequestHandle:
     """Iterate over it, with `for` or `async for` but only once, to receive TokenEvents until the last."""
 
@@ -96,7 +120,7 @@ class RequestHandle:
         self._cancel = cancel
         self._events: deque[TokenEvent] = deque()
         self._changed = threading.Condition()
-        self._wake: Callable[[], None] | None = None
+        self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._finished = False
         self.objectives: Objectives | None = None
         self.arrived_s = time.perf_counter() - waited_s
@@ -139,10 +163,16 @@ class RequestHandle:
                 raise RuntimeError(event.error)
         return tokens
 
-    def push(self, event: TokenEvent, before_seen: Callable[[], None] = lambda: None) -> None:
+    def push(
+        self,
+        event: TokenEvent,
+        before_seen: Callable[[], None] = lambda: None,
+        wakes: Wakes | None = None,
+    ) -> None:
         """Adds an event; called by the engine, from any thread. Nothing is added after the last.
 
-        `before_seen` is called when its times are known and no reader has it yet.
+        `before_seen` is called when its times are known and no reader has it yet. An asynchronous reader is woken at
+        once, or by `wakes`.
         """
         with self._changed:
             if self._finished:
@@ -160,8 +190,12 @@ class RequestHandle:
             before_seen()
             self._events.append(event)
             self._changed.notify()
-            if self._wake is not None:
-                self._wake()
+            if self._reader is not None:
+                if wakes is not None:
+                    wakes.add(*self._reader)
+                else:
+                    with Wakes() as now:
+                        now.add(*self._reader)
 
     def __iter__(self) -> Iterator[TokenEvent]:
         while True:
@@ -175,7 +209,7 @@ class RequestHandle:
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
         with self._changed:
-            self._wake = lambda: _wake(loop, arrived)
+            self._reader = (loop, arrived)
         try:
             while True:
                 arrived.clear()
@@ -189,10 +223,5 @@ class RequestHandle:
                 if not events:
                     await arrived.wait()
         finally:
-            with self._changed:  # not while push() is about to call it
-                self._wake = None
-
-
-def _wake(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the reader's loop may end at any moment, before its request does
-        loop.call_soon_threadsafe(arrived.set)
+            with self._changed:
+                self._reader = None

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from selectn_core.requests.handle import RequestHandle, TokenEvent
+from selectn_core.requests.handle import RequestHandle, TokenEvent, Wakes
 
 EVENTS = [TokenEvent(token_ids=(i,)) for i in range(50)] + [TokenEvent(token_ids=(99,), finish_reason="length")]
 
@@ -109,6 +109,31 @@ def test_a_loop_that_closed_under_its_reader_does_not_disturb_the_sender() -> No
     assert handle.num_tokens == 2
     with pytest.raises(StopIteration):
         reader.aclose().send(None)  # closes the reader, as the loop would have
+
+
+def test_readers_of_one_loop_are_woken_together() -> None:
+    """All get their events, and the loop's thread was interrupted once for them all."""
+
+    async def read_all() -> tuple[list[TokenEvent], int]:
+        loop, handles, num_calls = asyncio.get_running_loop(), [new_handle() for _ in range(5)], 0
+        readers = [asyncio.ensure_future(anext(aiter(handle))) for handle in handles]
+        await asyncio.sleep(0)
+        call_soon = loop.call_soon_threadsafe
+
+        def counted(*args):
+            nonlocal num_calls
+            num_calls += 1
+            return call_soon(*args)
+
+        loop.call_soon_threadsafe = counted
+        with Wakes() as wakes:
+            for i, handle in enumerate(handles):
+                handle.push(TokenEvent(token_ids=(i,)), wakes=wakes)
+        return await asyncio.gather(*readers), num_calls
+
+    events, num_calls = asyncio.run(read_all())
+    assert events == [TokenEvent(token_ids=(i,)) for i in range(5)]
+    assert num_calls == 1
 
 
 def test_readers_may_leave_while_events_arrive() -> None:
