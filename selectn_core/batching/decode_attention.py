@@ -16,8 +16,9 @@ import torch
 
 # The softmax of a row adds up whole vectors: rows padded to a multiple of any vector's length give the same sums.
 _LANES = 16
-# Requests whose keys are this many times fewer than the longest one's are not padded to its length.
-_MOST_PADDING = 4
+# Scores of requests are padded to one width while that makes at most this many times as many of them.
+_MOST_PADDING = 2
+_SUM = 0  # what an embedding bag does, by its number
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,13 +91,7 @@ class SparseScores:
     def sum(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Of every row of scores the weighted sum [num_rows, value_dim] of `values` [num_columns, value_dim]."""
         bags: torch.Tensor = torch.embedding_bag(
-            values,
-            self.columns,
-            self.starts[:-1],
-            False,
-            0,
-            False,
-            weights,  # mode 0 is a sum
+            values, self.columns, self.starts[:-1], scale_grad_by_freq=False, mode=_SUM, per_sample_weights=weights
         )[0]
         return bags
 
