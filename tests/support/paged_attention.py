@@ -17,6 +17,10 @@ from selectn_core.batching.batch_inputs import PageRows, attended, step_position
 TRASH_PAGES = 2
 
 
+class FirstLayer(nn.Module):
+    layer_idx = 0
+
+
 @dataclass(kw_only=True)
 class PagedRequests:
     """Requests of a step, each with (tokens, keys before them), whose keys and values of before are in a cache.
@@ -50,8 +54,7 @@ class PagedRequests:
 
     def attend(self, query: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """By `varlen_attention`: [num_tokens, num_heads, value_dim]."""
-        layer = nn.Module()
-        layer.layer_idx = 0
+        layer = FirstLayer()
         cache, step = self.cache_and_step()
         output, _ = varlen_attention(
             layer, query, self.new(self.keys), self.new(self.values), None, cache=cache, attended=[step], **kwargs

@@ -182,7 +182,8 @@ def with_the_keys_of_others(step: Attended) -> Attended:
 @contextmanager
 def attention_with(change: Callable[[Attended], Attended]) -> Iterator[None]:
     def changed(*args: Any, attended: Any, **kwargs: Any) -> Any:
-        return varlen_attention(*args, attended=[change(mine) for mine in attended], **kwargs)
+        kwargs["attended"] = [change(mine) for mine in attended]
+        return varlen_attention(*args, **kwargs)
 
     AttentionInterface.register(ATTENTION_NAME, changed)
     try:
