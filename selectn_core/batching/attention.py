@@ -1,13 +1,14 @@
-"""Per-request attention for packed batches, so that a step's cost grows with each request's own length.
+"""Attention for packed batches, each request to its own keys, so that a step's cost grows with their lengths.
 
 Continuous batching packs the tokens of all requests into one row. Its default attends every query to every
 request's keys under a block mask, which costs O(requests^2 x length). This one, registered through transformers'
-public AttentionInterface, runs scaled_dot_product_attention once per request over that request's keys alone.
+public AttentionInterface, runs scaled_dot_product_attention once for each request with several tokens, and takes those
+with one token together where `attend_in_place` does it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -17,53 +18,52 @@ from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from selectn_core.batching.decode_attention import Decodes, attend_in_place, can_attend_in_place
+
 ATTENTION_NAME = "selectn_varlen"
 _QUERIES_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:
-    """One request's rows in the packed queries and keys; `mask` [num_queries, num_keys] only where needed."""
+    """One request's tokens of a step, several of them: its queries, which are also the last of its keys.
+
+    `past_rows` are the rows of the cache with the keys before them; `mask` [num_queries, num_keys] only where needed.
+    """
 
     query_start: int
     query_end: int
-    key_start: int
-    key_end: int
+    past_rows: torch.Tensor  # int64 [num_past]
     mask: torch.Tensor | None
     is_causal: bool
 
 
-def make_segments(
-    query_bounds: Sequence[int],
-    key_bounds: Sequence[int],
-    *,
-    sliding_window: int | None = None,
-    device: torch.device | None = None,
-) -> list[Segment]:
-    """The segments of one step for one type of attention.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attended:
+    """What the layers of one type of attention read and write in a step.
 
-    Args:
-        query_bounds: cumulative query lengths, [num_requests + 1].
-        key_bounds: cumulative key lengths, [num_requests + 1]; a request's queries are its last keys.
-        sliding_window: keys a query sees at most, its own included; None for all.
+    `write_rows` [num_tokens] are the rows of the cache that the step's own keys go to.
     """
-    segments = []
-    for i in range(len(query_bounds) - 1):
-        num_queries = query_bounds[i + 1] - query_bounds[i]
-        num_keys = key_bounds[i + 1] - key_bounds[i]
-        windowed = sliding_window is not None and num_keys > sliding_window
-        needs_mask = num_queries > 1 and (num_keys != num_queries or windowed)
-        segments.append(
-            Segment(
-                query_start=query_bounds[i],
-                query_end=query_bounds[i + 1],
-                key_start=key_bounds[i],
-                key_end=key_bounds[i + 1],
-                mask=_mask(num_queries, num_keys, sliding_window, device) if needs_mask else None,
-                is_causal=num_queries > 1 and not needs_mask,
-            )
-        )
-    return segments
+
+    write_rows: torch.Tensor  # int64
+    segments: Sequence[Segment]
+    decodes: Sequence[Decodes]
+
+
+def make_segment(
+    query_start: int, query_end: int, past_rows: torch.Tensor, *, sliding_window: int | None = None
+) -> Segment:
+    """A request's segment; `sliding_window` is the keys that a query sees at most, its own included (None: all)."""
+    num_queries = query_end - query_start
+    num_keys = num_queries + len(past_rows)
+    needs_mask = len(past_rows) > 0 or (sliding_window is not None and num_keys > sliding_window)
+    return Segment(
+        query_start=query_start,
+        query_end=query_end,
+        past_rows=past_rows,
+        mask=_mask(num_queries, num_keys, sliding_window, past_rows.device) if needs_mask else None,
+        is_causal=not needs_mask,
+    )
 
 
 def varlen_attention(
@@ -75,47 +75,86 @@ def varlen_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cache: Any = None,
-    segments: Sequence[Sequence[Segment]] | None = None,
+    attended: Sequence[Attended] | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,  # [num_heads]
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer over the paged cache; `segments[layer_idx]` are the layer's segments.
+    """Attention of one layer over the paged cache; `attended[layer_idx]` is what the layer reads and writes.
 
     `softcap` bounds logits by a tanh. `s_aux` are attention sinks: for every head a logit that takes its part of the
     softmax and has no value.
 
     Returns [1, num_tokens, num_heads, value_dim]. Raises RuntimeError outside continuous batching.
     """
-    if cache is None or segments is None:
+    if cache is None or attended is None:
         raise RuntimeError(f"{ATTENTION_NAME} needs the paged cache of continuous batching, passed on by every layer")
-    key, value = _cached(cache, cast(int, module.layer_idx), key, value, kwargs)
-    mine = segments[cast(int, module.layer_idx)]
+    layer_idx = cast(int, module.layer_idx)
+    mine, (keys, values) = attended[layer_idx], cache.layer_to_allocator[layer_idx]._kv_token_views[layer_idx]
+    key_dim, value_dim = key.shape[-1], value.shape[-1]
+    new_keys, new_values = _as_rows(key, keys), _as_rows(value, values)
+    # Before anything is written: in the ring of a sliding window new tokens take the places of old ones.
+    chunks = [(_with_past(it, new_keys, keys), _with_past(it, new_values, values)) for it in mine.segments]
+    keys.index_copy_(0, mine.write_rows, new_keys)
+    values.index_copy_(0, mine.write_rows, new_values)
     attend = _attend if softcap is None and s_aux is None else partial(_attend_as_defined, softcap=softcap, sinks=s_aux)
-    if len(mine) == 1:
-        return attend(query, key, value, mine[0], scaling).unsqueeze(0), None
-    output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-    for segment in mine:
+    output = query.new_empty(query.shape[2], query.shape[1], value_dim)
+    for segment, (its_keys, its_values) in zip(mine.segments, chunks, strict=True):
+        queries = query[:, :, segment.query_start : segment.query_end]
         output[segment.query_start : segment.query_end] = attend(
-            query[:, :, segment.query_start : segment.query_end],
-            key[:, :, segment.key_start : segment.key_end],
-            value[:, :, segment.key_start : segment.key_end],
-            segment,
-            scaling,
+            queries, _heads_first(its_keys, key_dim), _heads_first(its_values, value_dim), segment, scaling
         )
+    for decodes in mine.decodes:
+        queries = query[0].transpose(0, 1)[decodes.queries]
+        if can_attend_in_place(keys):
+            attended_to = attend_in_place(queries, keys, values, decodes, scaling, softcap=softcap, sinks=s_aux)
+        else:
+            attended_to = _attend_each(attend, queries, keys, values, decodes, scaling, value_dim)
+        output[decodes.queries] = attended_to[..., :value_dim]
     return output.unsqueeze(0), None
 
 
-def _cached(
-    cache: Any, layer_idx: int, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The step's keys and values behind those in the cache, whose rows are as wide as the wider of the two."""
-    key_dim, value_dim = key.shape[-1], value.shape[-1]
-    if key_dim != value_dim:  # padding by nothing would be a copy
-        widest = max(key_dim, value_dim)
-        key, value = (pad(each, (0, widest - each.shape[-1])) for each in (key, value))
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=layer_idx, kwargs=kwargs)
-    return key[..., :key_dim], value[..., :value_dim]
+def _as_rows(states: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+    """[num_tokens, num_kv_heads, width] of a step's keys or values; the cache's rows are as wide as the wider."""
+    rows, missing = states[0].transpose(0, 1), cached.shape[-1] - states.shape[-1]
+    return pad(rows, (0, missing)) if missing else rows  # padding by nothing would be a copy
+
+
+def _with_past(segment: Segment, new: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+    """All keys, or values, [num_keys, num_kv_heads, width] of a request's segment."""
+    own = new[segment.query_start : segment.query_end]
+    return torch.cat([cached[segment.past_rows], own]) if len(segment.past_rows) else own
+
+
+def _heads_first(rows: torch.Tensor, dim: int) -> torch.Tensor:
+    """[1, num_kv_heads, num_keys, dim] of rows [num_keys, num_kv_heads, width]."""
+    return rows[..., :dim].transpose(0, 1).unsqueeze(0)
+
+
+def _attend_each(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,  # [num_requests, num_heads, head_dim]
+    keys: torch.Tensor,  # [num_rows, num_kv_heads, width], the cache's
+    values: torch.Tensor,  # [num_rows, num_kv_heads, width], the cache's
+    decodes: Decodes,
+    scaling: float | None,
+    value_dim: int,
+) -> torch.Tensor:  # [num_requests, num_heads, value_dim]
+    """Attention of requests with one query, one after the other, over gathered keys and values."""
+    used = torch.cat([rows[:number] for rows, number in zip(decodes.rows, decodes.num_keys, strict=True)])
+    gathered = (each[used].split(list(decodes.num_keys)) for each in (keys, values))
+    return torch.cat(
+        [
+            attend(
+                one[None, :, None],
+                _heads_first(its_keys, query.shape[-1]),
+                _heads_first(its_values, value_dim),
+                _ONE_QUERY,
+                scaling,
+            )
+            for one, its_keys, its_values in zip(query, *gathered, strict=True)
+        ]
+    )
 
 
 def _attend(
@@ -188,5 +227,7 @@ def _mask(num_queries: int, num_keys: int, sliding_window: int | None, device: t
         seen.triu_(num_keys - num_queries - sliding_window + 1)
     return seen
 
+
+_ONE_QUERY = Segment(query_start=0, query_end=1, past_rows=torch.empty(0), mask=None, is_causal=False)
 
 AttentionInterface.register(ATTENTION_NAME, varlen_attention)

@@ -14,13 +14,11 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import (
     GenerationOutput,
@@ -29,7 +27,8 @@ from transformers.generation.continuous_batching.requests import (
 )
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
-from selectn_core.batching.attention import ATTENTION_NAME, make_segments
+from selectn_core.batching.attention import ATTENTION_NAME
+from selectn_core.batching.batch_inputs import BatchInputs
 from selectn_core.batching.kv_pages import KvPages, bytes_of_a_page_in_every_layer, kv_geometry, with_shapes
 from selectn_core.batching.kv_swap import KvSwap, SwapIsCheaper
 from selectn_core.batching.probe import KvShape
@@ -49,6 +48,7 @@ class Callbacks:
     KV may begin, in their turn (None: all that wait). `token_budget` then says how many of the tokens that a step may
     have it should have.
     `on_step_planned` comes when the next step is known and its inputs are not yet laid out: pages may still move.
+    `on_outputs` has what a step gave to all requests at once; failures may come beside.
     `swap_is_cheaper` decides, for a preempted request's tokens and bytes of KV, whether they go to host memory.
     """
 
@@ -56,7 +56,7 @@ class Callbacks:
     token_budget: Callable[[int], int]
     on_step_planned: Callable[[StepShape], None]
     on_step_done: Callable[[StepShape, float], None]
-    on_output: Callable[[GenerationOutput], None]
+    on_outputs: Callable[[Sequence[GenerationOutput]], None]
     swap_is_cheaper: SwapIsCheaper
 
 
@@ -89,10 +89,9 @@ class ContinuousBatching:
         # In transformers' blocks, of which sectors are no multiple: it may be one more, which is given back.
         num_blocks = max(1, math.ceil(num_sectors * self.geometry.sector_bytes / block_bytes))
         self._manager = _new_manager(model, config, num_blocks)
-        self._router = self._manager.output_router = _CallbackRouter(callbacks.on_output)
+        self._router = self._manager.output_router = _CallbackRouter(callbacks.on_outputs)
         self._processors = self._manager.logit_processor = SamplingProcessors()
         model.set_attn_implementation(ATTENTION_NAME)
-        self._segments_hook = model.register_forward_pre_hook(_add_segments, with_kwargs=True)
         with with_shapes(shapes):
             self._build_processor()
         self.pages = KvPages(self._processor.cache, device, num_sectors)
@@ -214,7 +213,6 @@ class ContinuousBatching:
         """Fails what is left, ends the generation thread and unhooks the model."""
         if self._manager.is_running():
             self._manager.stop(block=True, hard_stop=True)
-        self._segments_hook.remove()
         self._model.set_attn_implementation(self.plain_attention)
 
     # -- capacity -----------------------------------------------------------------------------------------------
@@ -276,6 +274,7 @@ class ContinuousBatching:
             self._end_step()
 
         processor.update_batch = update_and_record
+        BatchInputs(processor.inputs_and_outputs, processor.cache)
         self._processor = processor
 
     def _not_finite(self) -> set[str]:
@@ -315,22 +314,22 @@ class ContinuousBatching:
 
 
 class _CallbackRouter(OutputRouter):
-    """Hands every output to one callback on the generation thread."""
+    """Hands outputs to one callback on the generation thread, those of a step together."""
 
-    def __init__(self, on_output: Callable[[GenerationOutput], None]) -> None:
+    def __init__(self, on_outputs: Callable[[Sequence[GenerationOutput]], None]) -> None:
         super().__init__()
-        self._on_output = on_output
+        self._on_outputs = on_outputs
         self.not_finite: set[str] = set()  # of the step whose outputs come next, the requests that have failed
 
     def deliver(self, output: GenerationOutput) -> None:
-        if output.request_id in self.not_finite and output.error is None:
-            output.generated_tokens.pop()
-            output.error, output.status = NOT_FINITE, RequestStatus.FAILED
-        self._on_output(output)
+        self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        for output in outputs:
-            self.deliver(output)
+        for output in outputs if self.not_finite else ():
+            if output.request_id in self.not_finite and output.error is None:
+                output.generated_tokens.pop()
+                output.error, output.status = NOT_FINITE, RequestStatus.FAILED
+        self._on_outputs(outputs)
 
 
 def _new_manager(model: PreTrainedModel, config: BatchConfig, num_blocks: int) -> ContinuousBatchingManager:
@@ -351,23 +350,3 @@ def _new_manager(model: PreTrainedModel, config: BatchConfig, num_blocks: int) -
             auto_switch_to_flash=False,
         ),
     )
-
-
-def _add_segments(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Gives the attention of every layer its segments, computed once per step."""
-    cache: PagedAttentionCache | None = kwargs.get("cache")
-    if cache is None:
-        return None
-    query_bounds = kwargs["cu_seq_lens_q"].tolist()
-    by_type = {
-        name: make_segments(
-            query_bounds,
-            kwargs["cu_seq_lens_k"][name].tolist(),
-            sliding_window=getattr(allocator, "sliding_window", None),
-            device=kwargs["input_ids"].device,
-        )
-        for name, allocator in cache.cache_allocators.items()
-    }
-    num_layers = len(cache.layer_to_allocator)
-    kwargs["segments"] = [by_type[cache.layer_to_allocator[i].layer_type] for i in range(num_layers)]
-    return args, kwargs

@@ -48,4 +48,6 @@ class CpuPeak(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    # A sparse tensor is made of others, which have been counted.
+    return [leaf.untyped_storage() for leaf in leaves if leaf.layout == torch.strided]

@@ -194,7 +194,7 @@ class Engine:
                 token_budget=self._token_budget,
                 on_step_planned=self._on_step_planned,
                 on_step_done=self._on_step_done,
-                on_output=lambda output: self.lifecycle.on_output(output),
+                on_outputs=lambda outputs: self.lifecycle.on_outputs(outputs),
                 swap_is_cheaper=self._swap_is_cheaper,
             ),
             shapes=self._kv_shapes,

@@ -96,6 +96,6 @@ _IGNORE = Callbacks(
     token_budget=lambda most: most,
     on_step_planned=lambda shape: None,
     on_step_done=lambda shape, duration_s: None,
-    on_output=lambda output: None,
+    on_outputs=lambda outputs: None,
     swap_is_cheaper=lambda num_tokens, num_bytes: False,
 )

@@ -86,8 +86,12 @@ class RequestLifecycle:
 
     # -- it has tokens, and ends --------------------------------------------------------------------------------
 
-    def on_output(self, output: GenerationOutput) -> None:
-        """Hands a request what a step has generated for it."""
+    def on_outputs(self, outputs: Sequence[GenerationOutput]) -> None:
+        """Hands every request what a step has generated for it."""
+        for output in outputs:
+            self._on_output(output)
+
+    def _on_output(self, output: GenerationOutput) -> None:
         handle = self._requests.get(output.request_id)
         if handle is None:  # cancelled, or submitted while generation failed: nobody reads it
             if not output.is_finished():

@@ -28,8 +28,14 @@ from transformers.generation.continuous_batching.cache_allocators import (
 from transformers.generation.continuous_batching.cache_allocators.cache_pool import RegularTrees
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor, OutputRouter
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
-from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
+from transformers.generation.continuous_batching.requests import (
+    TMP_TOKEN_ID,
+    FutureRequestState,
+    GenerationOutput,
+    RequestState,
+)
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from selectn_core.config import DeviceConfig, EngineConfig
@@ -61,8 +67,21 @@ SIGNATURES = [
     (ContinuousBatchProcessor.update_batch, ("self",)),
     (ContinuousBatchingManager._generation_step, ("self",)),
     (ContinuousBatchingManager.cancel_request, ("self", "request_id")),
-    (PagedAttentionCache.update, ("self", "key_states", "value_states", "layer_idx", "kwargs")),
     (PagedAttentionCache.evict_cached_blocks, ("self",)),
+    (
+        ContinuousBatchingIOs.prepare_batch_tensors,
+        (
+            "self",
+            "requests_in_batch",
+            "logits_processors",
+            "use_decode_fast_path",
+            "num_q_tokens",
+            "max_kv_read",
+            "use_padding",
+        ),
+    ),
+    (ContinuousBatchingIOs.get_model_kwargs, ("self", "use_padding")),
+    (CacheAllocator.get_seqlen_k, ("self", "past_length", "query_length")),
     (group_layers_by_attn_type, ("config",)),
     (cache_module.find_head_dim, ("config",)),
     (cache_module.find_num_key_value_heads, ("config",)),
@@ -127,13 +146,16 @@ def test_objects_have_what_is_used(engine) -> None:
         manager: "output_router logit_processor batch_processor background_thread_status continuous_batching_config "
         "_generation_step _generation_thread is_running start stop warmup add_request",
         manager.background_thread_status: "fatal_error",
-        processor: "cache scheduler prepare_next_batch update_batch",
+        processor: "cache scheduler prepare_next_batch update_batch inputs_and_outputs",
+        processor.inputs_and_outputs: "requests_in_batch num_request_in_batch num_q_tokens total_seqlen_q max_length_q "
+        "use_block_table max_kv_read _bulk_input_tensor static_inputs input_ids position_ids cumulative_seqlens_q "
+        "logits_indices cumulative_seqlens_k total_seqlen_k max_length_k device prepare_batch_update",
         processor.scheduler: "active_requests waiting_requests schedule_batch block_new_requests starved_requests",
-        cache: "cache_tensor cache_allocators layer_to_allocator num_sectors bytes_per_sector pool update "
-        "use_prefix_sharing",
+        cache: "cache_tensor cache_allocators layer_to_allocator num_sectors bytes_per_sector pool use_prefix_sharing",
         cache.pool: "num_free_sectors try_to_free_sectors free_sectors _free_blocks",
         allocator: "cache_tensor _copy_view _kv_token_views _kv_page_views register_cache_tensor bytes_per_block "
-        "tokens_per_page layer_type sliding_window blocks_per_sector block_table index ledger",
+        "tokens_per_page layer_type sliding_window blocks_per_sector block_table index ledger "
+        "block_physical_stride write_trash_index",
         allocator.ledger: "shared_ref_counts hash_to_block block_to_hash cached_blocks",
         RegularTrees(2): "trees _length",
         FutureRequestState(request, True, {}, 1): "state query_length has_new_token complete_blocks",
@@ -141,7 +163,14 @@ def test_objects_have_what_is_used(engine) -> None:
     for owner, names in used.items():
         missing = [name for name in names.split() if not hasattr(owner, name)]
         assert not missing, f"{type(owner).__name__} no longer has {missing}: see {PLACE}"
-    for name in ["initial_tokens", "generated_tokens", "position_offset", "logit_processor_kwargs", "is_cpu_offloaded"]:
+    for name in [
+        "initial_tokens",
+        "generated_tokens",
+        "position_offset",
+        "tokens_to_process",
+        "logit_processor_kwargs",
+        "is_cpu_offloaded",
+    ]:
         assert hasattr(request, name), f"RequestState no longer has {name}: see {PLACE}"
     for name in ["request_id", "generated_tokens", "error", "is_finished"]:
         assert hasattr(GenerationOutput(request_id="r"), name), f"GenerationOutput no longer has {name}: see {PLACE}"
@@ -194,3 +223,17 @@ def test_a_failed_step_keeps_the_processor(engine) -> None:
 def test_transformers_is_the_pinned_release() -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert f"transformers=={version('transformers')}" in pyproject["project"]["dependencies"]
+
+
+def test_inputs_are_laid_out_by_ours(engine) -> None:
+    """Wherever transformers lays them out it asks the object whose two methods are replaced, and pads nothing."""
+    processor = engine.batching._processor
+    assert processor.model_runner.inputs_and_outputs is processor.inputs_and_outputs
+    assert processor.model_runner.pad_inputs is False
+    assert processor.inputs_and_outputs.attention_mask is None
+    source = inspect.getsource(ContinuousBatchingIOs.prepare_batch_tensors)
+    for part in ("state.position_offset += query_length", "state.tokens_to_process = [TMP_TOKEN_ID]"):
+        assert part in source, f"{part} is gone: see {PLACE}"
+    assert isinstance(TMP_TOKEN_ID, int)
+    for name in ("prepare_batch_tensors", "get_model_kwargs"):
+        assert name in vars(processor.inputs_and_outputs), f"{name} is not replaced: see {PLACE}"

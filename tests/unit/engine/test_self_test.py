@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from selectn_core.batching.attention import ATTENTION_NAME, varlen_attention
+from selectn_core.batching.attention import ATTENTION_NAME, Attended, varlen_attention
 from selectn_core.errors import LinkError, UnsupportedModel
 from selectn_core.offload.overlapped import OverlappedExecutor
 from selectn_core.weights.checkpoint import LoadedModel
@@ -163,24 +163,26 @@ def test_weights_too_large_for_the_dtype_are_refused_with_a_hint() -> None:
             CheckedEngine(loaded, engine_config(2, 1))
 
 
-def uncausal(segments: list[Any]) -> list[Any]:
-    return [replace(segment, is_causal=False, mask=None) for segment in segments]
+def uncausal(step: Attended) -> Attended:
+    return replace(step, segments=[replace(it, is_causal=False, mask=None) for it in step.segments])
 
 
-def without_the_oldest_key(segments: list[Any]) -> list[Any]:
+def without_the_oldest_key(step: Attended) -> Attended:
     """In decode steps alone."""
-    return [replace(it, key_start=it.key_start + (it.query_end - it.query_start == 1)) for it in segments]
+    return replace(
+        step,
+        decodes=[replace(it, rows=it.rows[:, 1:], num_keys=[n - 1 for n in it.num_keys]) for it in step.decodes],
+    )
 
 
-def with_the_keys_of_others(segments: list[Any]) -> list[Any]:
-    start, end = segments[0].key_start, segments[-1].key_end
-    return [replace(segment, key_start=start, key_end=end, is_causal=False, mask=None) for segment in segments]
+def with_the_keys_of_others(step: Attended) -> Attended:
+    return replace(step, decodes=[replace(it, rows=it.rows.roll(1, 0)) for it in step.decodes])
 
 
 @contextmanager
-def attention_with(change: Callable[[list[Any]], list[Any]]) -> Iterator[None]:
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        kwargs["segments"] = [change(mine) for mine in kwargs["segments"]]
+def attention_with(change: Callable[[Attended], Attended]) -> Iterator[None]:
+    def changed(*args: Any, attended: Any, **kwargs: Any) -> Any:
+        kwargs["attended"] = [change(mine) for mine in attended]
         return varlen_attention(*args, **kwargs)
 
     AttentionInterface.register(ATTENTION_NAME, changed)
@@ -192,7 +194,7 @@ def attention_with(change: Callable[[list[Any]], list[Any]]) -> Iterator[None]:
 
 @pytest.mark.parametrize("change", [uncausal, without_the_oldest_key, with_the_keys_of_others])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_finds_an_error_in_our_attention(family: str, change: Callable[[list[Any]], list[Any]]) -> None:
+def test_it_finds_an_error_in_our_attention(family: str, change: Callable[[Attended], Attended]) -> None:
     with attention_with(change), pytest.raises(UnsupportedModel, match="does not compute"):
         CheckedEngine(tiny_model(family), engine_config(2, 1)).close()
     CheckedEngine(tiny_model(family), engine_config(2, 1)).close()

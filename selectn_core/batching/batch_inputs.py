@@ -1,0 +1,180 @@
+"""A step's inputs, laid out over arrays.
+
+Transformers lists every row of the cache that a step reads and writes, one number at a time, in Python. Here the pages
+of all requests become rows at once, in the layout that our attention reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+from transformers.generation.continuous_batching.requests import TMP_TOKEN_ID, FutureRequestState, RequestState
+
+from selectn_core.batching.attention import Attended, make_segment
+from selectn_core.batching.decode_attention import Decodes, alike_in_length
+
+
+class BatchInputs:
+    """Prepares the inputs of every step in place of the `ContinuousBatchingIOs` that it is given."""
+
+    def __init__(self, inputs_and_outputs: ContinuousBatchingIOs, cache: PagedAttentionCache) -> None:
+        self._io, self._cache = inputs_and_outputs, cache
+        self._attended: list[Attended] = []  # of every layer
+        self._model_kwargs = inputs_and_outputs.get_model_kwargs
+        inputs_and_outputs.prepare_batch_tensors = self._prepare
+        inputs_and_outputs.get_model_kwargs = self._get_model_kwargs
+
+    def _get_model_kwargs(self, use_padding: bool = False) -> dict[str, Any]:
+        return {**self._model_kwargs(use_padding), "attended": self._attended}
+
+    def _prepare(self, requests_in_batch: list[FutureRequestState], logits_processors: Any, **_: Any) -> None:
+        """Lays out the step of these requests, and notes in them that it is under way."""
+        io = self._io
+        states = [request.state for request in requests_in_batch]
+        lengths = [request.query_length for request in requests_in_batch]
+        pasts = [state.position_offset for state in states]
+        ends = list(accumulate(lengths))
+        input_ids = list(chain.from_iterable(state.tokens_to_process for state in states))
+        choosing = [end - 1 for end, request in zip(ends, requests_in_batch, strict=True) if request.has_new_token]
+        for request, length in zip(requests_in_batch, lengths, strict=True):
+            request.state.position_offset += length
+            if request.has_new_token:
+                request.state.tokens_to_process = [TMP_TOKEN_ID]
+        io.requests_in_batch = list(requests_in_batch)
+        io.num_request_in_batch = len(requests_in_batch)
+        io.num_q_tokens = io.total_seqlen_q = ends[-1]
+        io.max_length_q = max(lengths)
+        io.use_block_table, io.max_kv_read = False, 0  # nothing is read by the index of transformers
+        logits_processors.prepare_tensor_args(requests_in_batch, io._bulk_input_tensor[io.static_inputs :])
+        positions = step_positions(lengths, pasts, io.device)
+        _fill(io.input_ids, input_ids)
+        io.position_ids[: ends[-1]] = positions
+        _fill(io.cumulative_seqlens_q, [0, *ends])
+        # Requests that get no token have a place there too, after the others; what is computed of it means nothing.
+        _fill(io.logits_indices, choosing + [0] * (len(states) - len(choosing)))
+        by_type = {
+            name: self._attended_by(allocator, states, lengths, pasts, positions)
+            for name, allocator in self._cache.cache_allocators.items()
+        }
+        num_layers = len(self._cache.layer_to_allocator)
+        self._attended = [by_type[self._cache.layer_to_allocator[i].layer_type] for i in range(num_layers)]
+
+    def _attended_by(
+        self,
+        allocator: CacheAllocator,
+        states: Sequence[RequestState],
+        lengths: Sequence[int],
+        pasts: Sequence[int],
+        positions: torch.Tensor,
+    ) -> Attended:
+        """What the layers of one type of attention read and write."""
+        tables = [allocator.block_table[state.request_id] for state in states]
+        num_keys = [allocator.get_seqlen_k(past, length) for past, length in zip(pasts, lengths, strict=True)]
+        self._note_key_lengths(allocator.layer_type, num_keys)
+        return attended(PageRows(allocator, tables, positions.device), lengths, pasts, num_keys, positions)
+
+    def _note_key_lengths(self, layer_type: str, num_keys: Sequence[int]) -> None:
+        io, ends = self._io, list(accumulate(num_keys))
+        _fill(io.cumulative_seqlens_k[layer_type], [0, *ends])
+        io.total_seqlen_k[layer_type], io.max_length_k[layer_type] = ends[-1], max(num_keys)
+
+
+class PageRows:
+    """The rows of the cache that requests' pages are, in one type of attention; a page's rows follow each other."""
+
+    def __init__(self, allocator: CacheAllocator, tables: Sequence[Sequence[int]], device: torch.device) -> None:
+        """`tables` are the requests' blocks, in the order of their tokens: a block is a page in every layer."""
+        self.page_size = allocator.tokens_per_page
+        self.window: int | None = getattr(allocator, "sliding_window", None)
+        self._trash = allocator.write_trash_index
+        blocks = torch.tensor(list(chain.from_iterable(tables)), device=device)
+        self._first_rows = blocks * allocator.block_physical_stride  # of every page
+        self._first_pages = [0, *accumulate(len(table) for table in tables)]
+        self._in_page = torch.arange(self.page_size, device=device)
+        self.device = device
+
+    def written(self, lengths: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
+        """Where the keys of a step's tokens go, [num_tokens]; in a window's ring a key takes the oldest one's place."""
+        device = self.device
+        first_pages = torch.tensor(self._first_pages[:-1], device=device)
+        if len(positions) > len(lengths):
+            first_pages = first_pages.repeat_interleave(torch.tensor(lengths, device=device))
+        places = positions if self.window is None else positions % self.window
+        rows = self._first_rows[first_pages + places // self.page_size] + places % self.page_size
+        if self.window is not None and max(lengths) > self.window:  # only a chunk's last ones find a place
+            number_after = torch.cat([torch.arange(length - 1, -1, -1, device=device) for length in lengths])
+            rows.masked_fill_(number_after >= self.window, self._trash)
+        return rows
+
+    def past(self, request: int, num_past: int) -> torch.Tensor:
+        """Where the keys are that the next token's query sees beside its own, in the order of their tokens."""
+        first_page, last_page = self._first_pages[request], self._first_pages[request + 1]
+        first_rows = self._first_rows[first_page:last_page]
+        if self.window is None or num_past < self.window:
+            return (first_rows[:, None] + self._in_page).view(-1)[:num_past]
+        places = torch.arange(num_past - self.window + 1, num_past, device=first_rows.device) % self.window
+        return first_rows[places // self.page_size] + places % self.page_size
+
+    def used(self, requests: Sequence[int], num_keys: Sequence[int]) -> torch.Tensor:
+        """Where the first `num_keys` keys of requests are, in the order of their places: [len(requests), most keys].
+
+        Of a window's ring these are all keys that a query sees, its own included, once that is written.
+        """
+        num_pages = -(-max(num_keys) // self.page_size)
+        pages = torch.tensor([self._first_pages[i] for i in requests], device=self.device)[:, None]
+        pages = (pages + torch.arange(num_pages, device=pages.device)).clamp_max_(len(self._first_rows) - 1)
+        return (self._first_rows[pages][:, :, None] + self._in_page).view(len(requests), -1)
+
+
+def attended(
+    pages: PageRows, lengths: Sequence[int], pasts: Sequence[int], num_keys: Sequence[int], positions: torch.Tensor
+) -> Attended:
+    """What layers read and write for requests of so many tokens (`lengths`), each after so many others (`pasts`)."""
+    starts = [0, *accumulate(lengths)]
+    return Attended(
+        write_rows=pages.written(lengths, positions),
+        segments=[
+            make_segment(starts[i], starts[i + 1], pages.past(i, pasts[i]), sliding_window=pages.window)
+            for i, length in enumerate(lengths)
+            if length > 1
+        ],
+        decodes=_decodes(pages, lengths, starts, num_keys),
+    )
+
+
+def _decodes(pages: PageRows, lengths: Sequence[int], starts: Sequence[int], num_keys: Sequence[int]) -> list[Decodes]:
+    """The requests with one token, those together that are alike in length."""
+    single = [i for i, length in enumerate(lengths) if length == 1]
+    groups = []
+    for group in alike_in_length([num_keys[i] for i in single]) if single else []:
+        requests = [single[i] for i in group]
+        mine = [num_keys[i] for i in requests]
+        queries = _as_slice([starts[i] for i in requests], pages.device)
+        groups.append(Decodes(queries=queries, num_keys=mine, rows=pages.used(requests, mine)))
+    return groups
+
+
+def _as_slice(tokens: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+    """As an index that needs no copy where tokens follow each other."""
+    if tokens[-1] - tokens[0] + 1 == len(tokens):  # they ascend
+        return slice(tokens[0], tokens[-1] + 1)
+    return torch.tensor(tokens, device=device)
+
+
+def step_positions(lengths: Sequence[int], pasts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The positions of a step's tokens in their requests, [num_tokens]."""
+    if len(lengths) == sum(lengths):
+        return torch.tensor(pasts, device=device)
+    starts = accumulate(lengths[:-1], initial=0)
+    before = torch.tensor([past - start for past, start in zip(pasts, starts, strict=True)], device=device)
+    return torch.arange(sum(lengths), device=device) + before.repeat_interleave(torch.tensor(lengths, device=device))
+
+
+def _fill(storage: torch.Tensor, numbers: Sequence[int]) -> None:
+    storage[: len(numbers)] = torch.tensor(numbers, dtype=storage.dtype, device=storage.device)
