@@ -87,6 +87,15 @@ class Controller:
         """Measured over expected time of steps that only decode, in the middle: 1 where the record is right."""
         return self._scales[True].middle
 
+    @property
+    def look_every_steps(self) -> int:
+        return self._tuning.look_every_steps
+
+    @property
+    def learned(self) -> tuple[float, float, float]:
+        """All that steps have taught it: the link's bytes per second, and how far the record is off."""
+        return self.link.link.bytes_per_s, self._scales[True].high, self._scales[False].high
+
     # -- before scheduling --------------------------------------------------------------------------------------
 
     def aim_at(self, policy: Policy, ttft_s: float, percentile: float) -> None:
@@ -207,6 +216,11 @@ class Controller:
             limit_s=limit_s,
         )
 
+    def go_on(self) -> None:
+        """A step runs by the last decision: it only counts."""
+        self._unlooked_steps += 1
+        self._busy_steps = max(0, self._busy_steps - 1)
+
     def _goals(self, limit_s: float) -> list[_Goal]:
         """What a plan must be good for. Not the step itself: what follows, for moving it takes a step.
 
@@ -284,7 +298,7 @@ class Controller:
             (g for g in goals if self._predict(g.shape, current) > g.limit_s * (1 + self._tuning.tolerance)), None
         )
         self._unlooked_steps += 1
-        if not exceeds_range and missed is None and self._unlooked_steps < self._tuning.look_every_steps:
+        if not exceeds_range and missed is None and self._unlooked_steps < self.look_every_steps:
             return current  # nothing presses: what more could be offloaded is asked now and then
         self._unlooked_steps = 0
         wanted = self._choose(goals, current)

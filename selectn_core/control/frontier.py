@@ -7,6 +7,8 @@ the bound does not rule the plan out.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,7 @@ from selectn_core.planning.unit_sets import size_sets, unequal_few
 MOST_SLOTS = 4
 _ROUNDING = 1e-9
 # Placements follow the units' times, and what is known of their steps the link's too.
-_MOST_LAYOUTS, _MOST_SITUATIONS = 16, 64
+_MOST_LAYOUTS, _MOST_SITUATIONS, _MOST_LINKS = 16, 64, 8
 # Of plans alike in bytes the fastest is taken, of so many at most.
 _MOST_ALIKE = 4
 
@@ -98,13 +100,17 @@ class _Candidates:
         order = np.lexsort((-total[placement], -freed[competes]))
         self.placement, self.num_slots = placement[order], slot[order] + 1
         self.freed_bytes, self.bytes = freed[competes][order], total[self.placement]
-        count = count[self.placement]
+        freed_bytes, num_bytes, count = freed[competes][order], total[self.placement], count[self.placement]
         is_copied = count > self.num_slots
-        self.copied_bytes, self.num_copies = self.bytes * is_copied, count * is_copied
-        self.by_bytes = np.lexsort((-self.freed_bytes, self.bytes))
+        self._copied_bytes, self._num_copies = num_bytes * is_copied, count * is_copied
+        # Lists, as few of them are read for a choice: arrays would be read whole, after a step has emptied the caches.
+        self.freed_bytes, self.bytes = freed_bytes.tolist(), num_bytes.tolist()
+        self._less_freed = (-freed_bytes).tolist()
+        self._by_bytes = np.lexsort((-freed_bytes, num_bytes)).tolist()
         place = np.zeros((len(self.placements), max_slots), dtype=np.intp)  # of each plan in the order
         place[self.placement, self.num_slots - 1] = np.arange(len(order))
-        self.roomiest = np.take_along_axis(place, competes.sum(axis=1)[:, None] - 1, axis=1)[self.placement, 0]
+        self.roomiest = np.take_along_axis(place, competes.sum(axis=1)[:, None] - 1, axis=1)[self.placement, 0].tolist()
+        self._link_bytes = Remembered(_MOST_LINKS)
 
     def choose(self, situation: Situation) -> OffloadPlan:
         """As `Frontier.freest`, of these."""
@@ -119,10 +125,22 @@ class _Candidates:
             num_units=self.num_units,
         )
 
-    def bounds_s(self, costs: StepCosts, link: Link) -> np.ndarray:  # [num_candidates]
-        """T_bound of each."""
-        copies_s = self.copied_bytes / link.bytes_per_s + self.num_copies * link.copy_s
-        return np.maximum(costs.unloaded_s, copies_s)
+    def link_bytes(self, link: Link) -> tuple[list[float], list[float]]:
+        """Of each what its copies take of the link, in bytes; and the least of all up to it, with the sign changed."""
+        copy_bytes = round(link.copy_s * link.bytes_per_s)
+        return self._link_bytes.get(copy_bytes, lambda: self._link_bytes_with(copy_bytes))
+
+    def _link_bytes_with(self, copy_bytes: int) -> tuple[list[float], list[float]]:
+        taken = self._copied_bytes + self._num_copies * float(copy_bytes)
+        return taken.tolist(), (-np.minimum.accumulate(taken)).tolist()
+
+    def first_within(self, most_bytes: float, link: Link) -> int:
+        """Before it none whose copies take the link for no longer."""
+        return bisect_left(self.link_bytes(link)[1], -most_bytes)
+
+    def end_of(self, min_freed_bytes: float) -> int:
+        """From it on none that frees so much."""
+        return bisect_right(self._less_freed, -min_freed_bytes)
 
     def alike(self, i: int) -> range:
         """The few plans from `i` on that offload and free as many bytes."""
@@ -135,11 +153,10 @@ class _Candidates:
 
     def _least(self, situation: Situation, excess: _Excess) -> int:
         """What offloads least and frees enough, the fastest of those alike; what frees most where nothing does."""
-        enough = self.freed_bytes[self.by_bytes] >= situation.min_freed_bytes
-        first = int(np.argmax(enough))
-        if not enough[first]:
+        num_enough = self.end_of(situation.min_freed_bytes)
+        if not num_enough:
             return 0
-        chosen = int(self.by_bytes[first])
+        chosen = next(i for i in self._by_bytes if i < num_enough)
         return min(self.alike(chosen), key=excess.of)
 
 
@@ -148,38 +165,45 @@ class _Excess:
 
     def __init__(self, candidates: _Candidates, like: Situation) -> None:
         self._candidates, self._costs, self._link = candidates, like.costs, like.link
-        self._least = np.ones(len(candidates.bytes))
-        self._is_known = np.zeros(len(candidates.bytes), dtype=bool)
+        self._least: dict[int, float] = {}  # 1 for the others
+        self._known: dict[int, float] = {}
 
     def freest(self, situation: Situation) -> int | None:
         """The first candidate that is within range and limit; the fastest of those alike."""
-        candidates, most_s = self._candidates, situation.most_s
-        if situation.costs.unloaded_s > most_s:
+        candidates, link, most_s = self._candidates, situation.link, situation.most_s
+        unloaded_s = situation.costs.unloaded_s
+        if unloaded_s > most_s:
             return None
-        bounds_s = candidates.bounds_s(situation.costs, situation.link)
-        may_be = (bounds_s * self._least <= most_s) & (candidates.freed_bytes >= situation.min_freed_bytes)
-        if situation.max_offloaded_bytes is not None:
-            may_be &= candidates.bytes <= situation.max_offloaded_bytes
-        for i in np.flatnonzero(may_be).tolist():
-            if self._is_within(i, bounds_s, most_s):
-                return min((j for j in candidates.alike(i) if may_be[j]), key=self.of)
+        first = candidates.first_within(most_s * link.bytes_per_s, link)
+        end = candidates.end_of(situation.min_freed_bytes)
+        most_bytes = math.inf if situation.max_offloaded_bytes is None else situation.max_offloaded_bytes
+        taken_bytes = candidates.link_bytes(link)[0]
+
+        def is_within(i: int) -> bool:
+            if candidates.bytes[i] > most_bytes:
+                return False
+            return self._is_within(i, max(unloaded_s, taken_bytes[i] / link.bytes_per_s), most_s)
+
+        for i in range(first, end):
+            if is_within(i):
+                return min((j for j in candidates.alike(i) if is_within(j)), key=self.of)
         return None
 
-    def _is_within(self, i: int, bounds_s: np.ndarray, most_s: float) -> bool:
+    def _is_within(self, i: int, bound_s: float, most_s: float) -> bool:
         """Slots make no step longer: what is too slow with the most of them is simulated once, not for each number."""
-        roomiest = self._candidates.roomiest[i]
-        if self._least[i] < self._least[roomiest]:
-            self._least[i] = self._least[roomiest]
-        if not self._is_known[i] and bounds_s[i] * self.of(roomiest) > most_s:
+        if bound_s * self._least.get(i, 1.0) > most_s:
             return False
-        return bool(bounds_s[i] * self.of(i) <= most_s)
+        if i not in self._known:
+            least = self._least[i] = self.of(self._candidates.roomiest[i])
+            if bound_s * least > most_s:
+                return False
+        return bound_s * self.of(i) <= most_s
 
     def of(self, i: int) -> float:
         """The step's time over its bound, simulated once."""
-        if not self._is_known[i]:
+        if i not in self._known:
             candidates = self._candidates
             offloaded, num_slots = candidates.placements[candidates.placement[i]], int(candidates.num_slots[i])
             step_s = predict_step_s(self._costs, offloaded, num_slots, self._link)
-            excess = step_s / bound_s(self._costs, offloaded, num_slots, self._link)
-            self._least[i], self._is_known[i] = excess, True
-        return float(self._least[i])
+            self._known[i] = self._least[i] = step_s / bound_s(self._costs, offloaded, num_slots, self._link)
+        return self._known[i]

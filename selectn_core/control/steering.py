@@ -27,6 +27,7 @@ from selectn_core.control.policies import (
     last_of_every_group,
     worst_case_share,
 )
+from selectn_core.control.standing import Standing
 from selectn_core.device import LinkUsage
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.latency.recurrence import Link
@@ -68,6 +69,9 @@ class Steering(Control):
         self._weight_sectors = wanted_bytes // arena.sector_bytes
         self.controller.min_freed_bytes = max(0, wanted_bytes - arena.reachable_bytes(0))
         self._decision: Decision | None = None
+        self._standing = Standing(self.controller.look_every_steps - 1)
+        self._stands: Decision | None = None  # what goes for the step that is under way without a new look
+        self._looked_at: tuple[Mapping[str, RequestHandle], Mapping[str, Chunk]] = ({}, {})
         self._admission = StepAdmission(prefill_tokens=0)
         self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, self.objectives))
         self._num_decoding = 0
@@ -134,6 +138,7 @@ class Steering(Control):
         policy = self._policy(objectives)  # where it is refused nothing has changed
         with self._lock:
             self._objectives = objectives
+            self._standing.forget()
             self.controller.aim_at(policy, objectives.ttft_s, slo.percentile)
             # On an idle engine no step would do so, and what it promises goes by it.
             self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, objectives))
@@ -143,11 +148,16 @@ class Steering(Control):
         controller.link.share_bytes_per_s = share.bytes_per_s
         controller.link.guaranteed_bytes_per_s = min(share.guaranteed_bytes_per_s, controller.link.nominal.bytes_per_s)
         controller.max_offloaded_bytes = share.max_offloaded_bytes
+        self._standing.forget()
 
     def admit(
         self, handles: Mapping[str, RequestHandle], progress: Mapping[str, Chunk], backlog: Mapping[str, Chunk]
     ) -> NextStep:
         with self._timed():
+            self._stands = self._standing.next(self._offloading.plan, handles, progress, self.controller.learned)
+            if self._stands is not None:
+                self.controller.go_on()
+                return NextStep(beginning=(), served=frozenset(progress))
             # One more than there are places: the others change nothing, however many they are.
             most = max(0, self._batch.max_requests - len(progress)) + 1
             load = load_of(handles, progress, backlog, self.objectives, self._kv_bytes, most_new=most)
@@ -155,6 +165,7 @@ class Steering(Control):
             load = replace(load, num_fitting=load.num_begun + num_fitting, is_full=is_full)
             self._num_decoding = len(load.decoding)
             self._admission = self.controller.admit(load, self._offloading.plan)
+            self._looked_at = handles, progress
         beginning = [each.ticket for each in self._admission.beginning]
         return NextStep(beginning=beginning, served=frozenset((*progress, *beginning)))
 
@@ -198,7 +209,11 @@ class Steering(Control):
 
     def decide(self, shape: StepShape) -> Decision:
         with self._timed():
-            self._decision = self.controller.decide(shape, self._offloading.plan)
+            self._decision = self._stands
+            if self._decision is None:
+                self._decision = self.controller.decide(shape, self._offloading.plan)
+                if not self._admission.beginning:
+                    self._standing.decided(self._decision, *self._looked_at, self.controller.learned)
         return self._decision
 
     @property
@@ -214,6 +229,7 @@ class Steering(Control):
         self.stepped_s += record.duration_s
         with self._timed():
             self.controller.learn(record, self._offloading.device.link_usage())
+            self._standing.ran(record)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

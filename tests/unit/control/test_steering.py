@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 
@@ -286,6 +287,22 @@ def test_the_share_of_deciding_is_of_all_steps_and_not_of_the_last() -> None:
     before = controller_share(engine)
     engine.steps = StepLog()
     assert 0 < controller_share(engine) == before
+
+
+def test_what_nothing_has_changed_for_is_not_decided_again_and_new_orders_are_followed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with steered() as engine:
+        decide = Mock(wraps=controller_of(engine).decide)
+        monkeypatch.setattr(controller_of(engine), "decide", decide)
+        engine.submit(make_prompts()[0], greedy(60)).result()
+        num_steps = engine.steps.num_steps
+        assert 1 <= decide.call_count < 0.8 * num_steps
+        engine.offloading.control.set_link_share(
+            LinkShare(bytes_per_s=1e9, guaranteed_bytes_per_s=1e9, max_offloaded_bytes=0)
+        )
+        engine.submit(make_prompts()[0], greedy(5)).result()
+        assert {record.num_offloaded for record in list(engine.steps.records)[num_steps + 1 :]} == {0}
 
 
 def test_a_link_that_has_become_slow_is_not_thought_good_for_swapping() -> None:
