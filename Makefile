@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# A worker for every core: no two tests share a file, a port or a segment of shared memory.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,17 +24,23 @@ demo: $(READY)  ## Serve a real model with most of it in host memory, ask it a f
 serve: $(READY)  ## Serve the embedded model on http://127.0.0.1:8000 until Ctrl-C
 	$(BIN)/selectn serve
 
+# Those that start servers have all cores: they watch latencies.
 test: $(READY)  ## Run the tests; ARGS are pytest's, e.g. ARGS='tests/unit/control -k limit'
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/integration
+	$(BIN)/python -m pytest tests/integration
+endif
 
 test-fast: $(READY)  ## Run the tests that need neither torch nor Ray, in half a minute
-	$(BIN)/python -m pytest --fast -q $(ARGS)
+	$(BIN)/python -m pytest --fast -q $(PARALLEL) $(ARGS)
 
 check: $(READY)  ## Lint, format check, types, and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --fast -q
+	$(BIN)/python -m pytest --fast -q $(PARALLEL)
 
 bench: $(READY)  ## Run every benchmark; results go to build/
 	mkdir -p build

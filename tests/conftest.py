@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.imports import libraries_of
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for every core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HEAVY = {"torch", "transformers", "ray"}
 
