@@ -59,7 +59,10 @@ class Device(ABC):
 
     @abstractmethod
     def free(self, tensor: torch.Tensor) -> None:
-        """Gives back what `allocate` returned; ValueError for anything else."""
+        """Gives back what `allocate` returned; ValueError for anything else.
+
+        A device may have the memory again only when the last tensor that views it has gone: drop them first.
+        """
 
     @abstractmethod
     def allocate_host(self, num_bytes: int) -> torch.Tensor:

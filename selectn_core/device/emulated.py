@@ -130,6 +130,7 @@ class EmulatedDevice(Device):
             self._closed = True
             self._link.close()
             self._registered.clear()
+            self._memory = self._memory[:0].clone()  # whoever still refers to the device keeps none of its memory
             self.bus.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -95,16 +95,23 @@ class Engine:
             geometry = kv_geometry(self.model, config.batch.page_size, self._kv_shapes)
         everything = everything_bytes(self.model, self.units, geometry, config.batch.kv_tokens)
         self.device: Device = open_device(config.device, default_capacity_bytes=everything)
+        self._held = ExitStack()  # what gives memory back, in the reverse order of taking it
+        self._held.callback(self.device.close)
         try:
             self.store = HostStore(self.units, self.device, loaded.store)
+            self._held.callback(self.store.close)
             self.resident = ResidentWeights(self.model, self.units, self.device)
+            self._held.callback(self.resident.close)
             with refusing(self.model, "continuous batching does not take it"):
                 self.workspace = self._measured_workspace(geometry)
                 self.batching = self._make_batching(geometry)
+            self._held.callback(self.batching.release)
+            self._held.callback(self.batching.close)
             self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
             self.target = Target(self.units, self.arena, config.offload)
             self.executor = executor_class(self.model, self.store, self.device, self.target.plan, self.arena)
             self.executor.attach()
+            self._held.callback(self.executor.detach)
             self.offloading = Offloading(config, self.requests, self.batching, self.arena, self.executor, self.target)
             self.guarantee = Guarantee(self.offloading, config.batch.max_requests)
             self.link_needs = LinkNeeds(self.offloading, config)
@@ -122,7 +129,7 @@ class Engine:
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
             self._self_test()
         except BaseException:
-            self.device.close()
+            self._held.close()
             raise
 
     def _self_test(self) -> None:
@@ -132,12 +139,7 @@ class Engine:
             kv_capacity_tokens=self.kv_capacity_tokens,
             eos_ids=frozenset(self.default_eos_ids),
         )
-        try:
-            check_model(self.model, self.units, self.batching, self.executor, limits)
-        except BaseException:
-            self.batching.close()
-            self.executor.detach()
-            raise
+        check_model(self.model, self.units, self.batching, self.executor, limits)
 
     # -- what it is for -----------------------------------------------------------------------------------------
 
@@ -246,9 +248,7 @@ class Engine:
         if not self.supervisor.close():
             return
         self.lifecycle.fail_all("the engine was closed")
-        self.executor.detach()
-        self.store.close()
-        self.device.close()
+        self._held.close()
 
     def __enter__(self) -> Engine:
         self.start()

@@ -93,8 +93,8 @@ def engine_config(
 def memory_gib_for(num_homes: int, **batch: Unpack[Batch]) -> float:
     """A device with room for so many layers and slots, and half of one, beside what stays and the least KV cache."""
     engine = CheckedEngine(tiny_model(), engine_config(0, memory_gib=1 / 1024, **batch))
-    engine.close()
     beside = engine.device.allocated_bytes - engine.arena.reachable_bytes(0)
+    engine.close()
     homes = round((num_homes + 0.5) * engine.arena.round_up(engine.units[0].num_bytes))
     return (beside + homes + engine.workspace.bytes_for((beside + homes) // engine.arena.sector_bytes)) / (1 << 30)
 
