@@ -53,7 +53,8 @@ class KvSwap(OffloadingManager):
 
     def release(self) -> None:
         """Drops the host memory, when nothing is to be copied any more."""
-        self._cpu_tensor, self._cpu_views = None, {}
+        self._cpu_views.clear()
+        self._cpu_tensor = torch.empty(0, dtype=torch.uint8)
 
     @property
     def used_bytes(self) -> int:

@@ -66,13 +66,21 @@ class Device(ABC):
 
     @abstractmethod
     def allocate_host(self, num_bytes: int) -> torch.Tensor:
-        """A uint8 tensor [num_bytes] in host memory that the link can read at full speed."""
+        """A uint8 tensor [num_bytes] in host memory that the link can read at full speed; it takes whole pages.
+
+        It stays until the device is closed, and then until no tensor views it. Raises PinningRefused.
+        """
+
+    @property
+    @abstractmethod
+    def host_allocated_bytes(self) -> int:
+        """Bytes of host memory that `allocate_host` has taken."""
 
     @abstractmethod
     def register_host(self, memory: torch.Tensor) -> None:
-        """Lets the link read `memory` (page-aligned, host, perhaps read-only), which somebody else has allocated.
+        """Lets the link read `memory` at full speed: a read-only mapping of a file that is open for writing, whole.
 
-        Where that cannot be had at full speed a warning is logged that says so; copies still work.
+        It stays read-only. Raises PinningRefused where that cannot be had; then nothing has changed.
         """
 
     @abstractmethod

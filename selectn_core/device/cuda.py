@@ -6,20 +6,18 @@ Nothing here blocks the host inside a step; waiting is a stream's work.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable
 
 import torch
 
-from selectn_core.device.alignment import ALIGNMENT_BYTES, align_up
+from selectn_core.device.alignment import align_up
 from selectn_core.device.base import Device, Event
+from selectn_core.device.host_pages import anonymous_pages, whole_pages, writable
 from selectn_core.device.link_usage import LinkUsage
-from selectn_core.errors import DeviceMemoryExceeded
-
-logger = logging.getLogger(__name__)
+from selectn_core.errors import DeviceMemoryExceeded, PinningRefused
 
 _MAX_TIMED_COPIES = 256
-_REGISTER_PORTABLE, _REGISTER_READ_ONLY = 1, 8  # cudaHostRegister's flags
+_REGISTER_PORTABLE = 1  # cudaHostRegister's flag: for every context of the process
 
 
 class CudaEvent(Event):
@@ -45,6 +43,7 @@ class CudaDevice(Device):
     def __init__(self, capacity_bytes: int | None = None, *, index: int = 0) -> None:
         """`capacity_bytes` None takes what is free now."""
         self.torch_device = torch.device("cuda", index)
+        torch.cuda.empty_cache()
         free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
         self.capacity_bytes = capacity_bytes if capacity_bytes is not None else free_bytes
         if self.capacity_bytes > free_bytes:
@@ -53,8 +52,9 @@ class CudaDevice(Device):
             )
         self._copy_stream = torch.cuda.Stream(self.torch_device)
         self._sizes: dict[int, int] = {}
-        # By address; with whether CUDA has locked its pages. The tensor stays: locked memory must not be unmapped.
-        self._registered: dict[int, tuple[torch.Tensor, bool]] = {}
+        # By address. The tensors stay: locked memory must not be unmapped.
+        self._registered: dict[int, torch.Tensor] = {}
+        self._host: dict[int, torch.Tensor] = {}
         self._copied_bytes, self._num_copies, self._busy_s = 0, 0, 0.0
         self._timed: list[tuple[CudaEvent, CudaEvent]] = []
         self._origin = CudaEvent(torch.cuda.current_stream(self.torch_device), timed=True)
@@ -86,36 +86,42 @@ class CudaDevice(Device):
             raise ValueError("not a tensor that this device has allocated")
 
     def allocate_host(self, num_bytes: int) -> torch.Tensor:
-        raw = torch.empty(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, pin_memory=True)
-        offset = -raw.data_ptr() % ALIGNMENT_BYTES
-        return raw[offset : offset + num_bytes]
+        memory = anonymous_pages(num_bytes)
+        self._lock_pages(memory, "pinned host memory")
+        self._host[memory.data_ptr()] = memory
+        return memory
+
+    @property
+    def host_allocated_bytes(self) -> int:
+        return sum(whole_pages(memory.nbytes) for memory in self._host.values())
 
     def register_host(self, memory: torch.Tensor) -> None:
-        # Without the read-only flag CUDA asks for write access, which a read-only mapping does not have.
-        flags = _REGISTER_PORTABLE | _REGISTER_READ_ONLY
-        status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, flags)
-        is_locked = int(status) == 0
-        self._registered[memory.data_ptr()] = (memory, is_locked)
-        if not is_locked:
+        # CUDA asks for write access to what it locks. Discrete GPUs refuse the flag that says otherwise.
+        try:
+            with writable(memory):
+                self._lock_pages(memory, "the shared host store")
+        except OSError as error:
+            raise PinningRefused(f"the shared host store cannot be made writable to lock its pages: {error}") from error
+        self._registered[memory.data_ptr()] = memory
+
+    def _lock_pages(self, memory: torch.Tensor, what: str) -> None:
+        num_bytes = whole_pages(memory.nbytes)
+        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, _REGISTER_PORTABLE))
+        if status != 0:
             with contextlib.suppress(RuntimeError):  # CUDA reports the error once more, to the next kernel
                 torch.zeros(1, device=self.torch_device)
-            logger.warning(
-                "CUDA cannot lock the pages of the shared host store (error %s; it takes a GPU and driver that can "
-                "register read-only memory, and a memlock limit above %s bytes): copies from it are slow and block. "
-                "Set host.weights to 'private' for pinned memory of this process's own",
-                status,
-                f"{memory.nbytes:,}",
+            raise PinningRefused(
+                f"CUDA cannot lock {num_bytes:,} bytes of {what} (cudaHostRegister: error {status}). Memory that a "
+                "disk backs cannot be locked on some kernels, and limits of the container or of memlock may be lower"
             )
 
     def unregister_host(self, memory: torch.Tensor) -> None:
-        if memory.data_ptr() not in self._registered:
+        if self._registered.pop(memory.data_ptr(), None) is None:
             raise ValueError("not memory that was registered with this device")
-        self._unregister(memory.data_ptr())
+        self._unlock_pages(memory)
 
-    def _unregister(self, address: int) -> None:
-        _, is_locked = self._registered.pop(address)
-        if is_locked:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+    def _unlock_pages(self, memory: torch.Tensor) -> None:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
 
     def copy_async(self, source: torch.Tensor, target: torch.Tensor, *, after: Event | None = None) -> Event:
         if source.nbytes != target.nbytes:
@@ -165,9 +171,11 @@ class CudaDevice(Device):
 
     def close(self) -> None:
         self._copy_stream.synchronize()
-        for address in list(self._registered):
-            self._unregister(address)
+        for locked in (self._registered, self._host):
+            while locked:
+                self._unlock_pages(locked.popitem()[1])
         self._sizes.clear()
+        torch.cuda.empty_cache()  # else what this device had is missing from what the next one finds free
 
     def _account_finished_copies(self) -> None:
         waiting = []

@@ -6,9 +6,7 @@ Pacing only makes that thread wait until the bytes could have arrived over a lin
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 import threading
 import time
 from collections import deque
@@ -16,10 +14,11 @@ from collections.abc import Callable
 
 import torch
 
-from selectn_core.device.alignment import ALIGNMENT_BYTES, align_up
+from selectn_core.device.alignment import align_up
 from selectn_core.device.base import Device, Event
 from selectn_core.device.bus import Bus
 from selectn_core.device.cpu_peak import CpuPeak
+from selectn_core.device.host_pages import anonymous_pages, whole_pages
 from selectn_core.device.link_usage import LinkUsage
 from selectn_core.device.range_allocator import FirstFit
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
@@ -60,10 +59,11 @@ class EmulatedDevice(Device):
         """`bytes_per_s` is the bandwidth of the bus; devices that name the same bus share it."""
         self.capacity_bytes = align_up(capacity_bytes)
         self.bus = Bus(bus_name, bytes_per_s)
-        self._memory = _aligned_zeros(self.capacity_bytes)
+        self._memory = anonymous_pages(self.capacity_bytes)
         self._ranges = FirstFit(self.capacity_bytes)
         self._link = _PacedLink(self.bus)
         self._registered: dict[int, torch.Tensor] = {}
+        self._host_allocated_bytes = 0
         self._closed = False
 
     @property
@@ -86,7 +86,12 @@ class EmulatedDevice(Device):
             raise ValueError("not a tensor that this device has allocated") from None
 
     def allocate_host(self, num_bytes: int) -> torch.Tensor:
-        return _aligned_zeros(num_bytes)
+        self._host_allocated_bytes += whole_pages(num_bytes)
+        return anonymous_pages(num_bytes)
+
+    @property
+    def host_allocated_bytes(self) -> int:
+        return self._host_allocated_bytes
 
     def register_host(self, memory: torch.Tensor) -> None:
         self._registered[memory.data_ptr()] = memory
@@ -226,13 +231,3 @@ def _sleep_until(instant_ns: int) -> None:
     remaining_ns = instant_ns - time.monotonic_ns()
     if remaining_ns > 0:
         time.sleep(remaining_ns / 1e9)
-
-
-def _aligned_zeros(num_bytes: int) -> torch.Tensor:
-    """Zeroed memory [num_bytes], aligned; in huge pages where the kernel gives them, as weights are read whole."""
-    raw = mmap.mmap(-1, num_bytes + ALIGNMENT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        raw.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(raw, dtype=torch.uint8)
-    offset = -memory.data_ptr() % ALIGNMENT_BYTES
-    return memory[offset : offset + num_bytes]

@@ -54,6 +54,7 @@ from selectn_core.weights.architecture import context_limit
 from selectn_core.weights.checkpoint import LoadedModel
 from selectn_core.weights.host_store import HostStore
 from selectn_core.weights.resident import ResidentWeights
+from selectn_core.weights.store_places import ReserveHost, reserve_nothing
 from selectn_core.weights.units import find_units, last_of_a_new_kind
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,9 @@ class Engine:
         config: EngineConfig,
         *,
         executor_class: type[Executor] = OverlappedExecutor,
+        reserve_host: ReserveHost = reserve_nothing,
     ) -> None:
-        """Places `loaded` on the configured device.
+        """Places `loaded` on the configured device. `reserve_host` is asked before weights take more host memory.
 
         Raises ConfigError, UnsupportedModel, or DeviceMemoryExceeded where not even the fewest resident units fit.
         """
@@ -98,7 +100,13 @@ class Engine:
         self._held = ExitStack()  # what gives memory back, in the reverse order of taking it
         self._held.callback(self.device.close)
         try:
-            self.store = HostStore(self.units, self.device, loaded.store)
+            is_free_to_move = config.host.weights == "auto"
+            self.store = HostStore(
+                self.units,
+                self.device,
+                loaded.store,
+                reserve_private=(lambda num_bytes: reserve_host(num_bytes, None)) if is_free_to_move else None,
+            )
             self._held.callback(self.store.close)
             self.resident = ResidentWeights(self.model, self.units, self.device)
             self._held.callback(self.resident.close)
@@ -395,6 +403,8 @@ class Engine:
             "num_slots": plan.num_slots,
             "host_bytes": self.store.num_bytes,
             "host_store": self.store.location,
+            "host_store_reason": self.store.reason,
+            "host_allocated_bytes": self.device.host_allocated_bytes,
             "offloaded_bytes": self.offloading.offloaded_bytes(plan),
             "memory": self.account().to_json(),
             "device_bytes": self.device.allocated_bytes,

@@ -212,7 +212,8 @@ def stored_bytes(sections: Sequence[Section]) -> int:
 def _attach(path: Path, *, verify: bool = True) -> SharedStore | None:
     """The store at `path`, if there is one. One that users left by being killed is verified, and removed if damaged."""
     try:
-        fd = open_own(path, os.O_RDONLY)
+        # For writing: a device may lock only pages that could be written. They are mapped read-only all the same.
+        fd = open_own(path, os.O_RDWR)
     except FileNotFoundError:
         return None
     try:

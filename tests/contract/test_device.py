@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 
@@ -143,12 +144,19 @@ def test_host_memory_is_aligned_like_device_memory(device) -> None:
     assert device.allocate_host(1000).data_ptr() % ALIGNMENT_BYTES == 0
 
 
+def test_host_memory_takes_whole_pages_and_is_counted(device) -> None:
+    """No more than that: powers of two would be half as much again."""
+    device.allocate_host(5 * mmap.PAGESIZE)
+    device.allocate_host(2 * mmap.PAGESIZE + 1)
+    assert device.host_allocated_bytes == 8 * mmap.PAGESIZE
+
+
 @pytest.fixture
 def shared_page(tmp_path):
     """A page that a file backs, mapped read-only as a shared host store is."""
     path = tmp_path / "page"
     path.write_bytes(bytes(range(256)) * 16)
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDWR)
     try:
         yield map_read_only(fd, 4096)
     finally:

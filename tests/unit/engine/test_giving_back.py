@@ -70,15 +70,17 @@ def test_loading_holds_one_arena_at_a_time(device) -> None:
 @pytest.mark.usefixtures("no_collector")
 def test_ten_engines_in_a_row_have_room_in_one_process(monkeypatch) -> None:
     kept: list[Engine] = []  # a caller may be slow to forget them
+    devices: list[AllocatingDevice] = []
     for _ in range(10):
         device = AllocatingDevice(CAPACITY_BYTES)
-        device._given_out = [each for engine in kept for each in engine.device._given_out]  # all are on one card
+        device._given_out = [each for earlier in devices for each in earlier._given_out]  # all are on one card
         monkeypatch.setattr(engine_module, "open_device", lambda *_, device=device, **__: device)
         engine = Engine(tiny_model(), engine_config(2))
         with engine:
             assert engine.submit(make_prompts()[0], greedy(2)).result()
         kept.append(engine)
-    assert all(engine.device.alive() == {} for engine in kept)
+        devices.append(device)
+    assert all(device.alive() == {} for device in devices)
 
 
 class FailingExecutor(OverlappedExecutor):

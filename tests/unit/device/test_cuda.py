@@ -1,0 +1,107 @@
+"""What `CudaDevice` itself decides, on a fake of torch.cuda: the hardware is not here."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from selectn_core.device.cuda import CudaDevice
+from selectn_core.errors import PinningRefused
+from selectn_core.weights.shared_store import map_read_only
+from tests.standins.fake_cuda import FakeCuda, FakeTorch, how_mapped, install
+
+CAPACITY_BYTES = 1 << 20
+PORTABLE = 1
+
+
+class Clock:
+    """Stands still until a test moves it."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cuda(clock) -> FakeCuda:
+    return FakeCuda(clock)
+
+
+@pytest.fixture
+def fake_torch(cuda, monkeypatch) -> FakeTorch:
+    return install(monkeypatch, cuda)
+
+
+@pytest.fixture
+def device(fake_torch) -> Iterator[CudaDevice]:
+    with CudaDevice(CAPACITY_BYTES) as device:
+        yield device
+
+
+def mapped_file(directory: Path, flags: int = os.O_RDWR) -> torch.Tensor:
+    """uint8 [10_000], as a process has a shared store."""
+    path = directory / "store"
+    path.write_bytes(bytes(10_000))
+    fd = os.open(path, flags)
+    try:
+        return map_read_only(fd, 10_000)
+    finally:
+        os.close(fd)
+
+
+class TestPins:
+    def test_a_shared_mapping_is_locked_while_it_is_writable_and_is_read_only_afterwards(
+        self, device, cuda, tmp_path
+    ) -> None:
+        memory = mapped_file(tmp_path)
+        assert how_mapped(memory.data_ptr()) == "r--s"
+        device.register_host(memory)
+        num_bytes, flags, mapped = cuda.registered[memory.data_ptr()]
+        assert (num_bytes, flags) == (3 * mmap.PAGESIZE, PORTABLE)
+        assert mapped == "rw-s", "a private mapping would be a copy for every process"
+        assert how_mapped(memory.data_ptr()) == "r--s"
+        device.unregister_host(memory)
+        assert not cuda.registered
+
+    @pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDONLY])
+    def test_pages_that_cannot_be_locked_are_an_error_and_leave_nothing_behind(
+        self, device, cuda, tmp_path, flags
+    ) -> None:
+        cuda.registration_status = 2 if flags == os.O_RDWR else 0
+        memory = mapped_file(tmp_path, flags)
+        with pytest.raises(PinningRefused, match="error 2" if flags == os.O_RDWR else os.strerror(errno.EACCES)):
+            device.register_host(memory)
+        assert how_mapped(memory.data_ptr()) == "r--s"
+        with pytest.raises(ValueError, match="not memory that was registered"):
+            device.unregister_host(memory)
+
+    def test_private_host_memory_is_locked_to_the_page_and_unlocked_at_the_end(self, device, cuda) -> None:
+        memory = device.allocate_host(416 * 1000)
+        assert cuda.registered[memory.data_ptr()][:2] == (102 * mmap.PAGESIZE, PORTABLE)
+        assert device.host_allocated_bytes == 102 * mmap.PAGESIZE < 512 * 1000
+        device.close()
+        assert not cuda.registered
+        assert device.host_allocated_bytes == 0
+
+    def test_private_host_memory_that_cannot_be_locked_is_an_error(self, device, cuda) -> None:
+        cuda.registration_status = 2
+        with pytest.raises(PinningRefused, match=r"4,096 bytes of pinned host memory .* error 2"):
+            device.allocate_host(100)
+
+
+def test_a_closed_device_gives_torchs_cache_back_to_the_driver(device, cuda) -> None:
+    cuda.calls.clear()
+    device.close()
+    assert "empty_cache" in cuda.calls
