@@ -122,7 +122,7 @@ class Device(ABC):
 
     @abstractmethod
     def link_usage(self) -> LinkUsage:
-        """What the host link has carried for this device so far."""
+        """What the host link has carried for this device so far: the copies that are done. Any thread may ask."""
 
     @abstractmethod
     def close(self) -> None:

@@ -6,6 +6,8 @@ Nothing here blocks the host inside a step; waiting is a stream's work.
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -55,8 +57,9 @@ class CudaDevice(Device):
         # By address. The tensors stay: locked memory must not be unmapped.
         self._registered: dict[int, torch.Tensor] = {}
         self._host: dict[int, torch.Tensor] = {}
-        self._copied_bytes, self._num_copies, self._busy_s = 0, 0, 0.0
-        self._timed: list[tuple[CudaEvent, CudaEvent]] = []
+        self._usage = LinkUsage(copied_bytes=0, num_copies=0, busy_s=0.0)
+        self._under_way: deque[tuple[CudaEvent, CudaEvent, int]] = deque()  # start, end, bytes
+        self._usage_lock = threading.Lock()  # of both: any thread may ask
         self._origin = CudaEvent(torch.cuda.current_stream(self.torch_device), timed=True)
 
     @property
@@ -134,11 +137,10 @@ class CudaDevice(Device):
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
         done = CudaEvent(stream, timed=True)
-        self._copied_bytes += source.nbytes
-        self._num_copies += 1
-        self._timed.append((started, done))
-        if len(self._timed) > _MAX_TIMED_COPIES:
-            self._account_finished_copies()
+        with self._usage_lock:
+            self._under_way.append((started, done, source.nbytes))
+            if len(self._under_way) > _MAX_TIMED_COPIES:
+                self._count_finished_copies()
         return done
 
     def record(self) -> Event:
@@ -166,8 +168,9 @@ class CudaDevice(Device):
         return torch.cuda.max_memory_reserved(self.torch_device) - before
 
     def link_usage(self) -> LinkUsage:
-        self._account_finished_copies()
-        return LinkUsage(copied_bytes=self._copied_bytes, num_copies=self._num_copies, busy_s=self._busy_s)
+        with self._usage_lock:
+            self._count_finished_copies()
+            return self._usage
 
     def close(self) -> None:
         self._copy_stream.synchronize()
@@ -177,11 +180,11 @@ class CudaDevice(Device):
         self._sizes.clear()
         torch.cuda.empty_cache()  # else what this device had is missing from what the next one finds free
 
-    def _account_finished_copies(self) -> None:
-        waiting = []
-        for started, done in self._timed:
-            if done.is_done():
-                self._busy_s += started.event.elapsed_time(done.event) / 1e3
-            else:
-                waiting.append((started, done))
-        self._timed = waiting
+    def _count_finished_copies(self) -> None:
+        """Counts bytes and seconds of a copy together, when it is done: else a bandwidth would be of unequal parts."""
+        num_bytes, num_copies, busy_s = self._usage.copied_bytes, self._usage.num_copies, self._usage.busy_s
+        while self._under_way and self._under_way[0][1].is_done():  # they end in the order they were issued
+            started, done, copied_bytes = self._under_way.popleft()
+            num_bytes, num_copies = num_bytes + copied_bytes, num_copies + 1
+            busy_s += started.event.elapsed_time(done.event) / 1e3
+        self._usage = LinkUsage(copied_bytes=num_bytes, num_copies=num_copies, busy_s=busy_s)

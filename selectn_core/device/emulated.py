@@ -147,9 +147,10 @@ class _PacedLink:
         self._jobs: deque[_Copy] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        # Written by the link's thread alone.
+        # Written by the link's thread alone; others see the usage of whole copies, as one object.
         self._idle_since_ns = 0
         self._copied_bytes, self._num_copies, self._busy_ns, self._waited_ns = 0, 0, 0, 0
+        self._usage = LinkUsage(copied_bytes=0, num_copies=0, busy_s=0.0)
         # Not a daemon: a thread that copies into freed memory at interpreter exit aborts the process.
         self._thread = threading.Thread(target=self._run, name="selectn-link", daemon=False)
         self._thread.start()
@@ -162,12 +163,7 @@ class _PacedLink:
         return self._enqueue(_Copy(nothing, nothing, None))
 
     def usage(self) -> LinkUsage:
-        return LinkUsage(
-            copied_bytes=self._copied_bytes,
-            num_copies=self._num_copies,
-            busy_s=self._busy_ns / 1e9,
-            waited_s=self._waited_ns / 1e9,
-        )
+        return self._usage
 
     def close(self) -> None:
         with self._changed:
@@ -213,6 +209,12 @@ class _PacedLink:
         self._idle_since_ns = end_ns
         self._copied_bytes += job.num_bytes
         self._num_copies += job.num_bytes > 0
+        self._usage = LinkUsage(
+            copied_bytes=self._copied_bytes,
+            num_copies=self._num_copies,
+            busy_s=self._busy_ns / 1e9,
+            waited_s=self._waited_ns / 1e9,
+        )
 
 
 class _Copy:

@@ -57,6 +57,7 @@ class FakeEvent:
         """Milliseconds, as a float32: with hours between two events nothing is left of microseconds."""
         if not (self.is_timed and later.is_timed and self.query() and later.query()):
             raise RuntimeError("both events must be timed and done")
+        self.cuda.on_elapsed()
         milliseconds: float = struct.unpack("f", struct.pack("f", (later.at_s - self.at_s) * 1e3))[0]
         return milliseconds
 
@@ -70,6 +71,7 @@ class FakeCuda:
         self.use_s = 1e-3  # what the work of a `with stream` block takes
         self.registration_status = SUCCESS
         self.registered: dict[int, tuple[int, int, str]] = {}  # bytes, flags, and how it was mapped at that time
+        self.on_elapsed: Callable[[], None] = lambda: None  # called where the time between two events is asked for
         self.calls: list[str] = []
         self.properties = SimpleNamespace(
             uuid="11111111-2222-3333-4444-555555555555", pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0

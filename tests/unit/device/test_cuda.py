@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,44 @@ class TestPins:
         cuda.registration_status = 2
         with pytest.raises(PinningRefused, match=r"4,096 bytes of pinned host memory .* error 2"):
             device.allocate_host(100)
+
+
+class TestLinkUsage:
+    BYTES_PER_S = 25e9
+    NUM_BYTES = 400_000
+
+    def copies(self, device: CudaDevice, cuda: FakeCuda, number: int) -> None:
+        cuda.use_s = self.NUM_BYTES / self.BYTES_PER_S
+        source, target = device.allocate_host(self.NUM_BYTES), device.allocate(self.NUM_BYTES, "target")
+        for _ in range(number):
+            device.copy_async(source, target)
+
+    def test_the_bandwidth_is_right_whenever_it_is_read(self, device, cuda, clock) -> None:
+        """Bytes that count before their seconds do would make a link look infinite, then twice as fast."""
+        self.copies(device, cuda, 4)
+        assert (device.link_usage().copied_bytes, device.link_usage().busy_s) == (0, 0)
+        for done in range(1, 5):
+            clock.now_s += cuda.use_s
+            usage = device.link_usage()
+            assert (usage.num_copies, usage.copied_bytes) == (done, done * self.NUM_BYTES)
+            assert usage.bytes_per_s == pytest.approx(self.BYTES_PER_S, rel=1e-5)
+
+    def test_every_copy_counts_once_though_two_threads_look_at_them(self, device, cuda) -> None:
+        self.copies(device, cuda, 2)
+        device.synchronize()
+        other = threading.Thread(target=device.link_usage)
+
+        def look_too() -> None:
+            """While the first thread counts the first copy."""
+            cuda.on_elapsed = lambda: None
+            other.start()
+            other.join(0.2)
+
+        cuda.on_elapsed = look_too
+        usage = device.link_usage()
+        other.join()
+        assert usage == device.link_usage()
+        assert (usage.num_copies, usage.busy_s) == (2, pytest.approx(2 * cuda.use_s, rel=1e-5))
 
 
 def test_a_closed_device_gives_torchs_cache_back_to_the_driver(device, cuda) -> None:
