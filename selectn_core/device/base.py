@@ -23,6 +23,14 @@ class Event(ABC):
         """Blocks the caller until it has; raises LinkError if that work was a copy that failed."""
 
 
+class Timestamp(ABC):
+    """A point in the compute order whose time is taken. Only the time between two of one device means anything."""
+
+    @abstractmethod
+    def since(self, earlier: Timestamp) -> float:
+        """Seconds from `earlier` to this one; only after `Device.synchronize`."""
+
+
 class Device(ABC):
     """Device memory of a fixed size, an ordered copy engine, and the compute order of the calling thread.
 
@@ -110,11 +118,8 @@ class Device(ABC):
         """Blocks until every copy and all compute issued so far is done."""
 
     @abstractmethod
-    def timestamp(self) -> Callable[[], float]:
-        """Marks this point of the compute order; the returned function gives its time in seconds.
-
-        Only differences mean anything, and only after `synchronize`.
-        """
+    def timestamp(self) -> Timestamp:
+        """Marks this point of the compute order."""
 
     @abstractmethod
     def peak_bytes(self, run: Callable[[], None]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from selectn_core.device.alignment import align_up
-from selectn_core.device.base import Device, Event
+from selectn_core.device.base import Device, Event, Timestamp
 from selectn_core.device.host_pages import anonymous_pages, whole_pages, writable
 from selectn_core.device.link_usage import LinkUsage
 from selectn_core.errors import DeviceMemoryExceeded, PinningRefused
@@ -34,6 +34,20 @@ class CudaEvent(Event):
 
     def synchronize(self) -> None:
         self.event.synchronize()
+
+    def seconds_since(self, earlier: CudaEvent) -> float:
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+class CudaTimestamp(Timestamp):
+    """A CUDA event. CUDA gives the time between two as a float32 of milliseconds: exact only where they are close."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = CudaEvent(stream, timed=True)
+
+    def since(self, earlier: Timestamp) -> float:
+        assert isinstance(earlier, CudaTimestamp)
+        return self._event.seconds_since(earlier._event)
 
 
 class CudaDevice(Device):
@@ -60,7 +74,6 @@ class CudaDevice(Device):
         self._usage = LinkUsage(copied_bytes=0, num_copies=0, busy_s=0.0)
         self._under_way: deque[tuple[CudaEvent, CudaEvent, int]] = deque()  # start, end, bytes
         self._usage_lock = threading.Lock()  # of both: any thread may ask
-        self._origin = CudaEvent(torch.cuda.current_stream(self.torch_device), timed=True)
 
     @property
     def gpu_uuid(self) -> str | None:
@@ -153,9 +166,8 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
-    def timestamp(self) -> Callable[[], float]:
-        mark = CudaEvent(torch.cuda.current_stream(self.torch_device), timed=True)
-        return lambda: self._origin.event.elapsed_time(mark.event) / 1e3
+    def timestamp(self) -> Timestamp:
+        return CudaTimestamp(torch.cuda.current_stream(self.torch_device))
 
     def peak_bytes(self, run: Callable[[], None]) -> int:
         self.synchronize()
@@ -186,5 +198,5 @@ class CudaDevice(Device):
         while self._under_way and self._under_way[0][1].is_done():  # they end in the order they were issued
             started, done, copied_bytes = self._under_way.popleft()
             num_bytes, num_copies = num_bytes + copied_bytes, num_copies + 1
-            busy_s += started.event.elapsed_time(done.event) / 1e3
+            busy_s += done.seconds_since(started)
         self._usage = LinkUsage(copied_bytes=num_bytes, num_copies=num_copies, busy_s=busy_s)

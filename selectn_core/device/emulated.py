@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from selectn_core.device.alignment import align_up
-from selectn_core.device.base import Device, Event
+from selectn_core.device.base import Device, Event, Timestamp
 from selectn_core.device.bus import Bus
 from selectn_core.device.cpu_peak import CpuPeak
 from selectn_core.device.host_pages import anonymous_pages, whole_pages
@@ -46,6 +46,17 @@ class EmulatedEvent(Event):
         self.error = error
         self.done_ns = time.monotonic_ns()
         self._done.set()
+
+
+class EmulatedTimestamp(Timestamp):
+    """When it was made: compute on the CPU is over when the call that asked for it returns."""
+
+    def __init__(self) -> None:
+        self._at_s = time.perf_counter()
+
+    def since(self, earlier: Timestamp) -> float:
+        assert isinstance(earlier, EmulatedTimestamp)
+        return self._at_s - earlier._at_s
 
 
 class EmulatedDevice(Device):
@@ -118,9 +129,8 @@ class EmulatedDevice(Device):
     def synchronize(self) -> None:
         self._link.submit_marker().synchronize()
 
-    def timestamp(self) -> Callable[[], float]:
-        now_s = time.perf_counter()
-        return lambda: now_s
+    def timestamp(self) -> Timestamp:
+        return EmulatedTimestamp()
 
     def peak_bytes(self, run: Callable[[], None]) -> int:
         with CpuPeak() as peak:

@@ -12,14 +12,14 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-from selectn_core.device import Device, Event
+from selectn_core.device import Device, Event, Timestamp
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.memory.arena import FixedMemory, WeightMemory
@@ -85,7 +85,7 @@ class Executor(ABC):
             before_unit=self._before_unit,
             after_unit=self._after_unit,
         )
-        self._stalls: deque[tuple[Callable[[], float], Callable[[], float]]] = deque(maxlen=2 * len(self.units))
+        self._stalls: deque[tuple[Timestamp, Timestamp]] = deque(maxlen=2 * len(self.units))
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class Executor(ABC):
 
     def end_step(self) -> float:
         """Seconds that compute waited for copies since the last call; only after the step's compute is done."""
-        stall_s = sum(after() - before() for before, after in self._stalls)
+        stall_s = sum(after.since(before) for before, after in self._stalls)
         self._stalls.clear()
         self.stats.stall_s += stall_s
         return stall_s

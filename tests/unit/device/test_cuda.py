@@ -140,6 +140,16 @@ class TestLinkUsage:
         assert (usage.num_copies, usage.busy_s) == (2, pytest.approx(2 * cuda.use_s, rel=1e-5))
 
 
+def test_times_are_exact_after_a_day(device, clock) -> None:
+    """CUDA's times are float32 of milliseconds: a day after the start of all, one is worth 8 ms."""
+    clock.now_s = 86_400.0
+    before = device.timestamp()
+    clock.now_s += 50e-6
+    after = device.timestamp()
+    device.synchronize()
+    assert after.since(before) == pytest.approx(50e-6, rel=1e-4)
+
+
 def test_a_closed_device_gives_torchs_cache_back_to_the_driver(device, cuda) -> None:
     cuda.calls.clear()
     device.close()
