@@ -59,6 +59,8 @@ class CudaDevice(Device):
     def __init__(self, capacity_bytes: int | None = None, *, index: int = 0) -> None:
         """`capacity_bytes` None takes what is free now."""
         self.torch_device = torch.device("cuda", index)
+        # SDPA would prefer cuDNN, which plans anew, for tens of ms, at every new length: here that is at every step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.empty_cache()
         free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
         self.capacity_bytes = capacity_bytes if capacity_bytes is not None else free_bytes

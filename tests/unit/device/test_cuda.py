@@ -150,6 +150,14 @@ def test_times_are_exact_after_a_day(device, clock) -> None:
     assert after.since(before) == pytest.approx(50e-6, rel=1e-4)
 
 
+@pytest.mark.usefixtures("fake_torch")
+def test_attention_is_not_planned_anew_at_every_length() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with CudaDevice(CAPACITY_BYTES):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def test_a_closed_device_gives_torchs_cache_back_to_the_driver(device, cuda) -> None:
     cuda.calls.clear()
     device.close()
