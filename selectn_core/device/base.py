@@ -54,6 +54,11 @@ class Device(ABC):
         """Bytes of device memory given out by `allocate` and not freed."""
 
     @property
+    def room_bytes(self) -> int | None:
+        """Bytes that could really be had now, beside what `allocate` gave out; None: what the accounts say, always."""
+        return None
+
+    @property
     def free_bytes(self) -> int:
         """Bytes that `allocate` could still give out, were they in one piece."""
         return self.capacity_bytes - self.allocated_bytes

@@ -19,6 +19,7 @@ from selectn_core.device.link_usage import LinkUsage
 from selectn_core.errors import DeviceMemoryExceeded, PinningRefused
 
 _MAX_TIMED_COPIES = 256
+_LEAST_KEPT_BACK_BYTES = 1 << 30
 _REGISTER_PORTABLE = 1  # cudaHostRegister's flag: for every context of the process
 
 
@@ -57,16 +58,18 @@ class CudaDevice(Device):
     provenance = "measured"
 
     def __init__(self, capacity_bytes: int | None = None, *, index: int = 0) -> None:
-        """`capacity_bytes` None takes what is free now."""
+        """`capacity_bytes` None takes what is free now, but for what is kept back (`_kept_back_bytes`)."""
         self.torch_device = torch.device("cuda", index)
         # SDPA would prefer cuDNN, which plans anew, for tens of ms, at every new length: here that is at every step.
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.empty_cache()
-        free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
-        self.capacity_bytes = capacity_bytes if capacity_bytes is not None else free_bytes
-        if self.capacity_bytes > free_bytes:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.torch_device)
+        most_bytes = max(0, free_bytes - _kept_back_bytes(total_bytes))
+        self.capacity_bytes = capacity_bytes if capacity_bytes is not None else most_bytes
+        if self.capacity_bytes > most_bytes:
             raise DeviceMemoryExceeded(
-                f"device.memory_gib asks for {self.capacity_bytes:,} bytes; {free_bytes:,} are free"
+                f"device.memory_gib asks for {self.capacity_bytes:,} bytes; {free_bytes:,} are free, of which "
+                f"{free_bytes - most_bytes:,} are kept back for what libraries load later"
             )
         self._copy_stream = torch.cuda.Stream(self.torch_device)
         self._sizes: dict[int, int] = {}
@@ -92,12 +95,25 @@ class CudaDevice(Device):
                 f"{purpose} wants {num_bytes:,} bytes of device memory; {self.free_bytes:,} of "
                 f"{self.capacity_bytes:,} are free"
             )
-        tensor = torch.empty(size, dtype=torch.uint8, device=self.torch_device)
+        try:
+            tensor = torch.empty(size, dtype=torch.uint8, device=self.torch_device)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryExceeded(
+                f"{purpose} wants {num_bytes:,} bytes of device memory; of what this process may use "
+                f"{self.free_bytes:,} are free, but {self.room_bytes:,} on the GPU: others use it, or "
+                "device.memory_gib is too large"
+            ) from error
         # The copy stream writes to it, and the allocator knows only the stream that asked for it.
         tensor.record_stream(self._copy_stream)
         self._copy_stream.wait_stream(torch.cuda.current_stream(self.torch_device))
         self._sizes[tensor.data_ptr()] = size
         return tensor[:num_bytes]
+
+    @property
+    def room_bytes(self) -> int | None:
+        free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
+        cached_bytes = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return free_bytes + cached_bytes
 
     def free(self, tensor: torch.Tensor) -> None:
         if self._sizes.pop(tensor.data_ptr(), None) is None:
@@ -202,3 +218,8 @@ class CudaDevice(Device):
             num_bytes, num_copies = num_bytes + copied_bytes, num_copies + 1
             busy_s += done.seconds_since(started)
         self._usage = LinkUsage(copied_bytes=num_bytes, num_copies=num_copies, busy_s=busy_s)
+
+
+def _kept_back_bytes(total_bytes: int) -> int:
+    """What no account has: kernels that are loaded when first called, cuBLAS's workspaces, inputs, holes."""
+    return max(_LEAST_KEPT_BACK_BYTES, total_bytes * 3 // 100)

@@ -24,7 +24,13 @@ from selectn_core.engine.capacity import (
     latest,
     waiting_prefill_tokens,
 )
-from selectn_core.engine.device_budget import arena_sectors, everything_bytes, host_sectors
+from selectn_core.engine.device_budget import (
+    arena_sectors,
+    check_room,
+    everything_bytes,
+    host_sectors,
+    out_of_memory,
+)
 from selectn_core.engine.fingerprint import fingerprint_of
 from selectn_core.engine.link_needs import LinkNeeds, UnitDemand
 from selectn_core.engine.measure_workspace import measure_workspace
@@ -136,8 +142,11 @@ class Engine:
             self.supervisor = Supervisor(self.batching, self.requests, self.lifecycle.fail_all)
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
             self._self_test()
-        except BaseException:
+            check_room(self.device, self.workspace_bytes)
+        except BaseException as error:
             self._held.close()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise out_of_memory(error) from error
             raise
 
     def _self_test(self) -> None:

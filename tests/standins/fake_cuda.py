@@ -68,6 +68,7 @@ class FakeCuda:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._ahead_s, self._started_s = clock, 0.0, clock()
         self.total_bytes = self.driver_free_bytes = 8 << 30
+        self.cached_bytes = 0  # that torch's allocator keeps of it
         self.use_s = 1e-3  # what the work of a `with stream` block takes
         self.registration_status = SUCCESS
         self.registered: dict[int, tuple[int, int, str]] = {}  # bytes, flags, and how it was mapped at that time
@@ -89,7 +90,13 @@ class FakeCuda:
     # -- what torch.cuda has ------------------------------------------------------------------------------------
 
     def mem_get_info(self, _: object) -> tuple[int, int]:
-        return self.driver_free_bytes, self.total_bytes
+        return self.driver_free_bytes - self.cached_bytes, self.total_bytes
+
+    def memory_reserved(self, _: object) -> int:
+        return self.cached_bytes
+
+    def memory_allocated(self, _: object) -> int:
+        return 0
 
     def Stream(self, _: object) -> FakeStream:  # noqa: N802  (torch's name)
         self._streams.append(FakeStream(self))
@@ -116,6 +123,7 @@ class FakeCuda:
 
     def empty_cache(self) -> None:
         self.calls.append("empty_cache")
+        self.cached_bytes = 0
 
     def get_device_properties(self, _: object) -> SimpleNamespace:
         return self.properties

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from selectn_core.device.cuda import CudaDevice
-from selectn_core.errors import PinningRefused
+from selectn_core.errors import DeviceMemoryExceeded, PinningRefused
 from selectn_core.weights.shared_store import map_read_only
 from tests.standins.fake_cuda import FakeCuda, FakeTorch, how_mapped, install
 
@@ -138,6 +138,38 @@ class TestLinkUsage:
         other.join()
         assert usage == device.link_usage()
         assert (usage.num_copies, usage.busy_s) == (2, pytest.approx(2 * cuda.use_s, rel=1e-5))
+
+
+class TestBudget:
+    GIB = 1 << 30
+
+    @pytest.mark.parametrize(("total_gib", "kept_back_bytes"), [(8, GIB), (80, 80 * GIB * 3 // 100)])
+    def test_by_default_it_is_what_is_free_but_for_a_gib_or_three_percent(
+        self, fake_torch, cuda, total_gib, kept_back_bytes
+    ) -> None:
+        cuda.total_bytes, cuda.driver_free_bytes = total_gib * self.GIB, (total_gib - 2) * self.GIB
+        with CudaDevice() as device:
+            assert device.capacity_bytes == cuda.driver_free_bytes - kept_back_bytes
+
+    def test_more_than_that_is_refused_with_what_is_kept_back(self, fake_torch, cuda) -> None:
+        with pytest.raises(DeviceMemoryExceeded, match=r"8,589,934,592 are free, of which 1,073,741,824 are kept back"):
+            CudaDevice(cuda.driver_free_bytes - self.GIB + 1)
+
+    def test_what_an_earlier_device_left_in_torchs_cache_is_free(self, fake_torch, cuda) -> None:
+        cuda.cached_bytes = 3 * self.GIB
+        with CudaDevice() as device:
+            assert device.capacity_bytes == 7 * self.GIB
+
+    def test_torchs_error_is_ours_and_names_what_it_was_for(self, device, fake_torch, cuda) -> None:
+        fake_torch.is_out_of_memory, cuda.driver_free_bytes = True, 1000
+        with pytest.raises(DeviceMemoryExceeded, match=r"the KV cache wants 5,000 .* 1,048,576 are free, but 1,000 on"):
+            device.allocate(5000, "the KV cache")
+        assert device.allocated_bytes == 0
+
+    def test_room_is_what_the_driver_has_and_what_torch_keeps_for_later(self, device, cuda) -> None:
+        cuda.driver_free_bytes, cuda.cached_bytes = 1500, 500
+        assert cuda.mem_get_info(None)[0] == 1000
+        assert device.room_bytes == 1500
 
 
 def test_times_are_exact_after_a_day(device, clock) -> None:

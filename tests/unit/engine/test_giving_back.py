@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from selectn_core.device.cpu_peak import CpuPeak
 from selectn_core.engine import engine as engine_module
@@ -107,3 +108,22 @@ def test_an_engine_that_cannot_be_built_holds_no_device_memory(device, executor_
         Engine(tiny_model(), engine_config(2), executor_class=executor_class)
     assert raised.value.__traceback__ is not None, "which has all that was local"
     assert device.alive() == {}
+
+
+class TestRoom:
+    """What the accounts do not see."""
+
+    def test_an_engine_without_room_for_a_step_after_warm_up_is_refused(self, device, monkeypatch) -> None:
+        monkeypatch.setattr(AllocatingDevice, "room_bytes", 1000)
+        with pytest.raises(DeviceMemoryExceeded, match=r"after warm-up 1,000 bytes .* lower device.memory_gib"):
+            Engine(tiny_model(), engine_config(2))
+        assert device.alive() == {}
+
+    def test_an_error_of_torchs_allocator_while_loading_is_ours(self, device) -> None:
+        class Large(OverlappedExecutor):
+            def _before_unit(self, unit) -> None:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        with pytest.raises(DeviceMemoryExceeded, match=r"Tried to allocate 2.00 GiB.* lower device.memory_gib"):
+            Engine(tiny_model(), engine_config(2), executor_class=Large)
+        assert device.alive() == {}
