@@ -6,12 +6,16 @@ Nothing here blocks the host inside a step; waiting is a stream's work.
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from selectn_core.device import numa
 from selectn_core.device.alignment import align_up
 from selectn_core.device.base import Device, Event, Timestamp
 from selectn_core.device.host_pages import anonymous_pages, whole_pages, writable
@@ -19,6 +23,7 @@ from selectn_core.device.link_usage import LinkUsage
 from selectn_core.errors import DeviceMemoryExceeded, PinningRefused
 
 _MAX_TIMED_COPIES = 256
+_DRIVER = Path("/proc/driver/nvidia/gpus")
 _LEAST_KEPT_BACK_BYTES = 1 << 30
 _REGISTER_PORTABLE = 1  # cudaHostRegister's flag: for every context of the process
 
@@ -71,6 +76,9 @@ class CudaDevice(Device):
                 f"device.memory_gib asks for {self.capacity_bytes:,} bytes; {free_bytes:,} are free, of which "
                 f"{free_bytes - most_bytes:,} are kept back for what libraries load later"
             )
+        self._properties = torch.cuda.get_device_properties(self.torch_device)
+        self._pci_address = _pci_address(self._properties)
+        self._numa_node = numa.node_of_pci(self._pci_address)
         self._copy_stream = torch.cuda.Stream(self.torch_device)
         self._sizes: dict[int, int] = {}
         # By address. The tensors stay: locked memory must not be unmapped.
@@ -82,7 +90,8 @@ class CudaDevice(Device):
 
     @property
     def gpu_uuid(self) -> str | None:
-        return f"GPU-{torch.cuda.get_device_properties(self.torch_device).uuid}"
+        """The driver's own list has it by PCI address: for a MIG slice CUDA's properties may name the slice."""
+        return _uuid_of(self._pci_address) or f"GPU-{self._properties.uuid}"
 
     @property
     def allocated_bytes(self) -> int:
@@ -121,6 +130,8 @@ class CudaDevice(Device):
 
     def allocate_host(self, num_bytes: int) -> torch.Tensor:
         memory = anonymous_pages(num_bytes)
+        if self._numa_node is not None:
+            numa.prefer_node(memory, self._numa_node)
         self._lock_pages(memory, "pinned host memory")
         self._host[memory.data_ptr()] = memory
         return memory
@@ -218,6 +229,20 @@ class CudaDevice(Device):
             num_bytes, num_copies = num_bytes + copied_bytes, num_copies + 1
             busy_s += done.seconds_since(started)
         self._usage = LinkUsage(copied_bytes=num_bytes, num_copies=num_copies, busy_s=busy_s)
+
+
+def _pci_address(properties: Any) -> str:
+    """As Linux names it: 0000:3b:00.0."""
+    domain, bus, device = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id
+    return f"{domain:04x}:{bus:02x}:{device:02x}.0"
+
+
+def _uuid_of(pci_address: str) -> str | None:
+    """Of the whole GPU at this address, as NVML names it; None where the driver does not show it."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"^GPU UUID:\s*(GPU-\S+)", (_DRIVER / pci_address / "information").read_text(), re.MULTILINE)
+        return match[1] if match else None
+    return None
 
 
 def _kept_back_bytes(total_bytes: int) -> int:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from selectn_core.device import cuda as cuda_module
+from selectn_core.device import numa
 from selectn_core.device.cuda import CudaDevice
 from selectn_core.errors import DeviceMemoryExceeded, PinningRefused
 from selectn_core.weights.shared_store import map_read_only
@@ -170,6 +172,37 @@ class TestBudget:
         cuda.driver_free_bytes, cuda.cached_bytes = 1500, 500
         assert cuda.mem_get_info(None)[0] == 1000
         assert device.room_bytes == 1500
+
+
+class TestWhichGpu:
+    def test_its_uuid_is_the_drivers_as_a_mig_slice_is_no_gpu(self, device, tmp_path, monkeypatch) -> None:
+        monkeypatch.setattr(cuda_module, "_DRIVER", tmp_path)
+        assert device.gpu_uuid == "GPU-11111111-2222-3333-4444-555555555555", "where the driver shows nothing"
+        (tmp_path / "0000:3b:00.0").mkdir()
+        (tmp_path / "0000:3b:00.0" / "information").write_text(
+            "Model: \t\t NVIDIA H100\nIRQ:   \t\t 71\nGPU UUID: \t GPU-99999999-aaaa-bbbb-cccc-dddddddddddd\n"
+        )
+        assert device.gpu_uuid == "GPU-99999999-aaaa-bbbb-cccc-dddddddddddd"
+
+    @pytest.mark.parametrize("node", [None, 1])
+    def test_its_host_memory_is_on_its_node(self, fake_torch, cuda, monkeypatch, node) -> None:
+        asked: list[str] = []
+        preferred: list[tuple[int, int]] = []
+
+        def node_of(address: str) -> int | None:
+            asked.append(address)
+            return node
+
+        def prefer(memory: torch.Tensor, node: int) -> None:
+            assert not cuda.registered, "its pages are there already"
+            preferred.append((memory.nbytes, node))
+
+        monkeypatch.setattr(numa, "node_of_pci", node_of)
+        monkeypatch.setattr(numa, "prefer_node", prefer)
+        with CudaDevice(CAPACITY_BYTES) as device:
+            device.allocate_host(5000)
+        assert asked == ["0000:3b:00.0"]
+        assert preferred == ([] if node is None else [(5000, 1)])
 
 
 def test_times_are_exact_after_a_day(device, clock) -> None:
