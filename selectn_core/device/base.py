@@ -108,6 +108,10 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def copies_issued(self) -> Event:
+        """An event that is done when every copy issued so far is, or has failed."""
+
+    @abstractmethod
     def record(self) -> Event:
         """An event that is done when the compute issued so far by the calling thread is."""
 

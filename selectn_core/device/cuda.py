@@ -185,6 +185,9 @@ class CudaDevice(Device):
                 self._count_finished_copies()
         return done
 
+    def copies_issued(self) -> Event:
+        return CudaEvent(self._copy_stream)
+
     def record(self) -> Event:
         return CudaEvent(torch.cuda.current_stream(self.torch_device))
 

@@ -117,6 +117,9 @@ class EmulatedDevice(Device):
         assert after is None or isinstance(after, EmulatedEvent)
         return self._link.submit(source, target, after)
 
+    def copies_issued(self) -> Event:
+        return self._link.submit_marker()
+
     def record(self) -> Event:
         # Compute on the CPU is over when the call that asked for it returns.
         event = EmulatedEvent()

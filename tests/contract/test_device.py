@@ -103,6 +103,16 @@ def test_a_copy_waits_for_the_compute_it_comes_after(device) -> None:
     assert torch.equal(slot.cpu(), second)
 
 
+def test_compute_that_waits_for_all_copies_sees_the_last(device) -> None:
+    sources, target = [host_bytes(device, 128 * KIB, seed) for seed in range(5)], device.allocate(128 * KIB, "target")
+    events = [device.copy_async(source, target) for source in sources]
+    all_copied = device.copies_issued()
+    device.wait(all_copied)
+    assert int(target.long().sum()) == int(sources[-1].long().sum())
+    all_copied.synchronize()
+    assert all(event.is_done() for event in events)
+
+
 def test_synchronize_waits_for_all_copies(device) -> None:
     source, target = host_bytes(device, 128 * KIB, 3), device.allocate(128 * KIB, "target")
     events = [device.copy_async(source, target) for _ in range(5)]
