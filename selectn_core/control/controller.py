@@ -146,9 +146,9 @@ class Controller:
             return True
         return self._predictor.freed_bytes(self._guaranteed_within(load, limit_s)) >= lacking_bytes
 
-    def promised_tpot_s(self, load: Load) -> float:
+    def tightest_kept_tpot_s(self, load: Load) -> float:
         """The smallest TPOT objective, of those who hold KV, that can be kept at all; infinite without any."""
-        return self._joining.promised_tpot_s(load)
+        return self._joining.tightest_kept_tpot_s(load)
 
     def guaranteed_plan(self, load: Load, tpot_s: float) -> OffloadPlan:
         """What could be offloaded if the link fell to what is guaranteed: requests must fit the memory that this frees.

@@ -208,7 +208,9 @@ class Steering(Control):
 
     def _guaranteed_for(self, load: Load) -> OffloadPlan:
         # Whoever runs now may have asked for little: who comes next may not.
-        return self.controller.guaranteed_plan(load, min(self.controller.promised_tpot_s(load), self.objectives.tpot_s))
+        return self.controller.guaranteed_plan(
+            load, min(self.controller.tightest_kept_tpot_s(load), self.objectives.tpot_s)
+        )
 
     def token_budget(self, most: int) -> int:
         return min(most, max(1, self._num_decoding + self._admission.prefill_tokens))
