@@ -75,7 +75,10 @@ def test_it_answers_and_a_signal_to_its_group_leaves_nothing_behind(server, tmp_
     # As a terminal on Ctrl-C, and as `timeout` or systemd, which end Ray's processes too before anything else.
     os.killpg(server.pid, signum)
 
-    assert server.stdout.read() == "stopped\n"
+    *said, last = server.stdout.read().splitlines()
+    assert last == "stopped"
+    # Ingresses that answer by themselves take longer to stop, and Ray logs meanwhile that its processes have gone.
+    assert [line for line in said if not (num_direct and "task_manager.cc" in line)] == []
     assert server.wait(STOP_TIMEOUT_S) == 0
     assert not alive(processes)
     # Had Ray kept a token there, `ray start` would ask for it from now on, and `serve deploy` fail.
