@@ -5,6 +5,10 @@ Apart from the engine, which knows nothing of profiling.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from selectn_core.config import EngineConfig
 from selectn_core.engine.engine import Engine
 from selectn_core.offload.executor import Executor
@@ -31,7 +35,8 @@ def load_engine(
     engine = load_unsteered_engine(config, executor_class=executor_class, reserve_host=reserve_host)
     if config.offload.num_offloaded == "auto":
         try:
-            engine.steer(performance_record(engine, on_progress=on_progress))
+            with timed(engine.startup_s, "record"):
+                engine.steer(performance_record(engine, on_progress=on_progress))
         except BaseException:
             engine.close()
             raise
@@ -45,10 +50,23 @@ def load_unsteered_engine(
     reserve_host: ReserveHost = reserve_nothing,
 ) -> Engine:
     """As `load_engine`, without a policy: the fewest units are offloaded, or the configured number."""
-    loaded = load_on_host(config.model, config.host, reserve_host)
+    startup_s: dict[str, float] = {}
+    with timed(startup_s, "weights"):
+        loaded = load_on_host(config.model, config.host, reserve_host)
     try:
-        return Engine(loaded, config, executor_class=executor_class, reserve_host=reserve_host)
+        with timed(startup_s, "device"):
+            engine = Engine(loaded, config, executor_class=executor_class, reserve_host=reserve_host)
+        engine.startup_s.update(startup_s)
+        return engine
     except BaseException:
         if loaded.store is not None:
             loaded.store.close()
         raise
+
+
+@contextmanager
+def timed(phases_s: dict[str, float], name: str) -> Iterator[None]:
+    """Notes how long the block takes, in seconds, as a phase of a start."""
+    began_s = time.perf_counter()
+    yield
+    phases_s[name] = time.perf_counter() - began_s

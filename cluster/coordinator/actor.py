@@ -14,6 +14,8 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.coordinator.coordinator import Coordinator, CoordinatorConfig, CoordinatorStatus
+from cluster.coordinator.metrics import publish_status
+from cluster.metrics.meters import Meters
 from cluster.node.agent import ActorSink
 from cluster.node.agents import NAMESPACE
 from cluster.node.node_state import node_state
@@ -23,6 +25,7 @@ from cluster.protocol.node_reports import NodeReport
 COORDINATOR_NAME = "selectn_coordinator"
 # Every replica has one call waiting, and a second one for a moment when its demand changes.
 MAX_WAITING_CALLS = 20_000
+PUBLISH_S = 1.0
 
 
 class CoordinatorActor:
@@ -33,6 +36,8 @@ class CoordinatorActor:
         self._core = Coordinator(config, life=time.time_ns(), now_s=time.monotonic())
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._swept_s = time.monotonic()
+        self._meters = Meters("coordinator")
+        self._publishing: asyncio.Task[None] | None = None
 
     async def wait_for_update(self, report: ReplicaReport, hold_s: float) -> RangeUpdate | None:
         """What the replica may do: at once if that is something else than it reported, else after `hold_s`.
@@ -60,11 +65,19 @@ class CoordinatorActor:
         now_s = time.monotonic()
         self._core.on_node_report(report, now_s)
         self._sweep(now_s)
+        if self._publishing is None:
+            self._publishing = asyncio.create_task(self._publish())
         return self._core.life
 
     async def status(self) -> CoordinatorStatus:
         """What the coordinator knows, for people and dashboards."""
         return self._core.status(time.monotonic())
+
+    async def _publish(self) -> None:
+        """Metrics, once a second from the first report on: a node that falls silent is to be seen too."""
+        while True:
+            publish_status(self._meters, self._core.status(time.monotonic()))
+            await asyncio.sleep(PUBLISH_S)
 
     async def _is_current_after(self, report: ReplicaReport, hold_s: float) -> bool:
         """Waits until there is something new for the replica; False if a newer report of it came instead."""

@@ -79,13 +79,17 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinatorStatus:
-    """`is_settling`: this life is younger than a lease and raises nobody. `num_refused`: reports that made no sense."""
+    """`is_settling`: this life is younger than a lease and raises nobody. `num_refused`: reports that made no sense.
+
+    `oldest_report_s` is the age of that node's last report which was heard the longest ago; None without nodes.
+    """
 
     life: int
     is_settling: bool
     num_nodes: int
     replicas: tuple[ReplicaStatus, ...]
     num_refused: int = 0
+    oldest_report_s: float | None = None
 
 
 @dataclass
@@ -251,6 +255,7 @@ class Coordinator:
             is_settling=self._is_settling(now_s),
             num_nodes=len(self._nodes),
             num_refused=self._num_refused,
+            oldest_report_s=max((now_s - node.received_s for node in self._nodes.values()), default=None),
             replicas=tuple(sorted(replicas, key=lambda each: each.replica_id)),
         )
 

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.metrics.meters import Meters
 from deployments.api.errors import (
     ErrorResponse,
     context_length_exceeded,
@@ -34,6 +35,7 @@ from deployments.config import RequestLimits
 from deployments.http.api_keys import ApiKeys, load_api_keys
 from deployments.http.body import BodyReader
 from deployments.http.draining import OrderlyEnd, Stopping
+from deployments.http.metrics import IngressMetrics
 from deployments.http.responses import ChatWriter, CompletionWriter, Writer, sse_events, whole_response
 from deployments.http.write_budget import WriteBudget
 from deployments.messages import ChatMessage, GenerateRequest, ModelCard
@@ -70,6 +72,7 @@ class Ingress:
                 refuse_late=limits.refuse_late,
             ),
         )
+        admission.events = IngressMetrics(Meters("ingress"), lambda: admission.num_waiting, self._num_replicas)
         sizes = PromptSizes(limits.default_max_tokens)
         ttft_s = None if slo.ttft_ms == "auto" else slo.ttft_ms / 1e3
         client = ReplicaClient(
@@ -95,6 +98,10 @@ class Ingress:
             "num_waiting": self._admission.num_waiting,
             "attainment": self._admission.offered.snapshot(),
         }
+
+    def _num_replicas(self) -> int:
+        with self._board.locked() as board:
+            return len(board.replica_ids)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         api = build_api(self._service, self._limits, self._keys)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
+from cluster.metrics.meters import Meters
 from cluster.node.telemetry import TelemetryConfig
 from cluster.replica.member import Member
 from cluster.services import CoordinationConfig
@@ -37,6 +38,7 @@ from deployments.ray_private import bind_replica_to_node_address
 from deployments.replica.detokenizer import Detokenizer
 from deployments.replica.door import Door, Visit
 from deployments.replica.membership import open_member
+from deployments.replica.metrics import ReplicaMetrics
 from deployments.replica.outlet import OutletServer
 from deployments.replica.prompting import PromptEncoder
 from deployments.replica.report import replica_report, served_fields
@@ -79,11 +81,14 @@ class SelectNReplica:
         self._user_config_problem: str | None = None
         self._default_max_tokens = default_max_tokens
         self._outlet = OutletServer()
+        began_s = time.monotonic()
         self._member, _ = await asyncio.gather(
             asyncio.to_thread(open_member, cluster, telemetry, num_sharing=config.offload.num_sharing),
             asyncio.to_thread(import_module, "selectn_core.start"),  # which takes as long
         )
+        cluster_s = time.monotonic() - began_s
         self._engine = await asyncio.to_thread(_started_engine, config, self._member)
+        self._engine.startup_s |= {"cluster": cluster_s, "total": time.monotonic() - began_s}
         close_at_exit(self._engine)
         self._tokenizer: Any = self._engine.tokenizer
         self._text_bound = text_bound(self._tokenizer, self._engine.max_model_len)
@@ -100,6 +105,10 @@ class SelectNReplica:
         )
         await self._outlet.open(ray.util.get_node_ip_address())
         self._streams = Streams(self._outlet, stepped=self._door.progressed)
+        self._headroom_tokens = self._engine.reachable_kv_tokens()
+        meters = Meters("replica", {"model_name": self._engine.model_name})
+        self._metrics = ReplicaMetrics(meters, self._state, self._engine.steps.records)
+        self._engine.observe(self._metrics.numbers)
         logger.info("serving %s", self._engine.model_name)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateMessage]:
@@ -172,6 +181,8 @@ class SelectNReplica:
         """Serve's hook, called every `headroom_period_s`: what the routers rank this replica by."""
         self._door.let_in()
         report = replica_report(self._replica_id, self._engine, self._door, self._prefixes)
+        promised_tokens = sum(promise.tokens for promise in report.promises)
+        self._headroom_tokens = max(0, report.kv_capacity_tokens - promised_tokens)
         return replace(report, **served_fields(await self.model_card())).to_json()
 
     async def model_card(self) -> ModelCard:
@@ -194,11 +205,16 @@ class SelectNReplica:
     async def snapshot(self, *, replica_id: str | None = None) -> dict[str, Any]:
         """The engine's state, as plain JSON data, whose it is, and what the cluster allows it."""
         require_replica(replica_id, self._replica_id)
-        cluster = self._member.snapshot() if self._member is not None else None
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        """What `snapshot` says; any thread."""
         return {
             **self._engine.snapshot(),
             "replica_id": self._replica_id,
-            "cluster": cluster,
+            "cluster": self._member.snapshot() if self._member is not None else None,
+            "at_door": self._door.num_waiting,
+            "headroom_tokens": self._headroom_tokens,
             "user_config_problem": self._user_config_problem,
         }
 
@@ -243,6 +259,7 @@ class SelectNReplica:
         if engine is not None:
             self._door.close()
             await self._outlet.close()
+            await asyncio.to_thread(self._metrics.close)
             await asyncio.to_thread(_close, engine, self._member)
             self._prompts.close()
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from deployments.api.errors import ApiError, late, overloaded, too_large, unavailable
 from deployments.messages import Priority
+from deployments.routing.admission_events import AdmissionEvents, Unheard
 from deployments.routing.arrivals import Arrivals
 from deployments.routing.ask import Ask
 from deployments.routing.board import Board
@@ -121,6 +122,7 @@ class Admission:
     def __init__(
         self, shared: SharedBoard, config: AdmissionConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self.events: AdmissionEvents = Unheard()
         self.shared, self._config, self._clock = shared, config, clock
         self._queue: FairQueue[_Waiter] = FairQueue(config.max_queued_requests)
         self._retried: list[_Waiter] = []  # in the order of `retried_s`: their replicas have died
@@ -163,9 +165,12 @@ class Admission:
             yield
         except ApiError as error:
             self.offered.refused(error)
+            self.events.refused(error.code or str(error.status), error.status)
             raise
         except asyncio.CancelledError:
-            self.offered.given_up(ask, self._clock() - ask.arrived_s)
+            waited_s = self._clock() - ask.arrived_s
+            self.offered.given_up(ask, waited_s)
+            self.events.given_up(met=None if ask.ttft_s is None else waited_s <= ask.ttft_s)
             raise
 
     async def _enter(self, ask: Ask) -> Turn:
@@ -190,6 +195,7 @@ class Admission:
             raise
         with self.shared.locked() as board:
             sequence = board.sequence_of(ask.request_id)
+        self.events.admitted(self._clock() - ask.arrived_s)
         return Turn(self, waiter, replica_id, sequence)
 
     def refund(self, waiter: _Waiter) -> None:
@@ -205,6 +211,7 @@ class Admission:
 
     def has_started(self, ask: Ask, seconds: float) -> None:
         """A request's first text is there, so long after it was let in."""
+        self.events.started(self._clock() - ask.arrived_s)
         with self.shared.locked() as board:
             prefill_s = board.prefill_s(ask)
         self._starts_s.append(max(0.0, seconds - prefill_s))

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import (
     GenerationOutput,
@@ -44,6 +46,9 @@ from selectn_core.config import BatchConfig
 from selectn_core.device import Device
 from selectn_core.latency.steps import Chunk, StepShape
 from selectn_core.requests.sampling import SamplingParams
+
+# Requests that are looked up in the prefix cache and have not begun: these count once, however often that is.
+_MOST_LOOKED_UP = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +94,7 @@ class ContinuousBatching:
         self._model, self._callbacks = model, callbacks
         self._step: tuple[StepShape, float] | None = None
         self._is_own_step = False  # of requests that only this class knows
+        self.prefix_queried_tokens = self.prefix_found_tokens = 0
         self.geometry = kv_geometry(model, config.page_size, shapes)
         self.plain_attention = model.config._attn_implementation
         block_bytes = bytes_of_a_page_in_every_layer(model, config.page_size, shapes)
@@ -237,6 +243,7 @@ class ContinuousBatching:
         self._processors.drop_step()
         processor = self._processor
         vars(processor).pop("update_batch", None)
+        vars(processor.cache).pop("search_prefix_match", None)
         if processor.inputs_and_outputs is not None:
             vars(processor.inputs_and_outputs).clear()
         processor.inputs_and_outputs = processor.model_runner.inputs_and_outputs = None
@@ -302,7 +309,22 @@ class ContinuousBatching:
 
         processor.update_batch = update_and_record
         BatchInputs(processor.inputs_and_outputs, processor.cache)
+        self._count_prefixes(processor.cache)
         self._processor = processor
+
+    def _count_prefixes(self, cache: PagedAttentionCache) -> None:
+        """Counts the prompt tokens that are looked up in the cache, and those that are there."""
+        search, recent = cache.search_prefix_match, deque[str](maxlen=_MOST_LOOKED_UP)
+
+        def search_and_count(request_id: str, prompt_ids: list[int]) -> int:
+            found = search(request_id, prompt_ids)
+            if request_id not in recent:  # one that finds no room is looked up again in the next step
+                recent.append(request_id)
+                self.prefix_queried_tokens += len(prompt_ids)
+            self.prefix_found_tokens += found
+            return found
+
+        cache.search_prefix_match = search_and_count
 
     def _not_finite(self) -> set[str]:
         """The requests whose token was chosen among logits that are not finite: it means nothing."""

@@ -57,6 +57,11 @@ class KvSwap(OffloadingManager):
         self._cpu_tensor = torch.empty(0, dtype=torch.uint8)
 
     @property
+    def num_kept(self) -> int:
+        """Requests whose KV is in host memory now."""
+        return len(self._request_id_to_cpu_blocks)
+
+    @property
     def used_bytes(self) -> int:
         """Host bytes that hold KV now."""
         return sum(

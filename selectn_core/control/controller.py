@@ -22,7 +22,7 @@ from selectn_core.latency.placement import OffloadPlan, nearest_plan, place_by_i
 from selectn_core.latency.recurrence import Link
 from selectn_core.latency.step_times import StepTimes
 from selectn_core.latency.steps import Chunk, StepRecord, StepShape
-from selectn_core.offload.control import Decision
+from selectn_core.offload.control import Decision, LimitedBy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,6 +409,22 @@ class Controller:
             for goal in goals
         )
         return near if frees_as_much and is_as_fast else wanted
+
+    def limited_by(self, plan: OffloadPlan) -> LimitedBy:
+        """Why `plan`, which holds, does not offload more, as of the last step."""
+        sizes, offloaded = self.times.unit_bytes, set(plan.offloaded)
+        if len(offloaded) == len(sizes):
+            return "everything"
+        if not self.policy.adapts:
+            return "policy"
+        smallest = min((sizes[unit] for unit in offloaded), default=0)
+        if 0 < self.held_freed_bytes > self._predictor.freed_bytes(plan) - smallest:
+            return "memory"
+        next_bytes = min(size for unit, size in enumerate(sizes) if unit not in offloaded)
+        most = math.inf if self.max_offloaded_bytes is None else self.max_offloaded_bytes
+        if self._predictor.offloaded_bytes(plan) + next_bytes > most:
+            return "bus_share"
+        return "queue" if self._busy_steps else "objective"
 
     # -- after the step -----------------------------------------------------------------------------------------
 

@@ -54,6 +54,7 @@ from selectn_core.planning.record import Fingerprint, PerformanceRecord
 from selectn_core.requests.attainment import Attainment
 from selectn_core.requests.handle import RequestHandle
 from selectn_core.requests.objectives import Objectives, requested_objectives
+from selectn_core.requests.observer import Observer
 from selectn_core.requests.sampling import SamplingParams
 from selectn_core.requests.table import RequestTable
 from selectn_core.weights.architecture import context_limit
@@ -93,6 +94,7 @@ class Engine:
             limit = self._context_limit
             logger.warning("requests may have %d tokens, prompt and output: %s", limit.num_tokens, limit.reason)
         self.steps = StepLog()
+        self.startup_s: dict[str, float] = {}  # by phase: weights, device, record
         # Called on the generation thread when a step is planned and has not begun.
         self.on_step_planned: Callable[[StepShape], None] = lambda shape: None
         self._record: PerformanceRecord | None = None
@@ -360,6 +362,10 @@ class Engine:
             prompt_ids, params, request_id=request_id, objectives=objectives, waited_s=waited_s, returns=returns
         )
 
+    def observe(self, observer: Observer) -> None:
+        """Has `observer` hear of all requests that are submitted from now on."""
+        self.lifecycle.observer = observer
+
     # -- a step: plan, run, record ------------------------------------------------------------------------------
 
     def _before_schedule(self) -> list[str]:
@@ -424,7 +430,14 @@ class Engine:
             "max_model_len_reason": self.limits.max_model_len_reason,
             "running": running,
             "waiting": num_requests - running,
+            "kv_used_tokens": self.used_kv_tokens,
+            "kv_swap_used_requests": self.batching.swap.num_kept,
+            "prefix_queried_tokens": self.batching.prefix_queried_tokens,
+            "prefix_found_tokens": self.batching.prefix_found_tokens,
+            "startup_s": dict(self.startup_s),
             "num_steps": self.steps.num_steps,
+            "limited_by": self.offloading.control.limited_by(plan),
+            "num_plan_changes": self.executor.stats.num_plan_changes,
             "interval_history": [list(change) for change in list(self.steps.interval_history)],
             "step_over_bound": self.steps.median_over_bound(usage.bytes_per_s),
             "link_bytes": usage.copied_bytes,

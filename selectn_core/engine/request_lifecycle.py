@@ -12,6 +12,7 @@ from selectn_core.errors import EngineOverloaded, EngineUnavailable, RequestErro
 from selectn_core.requests.attainment import Attainment, Outcome
 from selectn_core.requests.handle import RequestHandle, TokenEvent
 from selectn_core.requests.objectives import Objectives
+from selectn_core.requests.observer import Observer
 from selectn_core.requests.sampling import SamplingParams
 from selectn_core.requests.table import RequestTable
 
@@ -34,6 +35,7 @@ class RequestLifecycle:
         self._requests, self._batching, self._limits = requests, batching, limits
         self._vocab_size, self._eos_ids, self._objectives = vocab_size, eos_ids, objectives
         self.attainment = Attainment(percentile)
+        self.observer: Observer | None = None
 
     # -- it comes -----------------------------------------------------------------------------------------------
 
@@ -70,6 +72,8 @@ class RequestLifecycle:
         handle.eos_ids = frozenset((*eos_ids, *params.stop_token_ids))
         handle.max_total_tokens += params.max_tokens
         handle.params, handle.objectives = params, objectives
+        if self.observer is not None:
+            handle.when_tokens = self.observer.tokens
         try:
             self._queue(handle, prompt_ids, params, seed)
         except (EngineOverloaded, EngineUnavailable):
@@ -122,7 +126,11 @@ class RequestLifecycle:
 
     def _end(self, handle: RequestHandle, outcome: Outcome, last: TokenEvent) -> None:
         """Counts it, and then lets its reader know: who has the end finds it in `snapshot`."""
-        handle.push(last, before_seen=lambda: self._count(handle, outcome))
+        reason = "stop" if outcome == "completed" and last.finish_reason == "cancelled" else last.finish_reason
+        handle.push(last, before_seen=lambda: self._count(handle, outcome, reason or ""))
 
-    def _count(self, handle: RequestHandle, outcome: Outcome) -> None:
-        self.attainment.add(handle.timing, handle.objectives or self._objectives(), outcome)
+    def _count(self, handle: RequestHandle, outcome: Outcome, finish_reason: str = "") -> None:
+        objectives = handle.objectives or self._objectives()
+        self.attainment.add(handle.timing, objectives, outcome)
+        if self.observer is not None:
+            self.observer.ended(handle, outcome, finish_reason, objectives)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from selectn_core.config import SloConfig
 from selectn_core.device import LinkUsage
@@ -50,6 +50,13 @@ class Decision:
     urgent: bool
     predicted_s: float
     limit_s: float
+
+
+# Why k is what it is. "everything": there is no more; "by_hand": it was set; "policy": that has one plan; "memory":
+# as little as the memory that requests need allows; "bus_share": the coordinator allows no more; "queue": requests wait
+# for memory, and short steps serve them; "objective": steps would be too long with more.
+LimitedBy = Literal["everything", "by_hand", "policy", "memory", "bus_share", "queue", "objective"]
+LIMITS: tuple[LimitedBy, ...] = get_args(LimitedBy)
 
 
 class Control(ABC):
@@ -117,6 +124,10 @@ class Control(ABC):
         """What the link gives now; `usage` is of all that it has ever carried."""
 
     @abstractmethod
+    def limited_by(self, plan: OffloadPlan) -> LimitedBy:
+        """Why `plan`, which holds, does not offload more."""
+
+    @abstractmethod
     def snapshot(self) -> dict[str, Any] | None:
         """What is aimed at and how well it is known, as JSON-able values."""
 
@@ -177,6 +188,9 @@ class ManualControl(Control):
 
     def link_now(self, usage: LinkUsage) -> Link:
         return Link(bytes_per_s=usage.bytes_per_s)
+
+    def limited_by(self, plan: OffloadPlan) -> LimitedBy:
+        return "by_hand"
 
     def snapshot(self) -> dict[str, Any] | None:
         return None

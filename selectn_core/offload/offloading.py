@@ -115,7 +115,13 @@ class Offloading:
         beginning = self._may_begin(drops_unknown)
         self._follow_target()
         # What is still to come back waits for KV to be released: no new request may take its place.
-        return beginning if self.executor.plan == self.executor.wanted else []
+        if self.executor.plan != self.executor.wanted:
+            return []
+        for ticket in beginning:
+            handle = self.requests.get(ticket)
+            if handle is not None:
+                handle.begins()
+        return beginning
 
     def _may_begin(self, drops_unknown: bool) -> list[str]:
         control, progress, backlog = self.control, self.batching.progress(), self.batching.backlog()

@@ -29,9 +29,14 @@ def is_met(timing: RequestTiming, objectives: Objectives, outcome: Outcome) -> b
     One that failed or was refused did not. One that was cancelled is late if it was by then: its first token, or its
     wait for one; its time per token, or what that would be had the next token come just then.
     """
+    return all(each_met(timing, objectives, outcome))
+
+
+def each_met(timing: RequestTiming, objectives: Objectives, outcome: Outcome) -> tuple[bool, bool]:
+    """Whether a request met its TTFT objective, and its TPOT objective (`is_met`)."""
     if outcome in ("failed", "refused"):
-        return False
-    return _ttft_s(timing, outcome) <= objectives.ttft_s and _tpot_s(timing, outcome) <= objectives.tpot_s
+        return False, False
+    return _ttft_s(timing, outcome) <= objectives.ttft_s, _tpot_s(timing, outcome) <= objectives.tpot_s
 
 
 def at_percentile(values: Sequence[float], percentile: float) -> float | None:

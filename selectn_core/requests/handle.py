@@ -46,6 +46,16 @@ class RequestTiming:
     next_tpot_s: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RequestSpans:
+    """Seconds from arrival to the beginning, to the first token, to the last; and from arrival to the end."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    total_s: float
+
+
 class Gaps:
     """The times between a request's tokens, as their reader sees them: the 99th percentile, in bounded memory.
 
@@ -102,6 +112,8 @@ class RequestHandle:
         self._wake: Callable[[], None] | None = None
         self._finished = False
         self.objectives: Objectives | None = None
+        self.when_tokens: Callable[[RequestHandle, int, float | None], None] | None = None  # `Observer.tokens`
+        self.began_s: float | None = None
         self.arrived_s = time.perf_counter() - waited_s
         self.first_token_s = self._last_token_s = 0.0
         self._ended_s: float | None = None
@@ -116,6 +128,25 @@ class RequestHandle:
         """As `cancel`, by a reader who has all that was asked for, as at a stop string: it counts as completed."""
         self.has_enough = True
         self._cancel(self.ticket)
+
+    def begins(self) -> None:
+        """It may have KV memory from the next step on: what it waited for is over."""
+        if self.began_s is None:
+            self.began_s = time.perf_counter()
+
+    @property
+    def spans(self) -> RequestSpans:
+        """Where its time went, up to its end or to now."""
+        with self._changed:
+            end_s = time.perf_counter() if self._ended_s is None else self._ended_s
+            began_s = end_s if self.began_s is None else self.began_s
+            first_s, last_s = self.first_token_s or end_s, self._last_token_s or end_s
+            return RequestSpans(
+                queue_s=began_s - self.arrived_s,
+                prefill_s=max(0.0, first_s - began_s),
+                decode_s=last_s - first_s,
+                total_s=end_s - self.arrived_s,
+            )
 
     @property
     def timing(self) -> RequestTiming:
@@ -153,11 +184,14 @@ class RequestHandle:
             self._finished = event.finish_reason is not None
             now_s = time.perf_counter()
             if event.token_ids:
-                if self.num_tokens:
-                    self._gaps.add(now_s - self._last_token_s, len(event.token_ids))
+                gap_s = now_s - self._last_token_s if self.num_tokens else None
+                if gap_s is not None:
+                    self._gaps.add(gap_s, len(event.token_ids))
                 self._last_token_s = now_s
                 self.first_token_s = self.first_token_s or now_s
                 self.num_tokens += len(event.token_ids)
+                if self.when_tokens is not None:
+                    self.when_tokens(self, len(event.token_ids), gap_s)
             if self._finished:
                 self._ended_s = now_s
             before_seen()

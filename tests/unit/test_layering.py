@@ -35,7 +35,7 @@ FLOORS = {
         {"profiling"},
         {"start"},
     ],
-    "cluster": [{"protocol"}, {"bus", "node"}, {"coordinator", "replica"}, {"services"}],
+    "cluster": [{"metrics", "protocol"}, {"bus", "node"}, {"coordinator", "replica"}, {"services"}],
     "deployments": [
         {"config", "prompt_length", "ray_calls"},
         {"declared", "messages"},
@@ -44,7 +44,7 @@ FLOORS = {
         {"ray_private"},
         {"api"},
         {"routing"},
-        {"http", "replica"},
+        {"dashboards", "http", "replica"},
         {"app", "commands"},
         {"cli"},
     ],

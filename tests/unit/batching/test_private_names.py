@@ -68,6 +68,7 @@ SIGNATURES = [
     (ContinuousBatchingManager._generation_step, ("self",)),
     (ContinuousBatchingManager.cancel_request, ("self", "request_id")),
     (PagedAttentionCache.evict_cached_blocks, ("self",)),
+    (PagedAttentionCache.search_prefix_match, ("self", "request_id", "prompt_ids")),
     (
         ContinuousBatchingIOs.prepare_batch_tensors,
         (

@@ -1,0 +1,1 @@
+"""What is measured for operators: one table of metrics, and the Ray metrics made from it."""
