@@ -80,7 +80,7 @@ class ContinuousBatching:
 
         Raises DeviceMemoryExceeded if it does not fit.
         """
-        self._model, self._callbacks = model, callbacks
+        self._model, self._device, self._callbacks = model, device, callbacks
         self._step: tuple[StepShape, float] | None = None
         self._is_own_step = False  # of requests that only this class knows
         self.geometry = kv_geometry(model, config.page_size, shapes)
@@ -274,7 +274,7 @@ class ContinuousBatching:
             self._end_step()
 
         processor.update_batch = update_and_record
-        BatchInputs(processor.inputs_and_outputs, processor.cache)
+        BatchInputs(processor.inputs_and_outputs, processor.cache, self._device)
         self._processor = processor
 
     def _not_finite(self) -> set[str]:
