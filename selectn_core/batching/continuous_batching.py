@@ -199,6 +199,8 @@ class ContinuousBatching:
 
     def start(self) -> threading.Thread:
         """Starts (or after a failure restarts) the generation thread and returns it."""
+        # A step that has failed may still be computing, and its inputs are laid out anew at once.
+        self._device.synchronize()
         self._manager.start()
         thread = self._manager._generation_thread
         assert thread is not None
