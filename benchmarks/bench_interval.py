@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from benchmarks.common import Check, StepReader, finish, parse_arguments, random_prompts, table
 from selectn_core.config import DEVICE_KINDS, BatchConfig, DeviceConfig, EngineConfig, ModelConfig, OffloadConfig
@@ -78,20 +79,35 @@ def main() -> int:
 
 
 def _engine(source: str, kind: str, batch_size: int, effort: Effort) -> Engine:
-    num_tokens = PROMPT_TOKENS + _max_tokens(effort)
+    loaded, kv_tokens = load_model(ModelConfig(source=source)), batch_size * (PROMPT_TOKENS + _max_tokens(effort) + 32)
     return Engine(
-        load_model(ModelConfig(source=source)),
+        loaded,
         EngineConfig(
-            device=DeviceConfig(kind=kind, link_gb_per_s=BANDWIDTHS_GB_PER_S[-1]),
+            device=DeviceConfig(
+                kind=kind,
+                link_gb_per_s=BANDWIDTHS_GB_PER_S[-1],
+                memory_gib=enough_gib(loaded.model, kv_tokens) if kind == "cuda" else None,
+            ),
             batch=BatchConfig(
                 max_batch_tokens=max(256, batch_size),
                 max_requests=batch_size,
-                kv_tokens=batch_size * (num_tokens + 32),
+                kv_tokens=kv_tokens,
                 prefix_sharing=False,
             ),
             offload=OffloadConfig(num_offloaded=0),
         ),
     )
+
+
+def enough_gib(model: PreTrainedModel, kv_tokens: int) -> float:
+    """Device memory for all weights, slots, `kv_tokens` and activations: of a whole card a small model has no use.
+
+    Keys are counted as if every head had its own, of twice the usual width.
+    """
+    config = model.config.get_text_config()
+    weight_bytes = sum(tensor.nbytes for tensor in model.parameters())
+    token_bytes = 2 * 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    return (1.25 * weight_bytes + kv_tokens * token_bytes) / 2**30 + 1.0
 
 
 def _max_tokens(effort: Effort) -> int:

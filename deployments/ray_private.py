@@ -58,6 +58,23 @@ def running_serve() -> RunningServe | None:
     )
 
 
+def direct_urls() -> list[str]:
+    """Where ingresses answer by themselves, without Serve's proxy: with RAY_SERVE_ENABLE_DIRECT_INGRESS=1."""
+    from ray.serve import context
+    from ray.serve._private.common import RequestProtocol
+    from ray.serve._private.constants import RAY_SERVE_ENABLE_DIRECT_INGRESS
+
+    client = context._get_global_client(raise_if_no_controller_running=False)
+    if client is None or not RAY_SERVE_ENABLE_DIRECT_INGRESS:
+        return []
+    groups = [each for each in client.get_serve_details()["target_groups"] if each["protocol"] == RequestProtocol.HTTP]
+    return [
+        f"http://{target['ip']}:{target['port']}{each['route_prefix'].rstrip('/')}"
+        for each in groups
+        for target in each["targets"]
+    ]
+
+
 def use_auth_token() -> None:
     """Has this process show the token that Ray keeps for its user, if there is one and RAY_AUTH_MODE is not set."""
     from ray._private.authentication import authentication_token_setup

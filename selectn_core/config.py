@@ -51,8 +51,9 @@ class DeviceConfig:
     """The device, and the host link that feeds it.
 
     `memory_gib` is the size of the emulated device's memory (None: the whole model and its KV cache fit); on
-    CUDA it caps what this process may use. `link_gb_per_s`, in 10^9 bytes per second, paces the emulated link;
-    emulated devices in different processes that name the same `bus` share its bandwidth. `compute_threads` is
+    CUDA it caps what this process may use (None: what is free, but for 1 GiB or 3 % of the card). `link_gb_per_s`, in
+    10^9 bytes per second, paces the emulated link; emulated devices in different processes that name the same `bus`
+    share its bandwidth. `compute_threads` is
     the emulated device's arithmetic (None: all cores but one, which is left to the copy thread).
     """
 

@@ -43,6 +43,10 @@ class NotMeasured(SelectNError):
     """A step of this size was never measured, so nothing is known of what it takes."""
 
 
+class PinningRefused(SelectNError):
+    """The pages of host memory cannot be locked for a link; the message says why, and what to change."""
+
+
 class LinkError(SelectNError):
     """A host-to-device copy failed, and repeating it did not help."""
 

@@ -47,7 +47,7 @@ def load_unsteered_engine(
     """As `load_engine`, without a policy: the fewest units are offloaded, or the configured number."""
     loaded = load_on_host(config.model, config.host, reserve_host)
     try:
-        return Engine(loaded, config, executor_class=executor_class)
+        return Engine(loaded, config, executor_class=executor_class, reserve_host=reserve_host)
     except BaseException:
         if loaded.store is not None:
             loaded.store.close()

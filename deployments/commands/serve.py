@@ -30,6 +30,7 @@ from deployments.commands.serving import (
     why_waiting,
 )
 from deployments.config import IMPORT_PATH, AppArgs, parse
+from deployments.ray_private import direct_urls
 from deployments.serve_file import PORT, app_args, load_yaml, select_n_applications
 from selectn_core.bounds import require, require_number
 from selectn_core.config import DEVICE_KINDS, OFFLOAD_UNITS, ModelConfig
@@ -199,6 +200,8 @@ def _serve(document: dict[str, Any], config: ClusterConfig, asked: set[str]) -> 
             wait_until_serving(served, _Progress(served))
             for url in base_urls(served):
                 print(ready_message(url), flush=True)
+            for url in direct_urls():
+                print(f"without Serve's proxy: {url}/v1", flush=True)
             if cluster.dashboard_url:
                 token = f" (token: {cluster.token})" if cluster.token else ""
                 print(f"dashboard: {cluster.dashboard_url}{token}", flush=True)

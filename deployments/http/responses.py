@@ -150,7 +150,13 @@ async def _writes(
                     before = ""
                     messages.hold(budget.next_s())
                 continue
-            events = [before, _event(writer.closing(completed_reason(message)))]
+            try:
+                reason = completed_reason(message)
+            except ApiError:
+                if before:  # what has come is read before the error
+                    yield before
+                raise
+            events = [before, _event(writer.closing(reason))]
             if include_usage:
                 events.append(_event(writer.usage(Usage.of(generation.num_prompt_tokens, message.num_output_tokens))))
             yield "".join([*events, DONE])

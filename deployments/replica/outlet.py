@@ -11,20 +11,20 @@ import hmac
 import logging
 import os
 import secrets
-import socket
-from typing import Any, Protocol, cast
+import time
+from typing import Protocol, cast
 
 from deployments.messages import Finished, Outlet
 from deployments.replica.outbox import Outbox
-from deployments.routing.frames import MAX_GREETING_BYTES, decode_greeting, encode
+from deployments.routing.frames import MAX_GREETING_BYTES, decode_greeting, encode, keep_watch
 
 logger = logging.getLogger(__name__)
 
 GREETING_TIMEOUT_S = 10.0
 # More than this in a transport, and text is merged until it has gone.
 HIGH_WATER_BYTES = 2**16
-# A caller whose node has gone says nothing more: so long unacknowledged, and it counts as gone.
-UNACKNOWLEDGED_MS = 30_000
+# Who has connected greets at once. Of more than these the oldest goes; and so often it is said that secrets were wrong.
+MOST_STRANGERS, WARN_EVERY_S = 64, 60.0
 CLOSING_TIMEOUT_S = 2.0
 
 
@@ -44,7 +44,8 @@ class OutletServer:
     def __init__(self) -> None:
         self._secret = secrets.token_hex(32)
         self._server: asyncio.Server | None = None
-        self._open: set[Connection] = set()
+        self._open: dict[Connection, None] = {}  # in the order in which they came
+        self._num_wrong, self._warned_s = 0, -WARN_EVERY_S
         self._connections: dict[str, Connection] = {}  # those that have greeted, by origin
         self.outlet: Outlet | None = None
 
@@ -86,7 +87,18 @@ class OutletServer:
 
     def opened(self, connection: Connection) -> None:
         """Somebody has connected."""
-        self._open.add(connection)
+        self._open[connection] = None
+        strangers = [each for each in self._open if not each.origin]
+        if len(strangers) > MOST_STRANGERS:
+            strangers[0].abort()
+
+    def refused(self) -> None:
+        """Somebody did not know the secret."""
+        self._num_wrong += 1
+        now_s = time.monotonic()
+        if now_s >= self._warned_s + WARN_EVERY_S:
+            logger.warning("%d connections to this replica's outlet did not know the secret", self._num_wrong)
+            self._num_wrong, self._warned_s = 0, now_s
 
     def joined(self, connection: Connection) -> None:
         """A caller has greeted; of two connections of one caller the later counts."""
@@ -97,7 +109,7 @@ class OutletServer:
 
     def left(self, connection: Connection) -> None:
         """The connection has ended."""
-        self._open.discard(connection)
+        self._open.pop(connection, None)
         if self._connections.get(connection.origin) is connection:
             del self._connections[connection.origin]
 
@@ -142,12 +154,16 @@ class Connection(asyncio.Protocol):
         self.flush()
         self._transport.close()
 
+    def abort(self) -> None:
+        """Ends the connection at once."""
+        self._transport.abort()
+
     # -- asyncio's hooks ----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
-        _give_up_on_lost_peers(transport.get_extra_info("socket"))
+        keep_watch(transport.get_extra_info("socket"))
         self._server.opened(self)
         self._timer = asyncio.get_running_loop().call_later(GREETING_TIMEOUT_S, self._transport.abort)
 
@@ -160,8 +176,8 @@ class Connection(asyncio.Protocol):
             return
         greeting = decode_greeting(line) if newline else None
         if greeting is None or not self._server.knows(greeting.secret):
-            logger.warning("a connection to this replica's outlet did not know the secret")
-            self._transport.abort()
+            self._server.refused()
+            self.abort()
             return
         self._timer.cancel()
         self.origin, self.number = greeting.origin, greeting.connection
@@ -182,9 +198,3 @@ class Connection(asyncio.Protocol):
             follower.lost()
         if not self.ended.done():
             self.ended.set_result(None)
-
-
-def _give_up_on_lost_peers(sock: Any) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from typing import cast
 
 from deployments.messages import Accepted, Delta, Finished, GenerateMessage, Moved, Outlet
-from deployments.routing.frames import FrameReader, Greeting, encode_greeting
+from deployments.routing.frames import FrameReader, Greeting, encode_greeting, keep_watch
 from deployments.routing.inbox import Inbox
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class Deliveries:
         """A replica has taken the request."""
         if accepted.connection is not None:
             self._move(inbox, accepted.connection)
-        elif accepted.outlet is not None:
+        if accepted.outlet is not None and accepted.connection not in self._connections:
+            # Or the replica still thinks that a connection is there, which has ended on this side.
             self._connect(accepted.outlet)
 
     async def read_call(self, inbox: Inbox, call: AsyncIterator[GenerateMessage]) -> None:
@@ -83,8 +84,13 @@ class Deliveries:
     def _call_has_ended(self, inbox: Inbox) -> None:
         seconds = LAST_TEXT_S if inbox.connection is not None else 0.0
         if inbox.number in self._inboxes and not inbox.is_over:
-            lost = DeliveryLost("a call has ended before its text")
-            self._last_calls[inbox.number] = asyncio.get_running_loop().call_later(seconds, inbox.fail, lost)
+            self._last_calls[inbox.number] = asyncio.get_running_loop().call_later(seconds, self._is_lost, inbox)
+
+    def _is_lost(self, inbox: Inbox) -> None:
+        inbox.fail(DeliveryLost("a call has ended before its text"))
+        connection = self._connections.get(inbox.connection) if inbox.connection is not None else None
+        if connection is not None:
+            connection.abort()  # the replica's side of it has ended, in all likelihood
 
     def _move(self, inbox: Inbox, connection: int) -> None:
         inbox.moved(connection)
@@ -117,10 +123,10 @@ class Deliveries:
         self._connections[connection.number] = connection
         self._outlets.add(connection.outlet)
 
-    def delivered(self, number: int, text: str, end: Finished | None) -> None:
-        """Text has come for an inbox, which may have been closed by now."""
+    def delivered(self, connection: int, number: int, text: str, end: Finished | None) -> None:
+        """A connection has brought text for an inbox, which may have been closed by now, or be another one's."""
         inbox = self._inboxes.get(number)
-        if inbox is not None:
+        if inbox is not None and inbox.connection in (None, connection):
             inbox.deliver(text, end)
 
     def left(self, connection: Connection) -> None:
@@ -141,12 +147,22 @@ class Connection(asyncio.Protocol):
         self.number = greeting.connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).write(encode_greeting(self._greeting))
+        self._transport = cast(asyncio.Transport, transport)
+        keep_watch(transport.get_extra_info("socket"))
+        self._transport.write(encode_greeting(self._greeting))
         self._deliveries.joined(self)
 
     def data_received(self, data: bytes) -> None:
-        for number, text, end in self._frames.feed(data):
-            self._deliveries.delivered(number, text, end)
+        try:
+            for number, text, end in self._frames.feed(data):
+                self._deliveries.delivered(self.number, number, text, end)
+        except ValueError as error:
+            logger.warning("what a replica's outlet sends is not understood, and the connection ends: %s", error)
+            self.abort()
+
+    def abort(self) -> None:
+        """Ends the connection at once."""
+        self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._deliveries.left(self)

@@ -29,7 +29,13 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from selectn_core.batching.attention import ATTENTION_NAME
 from selectn_core.batching.batch_inputs import BatchInputs
-from selectn_core.batching.kv_pages import KvPages, bytes_of_a_page_in_every_layer, kv_geometry, with_shapes
+from selectn_core.batching.kv_pages import (
+    KvPages,
+    WithoutMemory,
+    bytes_of_a_page_in_every_layer,
+    kv_geometry,
+    with_shapes,
+)
 from selectn_core.batching.kv_swap import KvSwap, SwapIsCheaper
 from selectn_core.batching.probe import KvShape
 from selectn_core.batching.sampler import NOT_FINITE, SamplingProcessors
@@ -92,17 +98,21 @@ class ContinuousBatching:
         self._router = self._manager.output_router = _CallbackRouter(callbacks.on_outputs)
         self._processors = self._manager.logit_processor = SamplingProcessors()
         model.set_attn_implementation(ATTENTION_NAME)
-        with with_shapes(shapes):
+        with with_shapes(shapes), WithoutMemory():
             self._build_processor()
         self.pages = KvPages(self._processor.cache, device, num_sectors)
-        self.swap = KvSwap(
-            self._processor.cache,
-            self._processor.scheduler,
-            self._manager.distributed_helper,
-            device,
-            num_host_sectors,
-            callbacks.swap_is_cheaper,
-        )
+        try:
+            self.swap = KvSwap(
+                self._processor.cache,
+                self._processor.scheduler,
+                self._manager.distributed_helper,
+                device,
+                num_host_sectors,
+                callbacks.swap_is_cheaper,
+            )
+        except BaseException:
+            self.pages.release()
+            raise
         self._processor.offloading_manager = self.swap
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -216,6 +226,23 @@ class ContinuousBatching:
         if self._manager.is_running():
             self._manager.stop(block=True, hard_stop=True)
         self._model.set_attn_implementation(self.plain_attention)
+
+    def release(self) -> None:
+        """Gives back the memory of cache, inputs and swapped KV; after `close`, when no weights are in it any more.
+
+        Transformers' objects and ours refer to each other. Memory of a device is not to wait for the garbage collector
+        to find that nobody else does.
+        """
+        self.pages.release()
+        self.swap.release()
+        self._processors.observe = None
+        self._processors.drop_step()
+        processor = self._processor
+        vars(processor).pop("update_batch", None)
+        if processor.inputs_and_outputs is not None:
+            vars(processor.inputs_and_outputs).clear()
+        processor.inputs_and_outputs = processor.model_runner.inputs_and_outputs = None
+        self._manager.batch_processor = None
 
     # -- capacity -----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching import cache as cache_module
 from transformers.generation.continuous_batching.cache import (
@@ -71,6 +72,20 @@ def with_shapes(shapes: Mapping[str, KvShape]) -> Iterator[None]:
             ATTN_TYPE_TO_ALLOCATOR.update(allocators)
 
 
+class WithoutMemory(TorchFunctionMode):
+    """Caches that are made meanwhile get tensors without memory.
+
+    Transformers allocates a whole cache of its own, which `KvPages` replaces: a device need not have room for both.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.zeros and kwargs and kwargs.get("dtype") is torch.uint8:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **(kwargs or {}))
+
+
 def _widest(shapes: Mapping[str, KvShape]) -> KvShape:
     return KvShape(
         num_heads=max(shape.num_heads for shape in shapes.values()),
@@ -125,20 +140,29 @@ class KvPages:
     num_reserved = 2
 
     def __init__(self, cache: PagedAttentionCache, device: Device, num_sectors: int) -> None:
-        """Puts the cache, of `num_sectors`, into memory of `device`; what transformers allocated is given back first.
+        """Puts the cache, of `num_sectors`, into memory of `device`. It must have been made `WithoutMemory`.
 
         Raises DeviceMemoryExceeded.
         """
-        self._cache, self._pool = cache, cache.pool
+        self._cache, self._pool, self._device = cache, cache.pool, device
         self._allocators: list[CacheAllocator] = list(cache.cache_allocators.values())
         self.sector_bytes = cache.bytes_per_sector
         self._all = range(self.num_reserved, self.num_reserved + num_sectors)
         self._mine = set(self._all)
         cache.num_sectors = num_sectors
         self.memory = self._move(device)
+        self._is_released = False
         # Transformers' own would hand out every sector again, those that hold weights too.
         self._pool.reset = self._reset_pool
         self._pool.reset()
+
+    def release(self) -> None:
+        """Gives the memory back, though others refer to the cache; nothing can be computed with it then. Idempotent."""
+        if not self._is_released:
+            self._is_released = True
+            self._forget_memory()
+            memory, self.memory = self.memory, torch.empty(0, dtype=torch.uint8)
+            self._device.free(memory)
 
     @property
     def num_sectors(self) -> int:
@@ -279,13 +303,16 @@ class KvPages:
     def _move(self, device: Device) -> torch.Tensor:
         cache = self._cache
         num_bytes = (self.num_reserved + cache.num_sectors) * cache.bytes_per_sector
-        cache.cache_tensor = None
-        for allocator in self._allocators:
-            allocator.cache_tensor = allocator._copy_view = None
-            allocator._kv_token_views, allocator._kv_page_views = {}, {}
+        self._forget_memory()
         cache.cache_tensor = device.allocate(num_bytes, "the KV cache").zero_()
         for allocator in self._allocators:
             allocator.register_cache_tensor(
                 cache.bytes_per_sector, cache.num_sectors * cache.bytes_per_sector, cache.cache_tensor, cache.pool
             )
         return cache.cache_tensor
+
+    def _forget_memory(self) -> None:
+        self._cache.cache_tensor = None
+        for allocator in self._allocators:
+            allocator.cache_tensor = allocator._copy_view = None
+            allocator._kv_token_views, allocator._kv_page_views = {}, {}

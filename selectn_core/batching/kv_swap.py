@@ -51,6 +51,11 @@ class KvSwap(OffloadingManager):
             self._cpu_pool.set_blocks_per_sector(allocator.index, allocator.blocks_per_sector)
             self._cpu_views[name] = self._cpu_tensor.view(-1, allocator.bytes_per_block)
 
+    def release(self) -> None:
+        """Drops the host memory, when nothing is to be copied any more."""
+        self._cpu_views.clear()
+        self._cpu_tensor = torch.empty(0, dtype=torch.uint8)
+
     @property
     def used_bytes(self) -> int:
         """Host bytes that hold KV now."""

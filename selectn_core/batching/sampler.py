@@ -64,6 +64,10 @@ class SamplingProcessors(ContinuousBatchingLogitsProcessorList):
         self._chosen_from = perturb_for_argmax(scores, params, seeds, positions)
         return self._chosen_from
 
+    def drop_step(self) -> None:
+        """Forgets the step that was under way."""
+        self._chosen_from = None
+
     def rows_not_finite(self, tokens: Sequence[int]) -> list[int]:
         """Of the rows of the last step, those whose chosen value is not finite: argmax finds a NaN or an infinity."""
         chosen_from, self._chosen_from = self._chosen_from, None

@@ -12,16 +12,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from selectn_core.control.estimates import ComputeScale, LinkEstimate
 from selectn_core.control.joining import Joining, StepAdmission, chunks
 from selectn_core.control.load import PLANNED_SHARE, TTFT_SHARE, Load, in_turn, rounded_up
 from selectn_core.control.policies import Policy, Situation
+from selectn_core.control.prediction import Predictor
 from selectn_core.control.tuning import ControllerTuning
 from selectn_core.device import LinkUsage
-from selectn_core.latency.placement import OffloadPlan, freed_bytes, nearest_plan, place_by_index
-from selectn_core.latency.prediction_cache import Remembered
-from selectn_core.latency.recurrence import Link, simulate_steps_s
-from selectn_core.latency.step_times import StepTimes, scaled, slowed
+from selectn_core.latency.placement import OffloadPlan, nearest_plan, place_by_index
+from selectn_core.latency.recurrence import Link
+from selectn_core.latency.step_times import StepTimes
 from selectn_core.latency.steps import Chunk, StepRecord, StepShape
 from selectn_core.offload.control import Decision
 
@@ -58,15 +57,16 @@ class Controller:
         """
         self._tuning = tuning or ControllerTuning()
         self.times, self.policy, self.ttft_s, self.percentile = times, policy, ttft_s, percentile
-        self.link = LinkEstimate(link, guaranteed_share)
+        self._predictor = Predictor(
+            times, link, slowdown=slowdown, guaranteed_share=guaranteed_share, percentile=percentile
+        )
+        self.link = self._predictor.link
         self.min_freed_bytes, self.max_offloaded_bytes = 0, None  # type: int, float | None
         self.held_freed_bytes = 0  # what those who run need: less is only freed where the link is not what it must be
         self.lacking_bytes = 0  # the same where it is more than `min_freed_bytes`; negative: so much is left over
         self.is_feasible = True
         self._slowdown, self._max_tokens = slowdown, max_tokens
-        # Of steps that only decode, and of others.
-        self._scales = {is_decode_only: ComputeScale(percentile) for is_decode_only in (True, False)}
-        self._joining = Joining(times, self._scales, slowdown=slowdown, max_tokens=max_tokens)
+        self._joining = Joining(times, self._predictor.scales, slowdown=slowdown, max_tokens=max_tokens)
         self._planned = self._following = StepShape.decode(1, 1)  # the next step, and the decode step after prefill
         self._num_chunks = 1  # steps of prefill that are left
         self._guaranteed: OffloadPlan | None = None
@@ -76,16 +76,13 @@ class Controller:
         self._is_broken = False  # the link gives less than is guaranteed, and steps are too long for it
         self._may_raise = 0
         self._unlooked_steps = 0  # since another plan was looked for
-        self._last_usage: LinkUsage | None = None
-        self._remembered = Remembered()
-        self._predicted: dict[tuple[StepShape, OffloadPlan], float] = {}  # in this step
         self._prompts = [StepShape.prefill(tokens) for tokens in chunks(max_tokens)]
         self._guaranteed_factor = 0.0
 
     @property
     def compute_scale(self) -> float:
         """Measured over expected time of steps that only decode, in the middle: 1 where the record is right."""
-        return self._scales[True].middle
+        return self._predictor.scales[True].middle
 
     @property
     def look_every_steps(self) -> int:
@@ -94,15 +91,14 @@ class Controller:
     @property
     def learned(self) -> tuple[float, float, float]:
         """All that steps have taught it: the link's bytes per second, and how far the record is off."""
-        return self.link.link.bytes_per_s, self._scales[True].high, self._scales[False].high
+        return self._predictor.learned
 
     # -- before scheduling --------------------------------------------------------------------------------------
 
     def aim_at(self, policy: Policy, ttft_s: float, percentile: float) -> None:
         """Other objectives have been set; what was learned of the machine stays."""
         self.policy, self.ttft_s, self.percentile = policy, ttft_s, percentile
-        for scale in self._scales.values():
-            scale.percentile = percentile
+        self._predictor.aim_at(percentile)
 
     def rehearse(self, shapes: Iterable[StepShape], tpot_s: float) -> None:
         """Has the policy choose for these steps as if they were next, so that what is asked later is mostly known.
@@ -148,11 +144,11 @@ class Controller:
         """Whether what is offloaded in steps as short as this, at the bandwidth guaranteed, frees so much."""
         if limit_s >= PLANNED_SHARE * self._guaranteed_tpot_s or lacking_bytes <= self.min_freed_bytes:
             return True
-        return self._freed_bytes(self._guaranteed_within(load, limit_s)) >= lacking_bytes
+        return self._predictor.freed_bytes(self._guaranteed_within(load, limit_s)) >= lacking_bytes
 
-    def promised_tpot_s(self, load: Load) -> float:
+    def tightest_kept_tpot_s(self, load: Load) -> float:
         """The smallest TPOT objective, of those who hold KV, that can be kept at all; infinite without any."""
-        return self._joining.promised_tpot_s(load)
+        return self._joining.tightest_kept_tpot_s(load)
 
     def guaranteed_plan(self, load: Load, tpot_s: float) -> OffloadPlan:
         """What could be offloaded if the link fell to what is guaranteed: requests must fit the memory that this frees.
@@ -170,12 +166,12 @@ class Controller:
         factor, link = self._careful_factor(), self.link.guaranteed
         asked = (shape, factor, limit_s, link, self.min_freed_bytes, self.max_offloaded_bytes, self.policy)
         least, most = self.min_freed_bytes, self.max_offloaded_bytes
-        return self._remembered.get(asked, lambda: self._wanted(shape, factor, link, limit_s, least, most))
+        return self._predictor.remembered.get(asked, lambda: self._wanted(shape, factor, link, limit_s, least, most))
 
     def _careful_factor(self) -> float:
         """Of compute beside a link that is always busy; it stays while it is a little more than needed."""
         rounding = self._tuning.rounding
-        factor = math.ceil((1 + self._slowdown) * self._scales[True].high / rounding) * rounding
+        factor = math.ceil((1 + self._slowdown) * self._predictor.scales[True].high / rounding) * rounding
         if not 0 <= self._guaranteed_factor - factor < 1.5 * rounding:
             self._guaranteed_factor = factor
         return self._guaranteed_factor
@@ -201,17 +197,17 @@ class Controller:
 
     def decide(self, shape: StepShape, current: OffloadPlan) -> Decision:
         """The plan for this step."""
-        self._predicted.clear()
+        self._predictor.next_step()
         limit_s = self._limit_of(shape)
         late_s = self._tuning.urgent_share * self._joining.tpot_s
-        self._is_broken = self.link.is_below_guarantee and self._predict(self._following, current) > late_s
+        self._is_broken = self.link.is_below_guarantee and self._predictor.steady_s(self._following, current) > late_s
         goals = self._goals(limit_s)
         plan = self._settle(goals, current)
-        predicted_s = self._predict_first(shape, current, plan)
+        predicted_s = self._predictor.next_s(shape, current, plan)
         self.is_feasible = self._joining.unloaded_s(self._following) <= self._joining.tpot_s
         return Decision(
             plan=plan,
-            urgent=self._is_broken and self._freed_bytes(plan) < self._freed_bytes(current),
+            urgent=self._is_broken and self._predictor.freed_bytes(plan) < self._predictor.freed_bytes(current),
             predicted_s=predicted_s,
             limit_s=limit_s,
         )
@@ -255,7 +251,7 @@ class Controller:
         limit_s = max(limit_s, fastest_s if is_prefill_alone else min(fastest_s, PLANNED_SHARE * self._joining.tpot_s))
         if self._busy_steps and self._guaranteed is not None:
             # Not below what the memory of those who run needs.
-            fast_s = max(fastest_s, self._predict(self._planned, self._guaranteed))
+            fast_s = max(fastest_s, self._predictor.steady_s(self._planned, self._guaranteed))
             limit_s = min(limit_s, fast_s * (1 + self._tuning.rounding))
         return limit_s
 
@@ -263,7 +259,7 @@ class Controller:
         """What the policy wants now: for the first goal, or for another one that this does not meet."""
         wanted = self._choose_for(goals[0], current)
         for goal in goals[1:]:
-            if self._predict(goal.shape, wanted) > goal.limit_s * (1 + self._tuning.rounding):
+            if self._predictor.steady_s(goal.shape, wanted) > goal.limit_s * (1 + self._tuning.rounding):
                 wanted = self._choose_for(goal, current)
         return wanted
 
@@ -271,7 +267,7 @@ class Controller:
         """At what compute takes beside the copies of `current`, and beside its own."""
         shape, limit_s = goal.shape, goal.limit_s
         wanted = self._choose_beside(shape, current, current, limit_s)
-        if wanted != current and self._predict(shape, wanted) > limit_s * (1 + self._tuning.rounding):
+        if wanted != current and self._predictor.steady_s(shape, wanted) > limit_s * (1 + self._tuning.rounding):
             wanted = self._choose_beside(shape, wanted, current, limit_s)
         return wanted
 
@@ -279,7 +275,7 @@ class Controller:
         self, shape: StepShape, copying: OffloadPlan, current: OffloadPlan, limit_s: float
     ) -> OffloadPlan:
         least = self.min_freed_bytes if self._is_broken else self.held_freed_bytes
-        factor = self._factor(shape, copying, careful=True)
+        factor = self._predictor.factor(shape, copying, careful=True)
         return self._wanted(shape, factor, self.link.link, limit_s, least, self._most_offloaded_bytes(current))
 
     def _most_offloaded_bytes(self, current: OffloadPlan) -> float | None:
@@ -295,7 +291,8 @@ class Controller:
             return self._choose(goals, current)
         exceeds_range = self._exceeds_range(current)
         missed = next(
-            (g for g in goals if self._predict(g.shape, current) > g.limit_s * (1 + self._tuning.tolerance)), None
+            (g for g in goals if self._predictor.steady_s(g.shape, current) > g.limit_s * (1 + self._tuning.tolerance)),
+            None,
         )
         self._unlooked_steps += 1
         if not exceeds_range and missed is None and self._unlooked_steps < self.look_every_steps:
@@ -312,7 +309,7 @@ class Controller:
                 return current
             return self._sooner(goals, current, plan)
         # weights come home over the link, and other ones go for a reason: neither is free
-        gains = self._freed_bytes(wanted) > (1 + self._tuning.gain) * self._freed_bytes(current)
+        gains = self._predictor.freed_bytes(wanted) > (1 + self._tuning.gain) * self._predictor.freed_bytes(current)
         self._may_raise = self._may_raise + 1 if gains else 0
         if self._may_raise < self._tuning.raise_after_looks:
             return current
@@ -329,17 +326,17 @@ class Controller:
         for num in range(current.num_offloaded - 1, current.num_slots, -1):
             offloaded = place_by_index(num, num_units=current.num_units, among=current.offloaded)
             fewer = replace(current, offloaded=offloaded)
-            if all(self._predict(goal.shape, fewer) <= goal.limit_s for goal in goals):
+            if all(self._predictor.steady_s(goal.shape, fewer) <= goal.limit_s for goal in goals):
                 break
         else:
             return plan
         shape, needed_bytes = goals[0].shape, self.min_freed_bytes if self._is_broken else self.held_freed_bytes
-        is_sooner = self._predict_first(shape, current, fewer) < self._predict_first(shape, current, plan)
-        return fewer if is_sooner and self._freed_bytes(fewer) >= needed_bytes else plan
+        is_sooner = self._predictor.next_s(shape, current, fewer) < self._predictor.next_s(shape, current, plan)
+        return fewer if is_sooner and self._predictor.freed_bytes(fewer) >= needed_bytes else plan
 
     def _exceeds_range(self, plan: OffloadPlan) -> bool:
         """Whether it offloads more bytes than may be: the link that its copies would take belongs to others."""
-        return self._offloaded_bytes(plan) > (
+        return self._predictor.offloaded_bytes(plan) > (
             math.inf if self.max_offloaded_bytes is None else self.max_offloaded_bytes
         )
 
@@ -347,29 +344,27 @@ class Controller:
         """Whether the objective is exceeded, or shorter steps soon make up for the time in which weights come home."""
         shape = missed.shape
         if missed.objective_s == math.inf:  # prefill alone: no longer in all than it would take as it is
-            stays_s, moves_s = (self._predict_first(shape, current, each) for each in (current, plan))
-            saved_s = stays_s - self._predict_first(shape, plan, plan)
+            stays_s, moves_s = (self._predictor.next_s(shape, current, each) for each in (current, plan))
+            saved_s = stays_s - self._predictor.next_s(shape, plan, plan)
             return moves_s - stays_s < (self._num_chunks - 1) * saved_s
-        if self._predict(shape, current) > missed.objective_s:
+        if self._predictor.steady_s(shape, current) > missed.objective_s:
             return True
         promoted_bytes = sum(self.times.unit_bytes[unit] for unit in set(current.offloaded) - set(plan.offloaded))
-        saved_s = self._predict(shape, current) - self._predict(shape, plan)
+        saved_s = self._predictor.steady_s(shape, current) - self._predictor.steady_s(shape, plan)
         return saved_s * self._tuning.pays_off_steps >= promoted_bytes / self.link.link.bytes_per_s
-
-    def _freed_bytes(self, plan: OffloadPlan) -> int:
-        return freed_bytes(plan, self.times.unit_bytes)
 
     def _with_few_moves(self, goals: Sequence[_Goal], current: OffloadPlan, wanted: OffloadPlan) -> OffloadPlan:
         if not self.policy.any_units:
             return wanted
         near = nearest_plan(current, wanted)
-        wanted_bytes = self._freed_bytes(wanted)
+        wanted_bytes = self._predictor.freed_bytes(wanted)
         least_bytes = max((1 - self._tuning.gain) * wanted_bytes, min(wanted_bytes, self.held_freed_bytes))
-        frees_as_much = self._freed_bytes(near) >= least_bytes
+        frees_as_much = self._predictor.freed_bytes(near) >= least_bytes
         if self._exceeds_range(near) and not self._exceeds_range(wanted):
             return wanted
         is_as_fast = all(
-            self._predict(goal.shape, near) <= min(goal.limit_s, 1.05 * self._predict(goal.shape, wanted))
+            self._predictor.steady_s(goal.shape, near)
+            <= min(goal.limit_s, 1.05 * self._predictor.steady_s(goal.shape, wanted))
             for goal in goals
         )
         return near if frees_as_much and is_as_fast else wanted
@@ -378,53 +373,6 @@ class Controller:
 
     def learn(self, record: StepRecord, usage: LinkUsage) -> None:
         """Takes in what the step took, and what the link has carried in all."""
-        if self._last_usage is not None:
-            self.link.add(usage.since(self._last_usage))
-        self._last_usage = usage
-        unloaded_s = self.times.expected_s(record.shape)
-        unloaded_s *= slowed(unloaded_s, _bytes_copied(record), self.link.link, self._slowdown)
-        self._scales[record.shape.is_decode_only].add((record.duration_s - record.stall_s) / unloaded_s)
+        self._predictor.learn(record, usage)
         if self._is_prefill_held:
-            self._scales[False].forget_worst()
-
-    # -- prediction ---------------------------------------------------------------------------------------------
-
-    def _predict(self, shape: StepShape, plan: OffloadPlan) -> float:
-        """Seconds of a step of this shape once `plan` has held for a while, on the careful side."""
-        asked = (shape, plan)
-        if asked not in self._predicted:
-            self._predicted[asked] = self._predicted_s(shape, plan, self._factor(shape, plan, careful=True))
-        return self._predicted[asked]
-
-    def _predicted_s(self, shape: StepShape, plan: OffloadPlan, factor: float) -> float:
-        link = self.link.link.beside(factor)
-        return factor * self._remembered.predict_step_s(self.times.expected(shape), plan, link)
-
-    def _factor(self, shape: StepShape, plan: OffloadPlan, *, careful: bool) -> float:
-        """Compute under `plan` over what the record expects: what was learned, and what copies slow it by."""
-        scale, unloaded_s = self._scales[shape.is_decode_only], self.times.expected_s(shape)
-        copied_bytes = self._copied_bytes(plan) if self._slowdown else 0
-        return (scale.high if careful else scale.middle) * slowed(
-            unloaded_s, copied_bytes, self.link.link, self._slowdown
-        )
-
-    def _copied_bytes(self, plan: OffloadPlan) -> int:
-        return self._offloaded_bytes(plan) if plan.num_offloaded > plan.num_slots else 0
-
-    def _offloaded_bytes(self, plan: OffloadPlan) -> int:
-        return self._remembered.get(plan, lambda: sum(self.times.unit_bytes[unit] for unit in plan.offloaded))
-
-    def _predict_first(self, shape: StepShape, current: OffloadPlan, plan: OffloadPlan) -> float:
-        """Seconds that the next step should take, the copies of a change of plan included."""
-        factor = self._factor(shape, plan, careful=False)
-        if plan == current:
-            return self._predicted_s(shape, plan, factor)
-        promoted = sorted(set(current.offloaded) - set(plan.offloaded))
-        in_slots = set(current.offloaded[: current.num_slots])
-        kept = [unit for unit in plan.offloaded if unit in in_slots]
-        costs, link = scaled(self.times.expected(shape), factor), self.link.link
-        return simulate_steps_s(costs, plan.offloaded, plan.num_slots, link, 1, promoted=promoted, in_slots=kept)[0]
-
-
-def _bytes_copied(record: StepRecord) -> int:
-    return record.offloaded_bytes if record.num_offloaded > record.num_slots else 0
+            self._predictor.scales[False].forget_worst()

@@ -128,7 +128,7 @@ class Joining:
             num, num_keys, lacking_bytes, limit_s = num + 1, keys, lacks_bytes, min(limit_s, own_s)
         return beginning
 
-    def promised_tpot_s(self, load: Load) -> float:
+    def tightest_kept_tpot_s(self, load: Load) -> float:
         """The smallest TPOT objective, of those who hold KV, that can be kept at all; infinite without any."""
         alone_s = self._alone_s(load)
         tpots_s = (each.tpot_s for each in load.holding)

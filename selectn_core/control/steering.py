@@ -70,6 +70,7 @@ class Steering(Control):
         self.controller.min_freed_bytes = max(0, wanted_bytes - arena.reachable_bytes(0))
         self._decision: Decision | None = None
         self._standing = Standing(self.controller.look_every_steps - 1)
+        self._num_orders = self._orders_seen = 0  # what was set from outside, and what of it the last `admit` knew
         self._stands: Decision | None = None  # what goes for the step that is under way without a new look
         self._looked_at: tuple[Mapping[str, RequestHandle], Mapping[str, Chunk]] = ({}, {})
         self._admission = StepAdmission(prefill_tokens=0)
@@ -138,22 +139,27 @@ class Steering(Control):
         policy = self._policy(objectives)  # where it is refused nothing has changed
         with self._lock:
             self._objectives = objectives
-            self._standing.forget()
+            self._num_orders += 1
             self.controller.aim_at(policy, objectives.ttft_s, slo.percentile)
             # On an idle engine no step would do so, and what it promises goes by it.
             self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, objectives))
 
     def set_link_share(self, share: LinkShare) -> None:
         controller = self.controller
-        controller.link.share_bytes_per_s = share.bytes_per_s
-        controller.link.guaranteed_bytes_per_s = min(share.guaranteed_bytes_per_s, controller.link.nominal.bytes_per_s)
-        controller.max_offloaded_bytes = share.max_offloaded_bytes
-        self._standing.forget()
+        with self._lock:
+            controller.link.share_bytes_per_s = share.bytes_per_s
+            nominal = controller.link.nominal.bytes_per_s
+            controller.link.guaranteed_bytes_per_s = min(share.guaranteed_bytes_per_s, nominal)
+            controller.max_offloaded_bytes = share.max_offloaded_bytes
+            self._num_orders += 1
 
     def admit(
         self, handles: Mapping[str, RequestHandle], progress: Mapping[str, Chunk], backlog: Mapping[str, Chunk]
     ) -> NextStep:
         with self._timed():
+            if self._num_orders != self._orders_seen:
+                self._standing.forget()
+            self._orders_seen = self._num_orders
             self._stands = self._standing.next(self._offloading.plan, handles, progress, self.controller.learned)
             if self._stands is not None:
                 self.controller.go_on()
@@ -202,18 +208,26 @@ class Steering(Control):
 
     def _guaranteed_for(self, load: Load) -> OffloadPlan:
         # Whoever runs now may have asked for little: who comes next may not.
-        return self.controller.guaranteed_plan(load, min(self.controller.promised_tpot_s(load), self.objectives.tpot_s))
+        return self.controller.guaranteed_plan(
+            load, min(self.controller.tightest_kept_tpot_s(load), self.objectives.tpot_s)
+        )
 
     def token_budget(self, most: int) -> int:
         return min(most, max(1, self._num_decoding + self._admission.prefill_tokens))
 
     def decide(self, shape: StepShape) -> Decision:
         with self._timed():
-            self._decision = self._stands
+            self._decision = self._stands if self._num_orders == self._orders_seen else None
             if self._decision is None:
-                self._decision = self.controller.decide(shape, self._offloading.plan)
-                if not self._admission.beginning:
+                plan = self._offloading.plan
+                self._decision = self.controller.decide(shape, plan)
+                # One that moves weights, or has somebody begin, is of this step alone; and so is one that was ordered
+                # otherwise while it was made.
+                stays = self._decision.plan == plan and not self._admission.beginning
+                if stays and self._num_orders == self._orders_seen:
                     self._standing.decided(self._decision, *self._looked_at, self.controller.learned)
+                else:
+                    self._standing.forget()
         return self._decision
 
     @property

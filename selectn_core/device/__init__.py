@@ -14,9 +14,9 @@ from selectn_core.device.link_usage import LinkUsage
 from selectn_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from selectn_core.device.base import Device, Event
+    from selectn_core.device.base import Device, Event, Timestamp
 
-__all__ = ["ALIGNMENT_BYTES", "Device", "Event", "LinkUsage", "align_up", "open_device", "resolve_kind"]
+__all__ = ["ALIGNMENT_BYTES", "Device", "Event", "LinkUsage", "Timestamp", "align_up", "open_device", "resolve_kind"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,14 @@ class Event(ABC):
         """Blocks the caller until it has; raises LinkError if that work was a copy that failed."""
 
 
+class Timestamp(ABC):
+    """A point in the compute order whose time is taken. Only the time between two of one device means anything."""
+
+    @abstractmethod
+    def since(self, earlier: Timestamp) -> float:
+        """Seconds from `earlier` to this one; only after `Device.synchronize`."""
+
+
 class Device(ABC):
     """Device memory of a fixed size, an ordered copy engine, and the compute order of the calling thread.
 
@@ -46,6 +54,11 @@ class Device(ABC):
         """Bytes of device memory given out by `allocate` and not freed."""
 
     @property
+    def room_bytes(self) -> int | None:
+        """Bytes that could really be had now, beside what `allocate` gave out; None: what the accounts say, always."""
+        return None
+
+    @property
     def free_bytes(self) -> int:
         """Bytes that `allocate` could still give out, were they in one piece."""
         return self.capacity_bytes - self.allocated_bytes
@@ -59,17 +72,28 @@ class Device(ABC):
 
     @abstractmethod
     def free(self, tensor: torch.Tensor) -> None:
-        """Gives back what `allocate` returned; ValueError for anything else."""
+        """Gives back what `allocate` returned; ValueError for anything else.
+
+        A device may have the memory again only when the last tensor that views it has gone: drop them first.
+        """
 
     @abstractmethod
     def allocate_host(self, num_bytes: int) -> torch.Tensor:
-        """A uint8 tensor [num_bytes] in host memory that the link can read at full speed."""
+        """A uint8 tensor [num_bytes] in host memory that the link can read at full speed; it takes whole pages.
+
+        It stays until the device is closed, and then until no tensor views it. Raises PinningRefused.
+        """
+
+    @property
+    @abstractmethod
+    def host_allocated_bytes(self) -> int:
+        """Bytes of host memory that `allocate_host` has taken."""
 
     @abstractmethod
     def register_host(self, memory: torch.Tensor) -> None:
-        """Lets the link read `memory` (page-aligned, host, perhaps read-only), which somebody else has allocated.
+        """Lets the link read `memory` at full speed: a read-only mapping of a file that is open for writing, whole.
 
-        Where that cannot be had at full speed a warning is logged that says so; copies still work.
+        It stays read-only. Raises PinningRefused where that cannot be had; then nothing has changed.
         """
 
     @abstractmethod
@@ -82,6 +106,10 @@ class Device(ABC):
 
         Returns at once; the event is done when the bytes are there.
         """
+
+    @abstractmethod
+    def copies_issued(self) -> Event:
+        """An event that is done when every copy issued so far is, or has failed."""
 
     @abstractmethod
     def record(self) -> Event:
@@ -99,11 +127,8 @@ class Device(ABC):
         """Blocks until every copy and all compute issued so far is done."""
 
     @abstractmethod
-    def timestamp(self) -> Callable[[], float]:
-        """Marks this point of the compute order; the returned function gives its time in seconds.
-
-        Only differences mean anything, and only after `synchronize`.
-        """
+    def timestamp(self) -> Timestamp:
+        """Marks this point of the compute order."""
 
     @abstractmethod
     def peak_bytes(self, run: Callable[[], None]) -> int:
@@ -111,7 +136,7 @@ class Device(ABC):
 
     @abstractmethod
     def link_usage(self) -> LinkUsage:
-        """What the host link has carried for this device so far."""
+        """What the host link has carried for this device so far: the copies that are done. Any thread may ask."""
 
     @abstractmethod
     def close(self) -> None:

@@ -6,20 +6,26 @@ Nothing here blocks the host inside a step; waiting is a stream's work.
 from __future__ import annotations
 
 import contextlib
-import logging
+import re
+import threading
+from collections import deque
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from selectn_core.device.alignment import ALIGNMENT_BYTES, align_up
-from selectn_core.device.base import Device, Event
+from selectn_core.device import numa
+from selectn_core.device.alignment import align_up
+from selectn_core.device.base import Device, Event, Timestamp
+from selectn_core.device.host_pages import anonymous_pages, whole_pages, writable
 from selectn_core.device.link_usage import LinkUsage
-from selectn_core.errors import DeviceMemoryExceeded
-
-logger = logging.getLogger(__name__)
+from selectn_core.errors import DeviceMemoryExceeded, PinningRefused
 
 _MAX_TIMED_COPIES = 256
-_REGISTER_PORTABLE, _REGISTER_READ_ONLY = 1, 8  # cudaHostRegister's flags
+_DRIVER = Path("/proc/driver/nvidia/gpus")
+_LEAST_KEPT_BACK_BYTES = 1 << 30
+_REGISTER_PORTABLE = 1  # cudaHostRegister's flag: for every context of the process
 
 
 class CudaEvent(Event):
@@ -35,6 +41,20 @@ class CudaEvent(Event):
     def synchronize(self) -> None:
         self.event.synchronize()
 
+    def seconds_since(self, earlier: CudaEvent) -> float:
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+class CudaTimestamp(Timestamp):
+    """A CUDA event. CUDA gives the time between two as a float32 of milliseconds: exact only where they are close."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = CudaEvent(stream, timed=True)
+
+    def since(self, earlier: Timestamp) -> float:
+        assert isinstance(earlier, CudaTimestamp)
+        return self._event.seconds_since(earlier._event)
+
 
 class CudaDevice(Device):
     """Device memory up to `capacity_bytes` of the GPU's; what other libraries allocate is not in the accounts."""
@@ -43,25 +63,35 @@ class CudaDevice(Device):
     provenance = "measured"
 
     def __init__(self, capacity_bytes: int | None = None, *, index: int = 0) -> None:
-        """`capacity_bytes` None takes what is free now."""
+        """`capacity_bytes` None takes what is free now, but for what is kept back (`_kept_back_bytes`)."""
         self.torch_device = torch.device("cuda", index)
-        free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
-        self.capacity_bytes = capacity_bytes if capacity_bytes is not None else free_bytes
-        if self.capacity_bytes > free_bytes:
+        # SDPA would prefer cuDNN, which plans anew, for tens of ms, at every new length: here that is at every step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.cuda.empty_cache()
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.torch_device)
+        most_bytes = max(0, free_bytes - _kept_back_bytes(total_bytes))
+        self.capacity_bytes = capacity_bytes if capacity_bytes is not None else most_bytes
+        if self.capacity_bytes > most_bytes:
             raise DeviceMemoryExceeded(
-                f"device.memory_gib asks for {self.capacity_bytes:,} bytes; {free_bytes:,} are free"
+                f"device.memory_gib asks for {self.capacity_bytes:,} bytes; {free_bytes:,} are free, of which "
+                f"{free_bytes - most_bytes:,} are kept back for what libraries load later"
             )
+        self._properties = torch.cuda.get_device_properties(self.torch_device)
+        self._pci_address = _pci_address(self._properties)
+        self._numa_node = numa.node_of_pci(self._pci_address)
         self._copy_stream = torch.cuda.Stream(self.torch_device)
         self._sizes: dict[int, int] = {}
-        # By address; with whether CUDA has locked its pages. The tensor stays: locked memory must not be unmapped.
-        self._registered: dict[int, tuple[torch.Tensor, bool]] = {}
-        self._copied_bytes, self._num_copies, self._busy_s = 0, 0, 0.0
-        self._timed: list[tuple[CudaEvent, CudaEvent]] = []
-        self._origin = CudaEvent(torch.cuda.current_stream(self.torch_device), timed=True)
+        # By address. The tensors stay: locked memory must not be unmapped.
+        self._registered: dict[int, torch.Tensor] = {}
+        self._host: dict[int, torch.Tensor] = {}
+        self._usage = LinkUsage(copied_bytes=0, num_copies=0, busy_s=0.0)
+        self._under_way: deque[tuple[CudaEvent, CudaEvent, int]] = deque()  # start, end, bytes
+        self._usage_lock = threading.Lock()  # of both: any thread may ask
 
     @property
     def gpu_uuid(self) -> str | None:
-        return f"GPU-{torch.cuda.get_device_properties(self.torch_device).uuid}"
+        """The driver's own list has it by PCI address: for a MIG slice CUDA's properties may name the slice."""
+        return _uuid_of(self._pci_address) or f"GPU-{self._properties.uuid}"
 
     @property
     def allocated_bytes(self) -> int:
@@ -74,48 +104,69 @@ class CudaDevice(Device):
                 f"{purpose} wants {num_bytes:,} bytes of device memory; {self.free_bytes:,} of "
                 f"{self.capacity_bytes:,} are free"
             )
-        tensor = torch.empty(size, dtype=torch.uint8, device=self.torch_device)
+        try:
+            tensor = torch.empty(size, dtype=torch.uint8, device=self.torch_device)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryExceeded(
+                f"{purpose} wants {num_bytes:,} bytes of device memory; of what this process may use "
+                f"{self.free_bytes:,} are free, but {self.room_bytes:,} on the GPU: others use it, or "
+                "device.memory_gib is too large"
+            ) from error
         # The copy stream writes to it, and the allocator knows only the stream that asked for it.
         tensor.record_stream(self._copy_stream)
         self._copy_stream.wait_stream(torch.cuda.current_stream(self.torch_device))
         self._sizes[tensor.data_ptr()] = size
         return tensor[:num_bytes]
 
+    @property
+    def room_bytes(self) -> int | None:
+        free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
+        cached_bytes = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return free_bytes + cached_bytes
+
     def free(self, tensor: torch.Tensor) -> None:
         if self._sizes.pop(tensor.data_ptr(), None) is None:
             raise ValueError("not a tensor that this device has allocated")
 
     def allocate_host(self, num_bytes: int) -> torch.Tensor:
-        raw = torch.empty(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, pin_memory=True)
-        offset = -raw.data_ptr() % ALIGNMENT_BYTES
-        return raw[offset : offset + num_bytes]
+        memory = anonymous_pages(num_bytes)
+        if self._numa_node is not None:
+            numa.prefer_node(memory, self._numa_node)
+        self._lock_pages(memory, "pinned host memory")
+        self._host[memory.data_ptr()] = memory
+        return memory
+
+    @property
+    def host_allocated_bytes(self) -> int:
+        return sum(whole_pages(memory.nbytes) for memory in self._host.values())
 
     def register_host(self, memory: torch.Tensor) -> None:
-        # Without the read-only flag CUDA asks for write access, which a read-only mapping does not have.
-        flags = _REGISTER_PORTABLE | _REGISTER_READ_ONLY
-        status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, flags)
-        is_locked = int(status) == 0
-        self._registered[memory.data_ptr()] = (memory, is_locked)
-        if not is_locked:
+        # CUDA asks for write access to what it locks. Discrete GPUs refuse the flag that says otherwise.
+        try:
+            with writable(memory):
+                self._lock_pages(memory, "the shared host store")
+        except OSError as error:
+            raise PinningRefused(f"the shared host store cannot be made writable to lock its pages: {error}") from error
+        self._registered[memory.data_ptr()] = memory
+
+    def _lock_pages(self, memory: torch.Tensor, what: str) -> None:
+        num_bytes = whole_pages(memory.nbytes)
+        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, _REGISTER_PORTABLE))
+        if status != 0:
             with contextlib.suppress(RuntimeError):  # CUDA reports the error once more, to the next kernel
                 torch.zeros(1, device=self.torch_device)
-            logger.warning(
-                "CUDA cannot lock the pages of the shared host store (error %s; it takes a GPU and driver that can "
-                "register read-only memory, and a memlock limit above %s bytes): copies from it are slow and block. "
-                "Set host.weights to 'private' for pinned memory of this process's own",
-                status,
-                f"{memory.nbytes:,}",
+            raise PinningRefused(
+                f"CUDA cannot lock {num_bytes:,} bytes of {what} (cudaHostRegister: error {status}). Memory that a "
+                "disk backs cannot be locked on some kernels, and limits of the container or of memlock may be lower"
             )
 
     def unregister_host(self, memory: torch.Tensor) -> None:
-        if memory.data_ptr() not in self._registered:
+        if self._registered.pop(memory.data_ptr(), None) is None:
             raise ValueError("not memory that was registered with this device")
-        self._unregister(memory.data_ptr())
+        self._unlock_pages(memory)
 
-    def _unregister(self, address: int) -> None:
-        _, is_locked = self._registered.pop(address)
-        if is_locked:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+    def _unlock_pages(self, memory: torch.Tensor) -> None:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
 
     def copy_async(self, source: torch.Tensor, target: torch.Tensor, *, after: Event | None = None) -> Event:
         if source.nbytes != target.nbytes:
@@ -128,12 +179,14 @@ class CudaDevice(Device):
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
         done = CudaEvent(stream, timed=True)
-        self._copied_bytes += source.nbytes
-        self._num_copies += 1
-        self._timed.append((started, done))
-        if len(self._timed) > _MAX_TIMED_COPIES:
-            self._account_finished_copies()
+        with self._usage_lock:
+            self._under_way.append((started, done, source.nbytes))
+            if len(self._under_way) > _MAX_TIMED_COPIES:
+                self._count_finished_copies()
         return done
+
+    def copies_issued(self) -> Event:
+        return CudaEvent(self._copy_stream)
 
     def record(self) -> Event:
         return CudaEvent(torch.cuda.current_stream(self.torch_device))
@@ -145,9 +198,8 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
-    def timestamp(self) -> Callable[[], float]:
-        mark = CudaEvent(torch.cuda.current_stream(self.torch_device), timed=True)
-        return lambda: self._origin.event.elapsed_time(mark.event) / 1e3
+    def timestamp(self) -> Timestamp:
+        return CudaTimestamp(torch.cuda.current_stream(self.torch_device))
 
     def peak_bytes(self, run: Callable[[], None]) -> int:
         self.synchronize()
@@ -160,20 +212,42 @@ class CudaDevice(Device):
         return torch.cuda.max_memory_reserved(self.torch_device) - before
 
     def link_usage(self) -> LinkUsage:
-        self._account_finished_copies()
-        return LinkUsage(copied_bytes=self._copied_bytes, num_copies=self._num_copies, busy_s=self._busy_s)
+        with self._usage_lock:
+            self._count_finished_copies()
+            return self._usage
 
     def close(self) -> None:
         self._copy_stream.synchronize()
-        for address in list(self._registered):
-            self._unregister(address)
+        for locked in (self._registered, self._host):
+            while locked:
+                self._unlock_pages(locked.popitem()[1])
         self._sizes.clear()
+        torch.cuda.empty_cache()  # else what this device had is missing from what the next one finds free
 
-    def _account_finished_copies(self) -> None:
-        waiting = []
-        for started, done in self._timed:
-            if done.is_done():
-                self._busy_s += started.event.elapsed_time(done.event) / 1e3
-            else:
-                waiting.append((started, done))
-        self._timed = waiting
+    def _count_finished_copies(self) -> None:
+        """Counts bytes and seconds of a copy together, when it is done: else a bandwidth would be of unequal parts."""
+        num_bytes, num_copies, busy_s = self._usage.copied_bytes, self._usage.num_copies, self._usage.busy_s
+        while self._under_way and self._under_way[0][1].is_done():  # they end in the order they were issued
+            started, done, copied_bytes = self._under_way.popleft()
+            num_bytes, num_copies = num_bytes + copied_bytes, num_copies + 1
+            busy_s += done.seconds_since(started)
+        self._usage = LinkUsage(copied_bytes=num_bytes, num_copies=num_copies, busy_s=busy_s)
+
+
+def _pci_address(properties: Any) -> str:
+    """As Linux names it: 0000:3b:00.0."""
+    domain, bus, device = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id
+    return f"{domain:04x}:{bus:02x}:{device:02x}.0"
+
+
+def _uuid_of(pci_address: str) -> str | None:
+    """Of the whole GPU at this address, as NVML names it; None where the driver does not show it."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"^GPU UUID:\s*(GPU-\S+)", (_DRIVER / pci_address / "information").read_text(), re.MULTILINE)
+        return match[1] if match else None
+    return None
+
+
+def _kept_back_bytes(total_bytes: int) -> int:
+    """What no account has: kernels that are loaded when first called, cuBLAS's workspaces, inputs, holes."""
+    return max(_LEAST_KEPT_BACK_BYTES, total_bytes * 3 // 100)

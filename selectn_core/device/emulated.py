@@ -6,9 +6,7 @@ Pacing only makes that thread wait until the bytes could have arrived over a lin
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 import threading
 import time
 from collections import deque
@@ -16,10 +14,11 @@ from collections.abc import Callable
 
 import torch
 
-from selectn_core.device.alignment import ALIGNMENT_BYTES, align_up
-from selectn_core.device.base import Device, Event
+from selectn_core.device.alignment import align_up
+from selectn_core.device.base import Device, Event, Timestamp
 from selectn_core.device.bus import Bus
 from selectn_core.device.cpu_peak import CpuPeak
+from selectn_core.device.host_pages import anonymous_pages, whole_pages
 from selectn_core.device.link_usage import LinkUsage
 from selectn_core.device.range_allocator import FirstFit
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
@@ -49,6 +48,17 @@ class EmulatedEvent(Event):
         self._done.set()
 
 
+class EmulatedTimestamp(Timestamp):
+    """When it was made: compute on the CPU is over when the call that asked for it returns."""
+
+    def __init__(self) -> None:
+        self._at_s = time.perf_counter()
+
+    def since(self, earlier: Timestamp) -> float:
+        assert isinstance(earlier, EmulatedTimestamp)
+        return self._at_s - earlier._at_s
+
+
 class EmulatedDevice(Device):
     """CPU memory that refuses to grow, behind a paced link."""
 
@@ -60,10 +70,11 @@ class EmulatedDevice(Device):
         """`bytes_per_s` is the bandwidth of the bus; devices that name the same bus share it."""
         self.capacity_bytes = align_up(capacity_bytes)
         self.bus = Bus(bus_name, bytes_per_s)
-        self._memory = _aligned_zeros(self.capacity_bytes)
+        self._memory = anonymous_pages(self.capacity_bytes)
         self._ranges = FirstFit(self.capacity_bytes)
         self._link = _PacedLink(self.bus)
         self._registered: dict[int, torch.Tensor] = {}
+        self._host_allocated_bytes = 0
         self._closed = False
 
     @property
@@ -86,7 +97,12 @@ class EmulatedDevice(Device):
             raise ValueError("not a tensor that this device has allocated") from None
 
     def allocate_host(self, num_bytes: int) -> torch.Tensor:
-        return _aligned_zeros(num_bytes)
+        self._host_allocated_bytes += whole_pages(num_bytes)
+        return anonymous_pages(num_bytes)
+
+    @property
+    def host_allocated_bytes(self) -> int:
+        return self._host_allocated_bytes
 
     def register_host(self, memory: torch.Tensor) -> None:
         self._registered[memory.data_ptr()] = memory
@@ -101,6 +117,9 @@ class EmulatedDevice(Device):
         assert after is None or isinstance(after, EmulatedEvent)
         return self._link.submit(source, target, after)
 
+    def copies_issued(self) -> Event:
+        return self._link.submit_marker()
+
     def record(self) -> Event:
         # Compute on the CPU is over when the call that asked for it returns.
         event = EmulatedEvent()
@@ -113,9 +132,8 @@ class EmulatedDevice(Device):
     def synchronize(self) -> None:
         self._link.submit_marker().synchronize()
 
-    def timestamp(self) -> Callable[[], float]:
-        now_s = time.perf_counter()
-        return lambda: now_s
+    def timestamp(self) -> Timestamp:
+        return EmulatedTimestamp()
 
     def peak_bytes(self, run: Callable[[], None]) -> int:
         with CpuPeak() as peak:
@@ -130,6 +148,7 @@ class EmulatedDevice(Device):
             self._closed = True
             self._link.close()
             self._registered.clear()
+            self._memory = self._memory[:0].clone()  # whoever still refers to the device keeps none of its memory
             self.bus.close()
 
 
@@ -141,9 +160,10 @@ class _PacedLink:
         self._jobs: deque[_Copy] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        # Written by the link's thread alone.
+        # Written by the link's thread alone; others see the usage of whole copies, as one object.
         self._idle_since_ns = 0
         self._copied_bytes, self._num_copies, self._busy_ns, self._waited_ns = 0, 0, 0, 0
+        self._usage = LinkUsage(copied_bytes=0, num_copies=0, busy_s=0.0)
         # Not a daemon: a thread that copies into freed memory at interpreter exit aborts the process.
         self._thread = threading.Thread(target=self._run, name="selectn-link", daemon=False)
         self._thread.start()
@@ -156,12 +176,7 @@ class _PacedLink:
         return self._enqueue(_Copy(nothing, nothing, None))
 
     def usage(self) -> LinkUsage:
-        return LinkUsage(
-            copied_bytes=self._copied_bytes,
-            num_copies=self._num_copies,
-            busy_s=self._busy_ns / 1e9,
-            waited_s=self._waited_ns / 1e9,
-        )
+        return self._usage
 
     def close(self) -> None:
         with self._changed:
@@ -207,6 +222,12 @@ class _PacedLink:
         self._idle_since_ns = end_ns
         self._copied_bytes += job.num_bytes
         self._num_copies += job.num_bytes > 0
+        self._usage = LinkUsage(
+            copied_bytes=self._copied_bytes,
+            num_copies=self._num_copies,
+            busy_s=self._busy_ns / 1e9,
+            waited_s=self._waited_ns / 1e9,
+        )
 
 
 class _Copy:
@@ -225,13 +246,3 @@ def _sleep_until(instant_ns: int) -> None:
     remaining_ns = instant_ns - time.monotonic_ns()
     if remaining_ns > 0:
         time.sleep(remaining_ns / 1e9)
-
-
-def _aligned_zeros(num_bytes: int) -> torch.Tensor:
-    """Zeroed memory [num_bytes], aligned; in huge pages where the kernel gives them, as weights are read whole."""
-    raw = mmap.mmap(-1, num_bytes + ALIGNMENT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        raw.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(raw, dtype=torch.uint8)
-    offset = -memory.data_ptr() % ALIGNMENT_BYTES
-    return memory[offset : offset + num_bytes]

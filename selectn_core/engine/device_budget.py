@@ -49,3 +49,22 @@ def host_sectors(config: EngineConfig, geometry: KvGeometry, longest_tokens: int
     """
     allowed = int(config.host.kv_gib * (1 << 30)) // geometry.sector_bytes
     return min(allowed, config.batch.max_requests * geometry.sectors_for_request(longest_tokens))
+
+
+def check_room(device: Device, workspace_bytes: int) -> None:
+    """After warm-up, when libraries have taken what they take: raises DeviceMemoryExceeded without room for a step."""
+    room_bytes = device.room_bytes
+    if room_bytes is not None and room_bytes < workspace_bytes:
+        raise DeviceMemoryExceeded(
+            f"after warm-up {room_bytes:,} bytes of the GPU's memory are left and activations take up to "
+            f"{workspace_bytes:,}: others use it, or libraries took more than was kept back; lower device.memory_gib "
+            f"({device.capacity_bytes / 2**30:.1f} now)"
+        )
+
+
+def out_of_memory(error: Exception) -> DeviceMemoryExceeded:
+    """What torch says when an allocation of its own fails while an engine is built."""
+    return DeviceMemoryExceeded(
+        f"the GPU's memory was not enough: {str(error).splitlines()[0]}: lower device.memory_gib, "
+        "batch.max_batch_tokens or batch.max_requests"
+    )

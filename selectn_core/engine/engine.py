@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,7 +24,13 @@ from selectn_core.engine.capacity import (
     latest,
     waiting_prefill_tokens,
 )
-from selectn_core.engine.device_budget import arena_sectors, everything_bytes, host_sectors
+from selectn_core.engine.device_budget import (
+    arena_sectors,
+    check_room,
+    everything_bytes,
+    host_sectors,
+    out_of_memory,
+)
 from selectn_core.engine.fingerprint import fingerprint_of
 from selectn_core.engine.link_needs import LinkNeeds, UnitDemand
 from selectn_core.engine.measure_workspace import measure_workspace
@@ -54,6 +60,7 @@ from selectn_core.weights.architecture import context_limit
 from selectn_core.weights.checkpoint import LoadedModel
 from selectn_core.weights.host_store import HostStore
 from selectn_core.weights.resident import ResidentWeights
+from selectn_core.weights.store_places import ReserveHost, reserve_nothing
 from selectn_core.weights.units import find_units, last_of_a_new_kind
 
 logger = logging.getLogger(__name__)
@@ -72,8 +79,9 @@ class Engine:
         config: EngineConfig,
         *,
         executor_class: type[Executor] = OverlappedExecutor,
+        reserve_host: ReserveHost = reserve_nothing,
     ) -> None:
-        """Places `loaded` on the configured device.
+        """Places `loaded` on the configured device. `reserve_host` is asked before weights take more host memory.
 
         Raises ConfigError, UnsupportedModel, or DeviceMemoryExceeded where not even the fewest resident units fit.
         """
@@ -95,16 +103,29 @@ class Engine:
             geometry = kv_geometry(self.model, config.batch.page_size, self._kv_shapes)
         everything = everything_bytes(self.model, self.units, geometry, config.batch.kv_tokens)
         self.device: Device = open_device(config.device, default_capacity_bytes=everything)
+        self._held = ExitStack()  # what gives memory back, in the reverse order of taking it
+        self._held.callback(self.device.close)
         try:
-            self.store = HostStore(self.units, self.device, loaded.store)
+            is_free_to_move = config.host.weights == "auto"
+            self.store = HostStore(
+                self.units,
+                self.device,
+                loaded.store,
+                reserve_private=(lambda num_bytes: reserve_host(num_bytes, None)) if is_free_to_move else None,
+            )
+            self._held.callback(self.store.close)
             self.resident = ResidentWeights(self.model, self.units, self.device)
+            self._held.callback(self.resident.close)
             with refusing(self.model, "continuous batching does not take it"):
                 self.workspace = self._measured_workspace(geometry)
                 self.batching = self._make_batching(geometry)
+            self._held.callback(self.batching.release)
+            self._held.callback(self.batching.close)
             self.arena = Arena(self.batching.pages, min_kv_sectors=geometry.sectors_for(config.batch.kv_tokens))
             self.target = Target(self.units, self.arena, config.offload)
             self.executor = executor_class(self.model, self.store, self.device, self.target.plan, self.arena)
             self.executor.attach()
+            self._held.callback(self.executor.detach)
             self.offloading = Offloading(config, self.requests, self.batching, self.arena, self.executor, self.target)
             self.guarantee = Guarantee(self.offloading, config.batch.max_requests)
             self.link_needs = LinkNeeds(self.offloading, config)
@@ -121,8 +142,11 @@ class Engine:
             self.supervisor = Supervisor(self.batching, self.requests, self.lifecycle.fail_all)
             self.device.synchronize()  # what was placed here is computed on by another thread and stream
             self._self_test()
-        except BaseException:
-            self.device.close()
+            check_room(self.device, self.workspace_bytes)
+        except BaseException as error:
+            self._held.close()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise out_of_memory(error) from error
             raise
 
     def _self_test(self) -> None:
@@ -132,12 +156,7 @@ class Engine:
             kv_capacity_tokens=self.kv_capacity_tokens,
             eos_ids=frozenset(self.default_eos_ids),
         )
-        try:
-            check_model(self.model, self.units, self.batching, self.executor, limits)
-        except BaseException:
-            self.batching.close()
-            self.executor.detach()
-            raise
+        check_model(self.model, self.units, self.batching, self.executor, limits)
 
     # -- what it is for -----------------------------------------------------------------------------------------
 
@@ -246,9 +265,7 @@ class Engine:
         if not self.supervisor.close():
             return
         self.lifecycle.fail_all("the engine was closed")
-        self.executor.detach()
-        self.store.close()
-        self.device.close()
+        self._held.close()
 
     def __enter__(self) -> Engine:
         self.start()
@@ -395,6 +412,8 @@ class Engine:
             "num_slots": plan.num_slots,
             "host_bytes": self.store.num_bytes,
             "host_store": self.store.location,
+            "host_store_reason": self.store.reason,
+            "host_allocated_bytes": self.device.host_allocated_bytes,
             "offloaded_bytes": self.offloading.offloaded_bytes(plan),
             "memory": self.account().to_json(),
             "device_bytes": self.device.allocated_bytes,

@@ -1,4 +1,4 @@
-"""How long a step of any shape computes, from the steps that were measured: as expected, and as can be promised."""
+"""How long a step of any shape computes, from the steps that were measured: as expected, and at the slowest."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class StepTimes:
         self._coefficients = self._fit()  # [num_kinds + 1][num_features]
         self._known = Remembered(_MOST_SHAPES)
         high_s = np.array([step.high_s for step in steps])
-        self._promised_s = [float(high_s[(self._sizes <= sizes).all(axis=1)].max()) for sizes in self._sizes]
+        self._slowest_s = [float(high_s[(self._sizes <= sizes).all(axis=1)].max()) for sizes in self._sizes]
 
     def expected(self, shape: StepShape) -> StepCosts:
         """What a step of this shape probably costs; beyond the grid, the fit goes on as a straight line."""
@@ -115,9 +115,9 @@ class StepTimes:
                 f"no step as large as {shape} was measured: run `selectn profile` with a larger "
                 "--max-length, or batch.max_requests and batch.max_batch_tokens in the configuration"
             )
-        best = min(covering, key=lambda i: self._promised_s[i])
+        best = min(covering, key=lambda i: self._slowest_s[i])
         step = self.steps[best]
-        scale = self._promised_s[best] / self._median_s(step)
+        scale = self._slowest_s[best] / self._median_s(step)
         return self._costs([t * scale for t in step.kind_s], step.rest_s * scale + self.sampling.seconds(shape))
 
     def median_error(self) -> float:

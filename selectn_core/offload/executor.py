@@ -12,14 +12,14 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-from selectn_core.device import Device, Event
+from selectn_core.device import Device, Event, Timestamp
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.memory.arena import FixedMemory, WeightMemory
@@ -74,6 +74,8 @@ class Executor(ABC):
         )
         self._requested: OffloadPlan | None = plan
         self._lock = threading.Lock()
+        self._is_in_step = False  # from its forward on, until `end_step`
+        self._changed: Event | None = None  # when the last change of plan had moved what it moves
         self._homes: dict[int, torch.Tensor] = {}
         self._home_copied: dict[int, Event] = {}
         self._slots: list[torch.Tensor] = []  # uint8 [slot_bytes of the plan] each
@@ -85,7 +87,7 @@ class Executor(ABC):
             before_unit=self._before_unit,
             after_unit=self._after_unit,
         )
-        self._stalls: deque[tuple[Callable[[], float], Callable[[], float]]] = deque(maxlen=2 * len(self.units))
+        self._stalls: deque[tuple[Timestamp, Timestamp]] = deque(maxlen=2 * len(self.units))
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -124,6 +126,7 @@ class Executor(ABC):
         self._homes.clear()
         self._home_copied.clear()
         self._slots.clear()
+        self._is_in_step, self._changed = False, None
 
     def __enter__(self) -> Executor:
         self.attach()
@@ -168,14 +171,19 @@ class Executor(ABC):
     def begin_step(self) -> None:
         """Counts the step, and stops hooking units whose weights have arrived in their homes."""
         self.stats.num_steps += 1
+        if self._changed is not None:  # the step may compute on another stream than the one that moved weights
+            self.device.wait(self._changed)
+            self._changed = None
         if self._applies_in_step:
             self.apply_plan()
+        self._is_in_step = True
         if len(self._hooks) != len(self.plan.offloaded) + len(self._home_copied):
             self._hook_units()
 
     def end_step(self) -> float:
         """Seconds that compute waited for copies since the last call; only after the step's compute is done."""
-        stall_s = sum(after() - before() for before, after in self._stalls)
+        self._is_in_step = False
+        stall_s = sum(after.since(before) for before, after in self._stalls)
         self._stalls.clear()
         self.stats.stall_s += stall_s
         return stall_s
@@ -220,6 +228,7 @@ class Executor(ABC):
             # now, which fill it from its lowest place on.
             self._place(plan)
         promoted = sorted(self._homes.keys() - kept)
+        self._changed = self.device.record()
         self.plan = plan
         self.stats.num_plan_changes += 1
         self._start_plan(promoted)
@@ -238,7 +247,7 @@ class Executor(ABC):
 
     def _compact(self) -> None:
         """Moves every home as low as it goes, on the device, so that what is free beside them is in one piece."""
-        self.device.synchronize()
+        self._await_copies()
         for index in sorted(self._homes, key=lambda each: self._homes[each].data_ptr()):
             unit, home = self.units[index], self._homes[index]
             weights = home.clone()  # the new place may overlap the old one
@@ -246,6 +255,17 @@ class Executor(ABC):
             self._homes[index] = self._new_home(unit)
             self._homes[index].copy_(weights)
             unit.bind(unit.views(self._homes[index]))
+
+    def _await_copies(self) -> None:
+        """Orders what this thread issues from now on after every copy until now; the next step comes after that.
+
+        Between steps nothing computes, so the host need not wait. A step that an error has cut short may still compute,
+        on a stream that is not known here.
+        """
+        if self._is_in_step:
+            self.device.synchronize()
+        else:
+            self.device.wait(self.device.copies_issued())
 
     @abstractmethod
     def _start_plan(self, promoted: Sequence[int]) -> None:
@@ -276,7 +296,7 @@ class Executor(ABC):
         kept = [slot for slot in self._slots if slot.nbytes == num_bytes][:num_slots]  # all or none are of that size
         if len(kept) == len(self._slots) == num_slots:
             return
-        self.device.synchronize()  # a copy may be on its way into a slot that goes
+        self._await_copies()  # one may be on its way into a slot that goes
         self._forget_slots()
         while len(self._slots) > len(kept):
             self.memory.free(self._slots.pop())

@@ -7,10 +7,8 @@ from statistics import median
 
 from torch.utils.hooks import RemovableHandle
 
-from selectn_core.device import Device
+from selectn_core.device import Device, Timestamp
 from selectn_core.weights.units import Unit
-
-_Mark = Callable[[], float]
 
 
 class UnitTimer:
@@ -21,8 +19,8 @@ class UnitTimer:
 
     def __init__(self, units: Sequence[Unit], device: Device) -> None:
         self._units, self._device = units, device
-        self._marks: list[list[tuple[_Mark, _Mark]]] = [[] for _ in units]
-        self._started: _Mark | None = None
+        self._marks: list[list[tuple[Timestamp, Timestamp]]] = [[] for _ in units]
+        self._started: Timestamp | None = None
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> UnitTimer:
@@ -40,7 +38,7 @@ class UnitTimer:
     def median_compute_s(self) -> tuple[float, ...]:
         """Median seconds per unit over the steps since `reset`; call it when the device is idle."""
         self._device.synchronize()
-        return tuple(median(end() - start() for start, end in marks) for marks in self._marks)
+        return tuple(median(end.since(start) for start, end in marks) for marks in self._marks)
 
     def reset(self) -> None:
         """Forgets the steps seen so far."""

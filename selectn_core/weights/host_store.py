@@ -5,28 +5,46 @@ The buffers are this process's own, or sections of a shared store that all proce
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from selectn_core.device import Device
-from selectn_core.errors import StoreRefused
+from selectn_core.errors import PinningRefused, StoreRefused
 from selectn_core.weights.shared_store import Section, SharedStore
 from selectn_core.weights.units import TENSOR_ALIGNMENT_BYTES, Unit
+
+logger = logging.getLogger(__name__)
 
 
 class HostStore:
     """Owns the units' weights in host memory; they are written once, here, and only read afterwards."""
 
-    def __init__(self, units: Sequence[Unit], device: Device, shared: SharedStore | None = None) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        device: Device,
+        shared: SharedStore | None = None,
+        *,
+        reserve_private: Callable[[int], None] | None = None,
+    ) -> None:
         """Moves the units' parameters into buffers that `device`'s link can read, one unit at a time.
 
         Afterwards the parameters are views of those buffers and their old memory is free, so the peak is one
         unit above the model's size. With `shared`, they are views of its sections already and nothing moves: those
         are layers, and a block is a piece of one.
+
+        Where the device cannot lock the shared pages, the weights go to buffers of this process after all, if
+        `reserve_private` is given: it is asked for their bytes first. `reason` then says so. Else PinningRefused is
+        raised.
         """
         self.units = tuple(units)
+        self.reason: str | None = None
+        if shared is not None and not self._is_pinned(shared, device, reserve_private):
+            shared.close()
+            shared = None
         self._device, self._shared = device, shared
         if shared is None:
             self._buffers = [self._adopt(unit, device) for unit in self.units]
@@ -35,13 +53,28 @@ class HostStore:
             ]
         else:
             pieces = [_piece_of(shared, unit) for unit in self.units]
-            device.register_host(shared.memory)
             self._buffers = [
                 shared.section(section.name)[start : start + unit.num_bytes]
                 for unit, (section, start) in zip(self.units, pieces, strict=True)
             ]
             sections = {section.name: section for section, _ in pieces}
             self._checked = [(name, shared.section(name), section.crc32) for name, section in sections.items()]
+
+    def _is_pinned(self, shared: SharedStore, device: Device, reserve_private: Callable[[int], None] | None) -> bool:
+        """Has the device lock the shared pages; False, and that is announced, if private ones are to be used."""
+        try:
+            device.register_host(shared.memory)
+        except PinningRefused as error:
+            if reserve_private is None:
+                raise PinningRefused(
+                    f"{error}. Set host.weights to 'auto' or 'private': this process's own memory can be locked"
+                ) from error
+            num_bytes = sum(unit.num_bytes for unit in self.units)
+            reserve_private(num_bytes)
+            self.reason = f"not shared: {error}. The weights take {num_bytes:,} bytes of this process's own"
+            logger.warning("%s is %s", shared.path, self.reason)
+            return False
+        return True
 
     def close(self) -> None:
         """Gives up a shared store: call it when the device copies no more. Buffers stay while tensors view them."""

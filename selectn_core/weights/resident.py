@@ -16,15 +16,26 @@ class ResidentWeights:
 
     def __init__(self, model: nn.Module, units: Sequence[Unit], device: Device) -> None:
         """Raises DeviceMemoryExceeded if they do not fit. Tied tensors move once."""
-        tensors = list(resident_tensors(model, units))
-        self.num_bytes = sum(align_up(tensor.nbytes) for tensor in tensors)
+        self._tensors, self._device = list(resident_tensors(model, units)), device
+        self.num_bytes = sum(align_up(tensor.nbytes) for tensor in self._tensors)
         self.memory = device.allocate(self.num_bytes, "embeddings, norms and head")
+        self._is_closed = False
         offset = 0
-        for tensor in tensors:
+        for tensor in self._tensors:
             view = self.memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             view.copy_(tensor.data)
             tensor.data = view
             offset += align_up(view.nbytes)
+
+    def close(self) -> None:
+        """Copies them back to host memory and gives the device's back. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for tensor in self._tensors:
+            tensor.data = tensor.data.to("cpu", copy=True)
+        memory, self.memory = self.memory, torch.empty(0, dtype=torch.uint8)
+        self._device.free(memory)
 
 
 def resident_tensors(model: nn.Module, units: Sequence[Unit]) -> Iterable[torch.Tensor]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from selectn_core.device import align_up
+from selectn_core.device import align_up, numa
 from selectn_core.errors import HostMemoryExceeded, StoreRefused
 from selectn_core.file_lock import try_lock
 from selectn_core.weights.store_files import (
@@ -181,11 +181,12 @@ def write_store(
     fd = open_own(building, os.O_RDWR | os.O_CREAT | os.O_EXCL) if unnamed is None else unnamed
     try:
         end, written = PAGE_BYTES, []
-        for section in sections:
-            placed = replace(section, offset=end)
-            written.append(replace(placed, crc32=_write_section(fd, placed, read(placed))))
-            end = align_up(end + section.num_bytes, PAGE_BYTES)
-            os.utime(lock)  # for those who wait
+        with numa.on_all_nodes():  # processes on any node will read it, not only on the builder's
+            for section in sections:
+                placed = replace(section, offset=end)
+                written.append(replace(placed, crc32=_write_section(fd, placed, read(placed))))
+                end = align_up(end + section.num_bytes, PAGE_BYTES)
+                os.utime(lock)  # for those who wait
         _write_manifest(fd, end, {"fingerprint": fingerprint, "model": model, "sections": list(map(asdict, written))})
         if unnamed is None:
             building.rename(path)
@@ -212,7 +213,8 @@ def stored_bytes(sections: Sequence[Section]) -> int:
 def _attach(path: Path, *, verify: bool = True) -> SharedStore | None:
     """The store at `path`, if there is one. One that users left by being killed is verified, and removed if damaged."""
     try:
-        fd = open_own(path, os.O_RDONLY)
+        # For writing: a device may lock only pages that could be written. They are mapped read-only all the same.
+        fd = open_own(path, os.O_RDWR)
     except FileNotFoundError:
         return None
     try:

@@ -56,7 +56,7 @@ def open_own(path: Path, flags: int) -> int:
         # Not blocking: somebody else's FIFO of this name would otherwise keep us waiting.
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO):
+        if error.errno not in (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EISDIR):
             raise
         raise StoreRefused(f"{path} cannot be trusted ({error.strerror}): remove it") from error
     status = os.fstat(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 
@@ -102,6 +103,16 @@ def test_a_copy_waits_for_the_compute_it_comes_after(device) -> None:
     assert torch.equal(slot.cpu(), second)
 
 
+def test_compute_that_waits_for_all_copies_sees_the_last(device) -> None:
+    sources, target = [host_bytes(device, 128 * KIB, seed) for seed in range(5)], device.allocate(128 * KIB, "target")
+    events = [device.copy_async(source, target) for source in sources]
+    all_copied = device.copies_issued()
+    device.wait(all_copied)
+    assert int(target.long().sum()) == int(sources[-1].long().sum())
+    all_copied.synchronize()
+    assert all(event.is_done() for event in events)
+
+
 def test_synchronize_waits_for_all_copies(device) -> None:
     source, target = host_bytes(device, 128 * KIB, 3), device.allocate(128 * KIB, "target")
     events = [device.copy_async(source, target) for _ in range(5)]
@@ -134,7 +145,8 @@ def test_timestamps_advance_with_compute(device) -> None:
         (memory @ memory).sum()
         marks.append(device.timestamp())
     device.synchronize()
-    times = [mark() for mark in marks]
+    times = [mark.since(marks[0]) for mark in marks]
+    assert times[0] == 0
     assert times == sorted(times)
     assert times[-1] > times[0]
 
@@ -143,12 +155,19 @@ def test_host_memory_is_aligned_like_device_memory(device) -> None:
     assert device.allocate_host(1000).data_ptr() % ALIGNMENT_BYTES == 0
 
 
+def test_host_memory_takes_whole_pages_and_is_counted(device) -> None:
+    """No more than that: powers of two would be half as much again."""
+    device.allocate_host(5 * mmap.PAGESIZE)
+    device.allocate_host(2 * mmap.PAGESIZE + 1)
+    assert device.host_allocated_bytes == 8 * mmap.PAGESIZE
+
+
 @pytest.fixture
 def shared_page(tmp_path):
     """A page that a file backs, mapped read-only as a shared host store is."""
     path = tmp_path / "page"
     path.write_bytes(bytes(range(256)) * 16)
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDWR)
     try:
         yield map_read_only(fd, 4096)
     finally:

@@ -230,7 +230,7 @@ class Server(Machine):
         while self.coming and self.coming[0].arrives_s <= self.now_s:
             self.present.append(self.coming.pop(0))
         load = self.load()
-        self.controller.guaranteed_plan(load, min(self.controller.promised_tpot_s(load), self.tpot_s))
+        self.controller.guaranteed_plan(load, min(self.controller.tightest_kept_tpot_s(load), self.tpot_s))
         admission = self.controller.admit(load, self.plan)
         self.begun += [self.present[int(each.ticket)] for each in admission.beginning]
         decoding = [each for each in self.begun if each.tokens_s]

@@ -20,6 +20,9 @@ from tests.support.tiny_models import NUM_LAYERS, VOCAB_SIZE, tiny_model
 PROMPT_LENGTHS = (3, 9, 17, 26, 5)
 NUM_TOKENS = 12
 
+# Of a GPU: all of a card would be millions of a tiny model's sectors, in Python's lists.
+CUDA_MEMORY_GIB = 0.25
+
 BeforeStep = Callable[[Engine], None]
 
 
@@ -82,6 +85,8 @@ def engine_config(
     unit: str = "layer",
     **batch: Unpack[Batch],
 ) -> EngineConfig:
+    if kind == "cuda" and memory_gib is None:
+        memory_gib = CUDA_MEMORY_GIB
     return EngineConfig(
         device=DeviceConfig(kind=kind, link_gb_per_s=50, memory_gib=memory_gib),
         batch=replace(BatchConfig(max_batch_tokens=16, max_requests=8, kv_tokens=512), **batch),
@@ -93,8 +98,8 @@ def engine_config(
 def memory_gib_for(num_homes: int, **batch: Unpack[Batch]) -> float:
     """A device with room for so many layers and slots, and half of one, beside what stays and the least KV cache."""
     engine = CheckedEngine(tiny_model(), engine_config(0, memory_gib=1 / 1024, **batch))
-    engine.close()
     beside = engine.device.allocated_bytes - engine.arena.reachable_bytes(0)
+    engine.close()
     homes = round((num_homes + 0.5) * engine.arena.round_up(engine.units[0].num_bytes))
     return (beside + homes + engine.workspace.bytes_for((beside + homes) // engine.arena.sector_bytes)) / (1 << 30)
 

@@ -1,11 +1,11 @@
-"""A stand-in for CUDA on the CPU: `CudaDevice` as it is, over streams and events that are logical.
+"""A fake of CUDA on the CPU whose streams and events are logical: `CudaDevice` as it is, under a race checker.
 
-Copies happen at once. Nothing is timed; `provenance` says that it is a fake.
+Memory and registration are those of `tests/standins/fake_cuda.py`. Copies happen at once. What orders them is noted, and
+nothing is timed.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,22 +20,20 @@ import selectn_core.device.cuda as cuda_module
 import selectn_core.engine.engine as engine_module
 from selectn_core.config import DeviceConfig
 from selectn_core.device.cuda import CudaDevice, CudaEvent
+from tests.standins.fake_cuda import FakeCuda, install
 from tests.support.streams import Checker, Event, Stream
 
-_CAPACITY_BYTES = 1 << 40
+_TOTAL_BYTES = 1 << 40
 
 
-class _TimedEvent(Event):
+class _CudaEvent(Event):
     """As `torch.cuda.Event`."""
 
-    _time_s = 0.0
-
-    def record(self, stream: Stream) -> None:
-        super().record(stream)
-        self._time_s = time.perf_counter()
-
-    def elapsed_time(self, end: _TimedEvent) -> float:
-        return (end._time_s - self._time_s) * 1e3
+    def elapsed_time(self, later: Event) -> float:
+        """As on a GPU an error where one of the two may not be done."""
+        if not (self.query() and later.query()):
+            raise RuntimeError("the time between two events that the host does not know to be done")
+        return 0.0
 
 
 class LogicalDevice(CudaDevice):
@@ -45,61 +43,36 @@ class LogicalDevice(CudaDevice):
     provenance = "fake"
 
     def never(self) -> CudaEvent:
-        """What a test puts in the place of `record()`: an event that orders nothing."""
+        """What a mutant has in the place of `record()`: an event that orders nothing."""
         event = CudaEvent.__new__(CudaEvent)
         event.event = cuda_module.torch.cuda.Event()
         return event
 
 
-class _Cuda:
-    """What `CudaDevice` uses of `torch.cuda`."""
+class LogicalCuda(FakeCuda):
+    """Streams are those of a checker; `calls` has every time that the whole device was waited for."""
 
     def __init__(self, checker: Checker) -> None:
+        super().__init__()
+        self.total_bytes = self.driver_free_bytes = _TOTAL_BYTES
         self._checker = checker
-        self.Event = lambda enable_timing=False: _TimedEvent(checker)
-        self.Stream = lambda _: Stream(checker, f"copy stream {len(checker.streams)}")
-        self.stream = checker.on
+        # In the place of methods: their types are others.
+        vars(self).update(
+            Event=lambda enable_timing=False: _CudaEvent(checker),
+            Stream=lambda _: Stream(checker, f"copy stream {len(checker.streams)}"),
+            stream=checker.on,
+            current_stream=lambda _: checker.current,
+        )
 
-    def current_stream(self, _: Any = None) -> Stream:
-        return self._checker.current
-
-    def synchronize(self, _: Any = None) -> None:
+    def synchronize(self, _: object) -> None:
+        self.calls.append("synchronize")
         for stream in self._checker.streams:
             stream.synchronize()
 
-    def mem_get_info(self, _: Any) -> tuple[int, int]:
-        return _CAPACITY_BYTES, _CAPACITY_BYTES
+    def reset_peak_memory_stats(self, _: object) -> None: ...
 
-    def empty_cache(self) -> None: ...
-
-    def reset_peak_memory_stats(self, _: Any) -> None: ...
-
-    def memory_reserved(self, _: Any) -> int:
+    def max_memory_reserved(self, _: object) -> int:
         return 0
-
-    max_memory_reserved = memory_reserved
-
-
-class _Torch:
-    """What `CudaDevice` uses of `torch`."""
-
-    def __init__(self, checker: Checker) -> None:
-        self._checker = checker
-        self.cuda = _Cuda(checker)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def device(self, *_: Any) -> torch.device:
-        return torch.device("cpu")
-
-    def empty(
-        self, num_bytes: int, *, device: Any = None, dtype: torch.dtype = torch.uint8, pin_memory: bool = False
-    ) -> torch.Tensor:
-        tensor = torch.empty(num_bytes, dtype=torch.uint8)
-        if pin_memory:
-            self._checker.shadow(tensor, is_host=True)
-        return tensor
 
 
 @contextmanager
@@ -128,7 +101,7 @@ def logical_cuda(memory_share: float = 1.0) -> Iterator[Checker]:
         checker.shadow(tensor).recorded.add(stream.number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_module, "torch", _Torch(checker))
+        install(patch, LogicalCuda(checker))
         patch.setattr(engine_module, "open_device", open_device)
         patch.setattr(ContinuousBatchingIOs, "__init__", make_ios_with_a_stream)
         patch.setattr(ContinuousBatchingManager, "_run_generation_loop", watched_loop)

@@ -148,7 +148,8 @@ def test_objects_have_what_is_used(engine) -> None:
         manager: "output_router logit_processor batch_processor background_thread_status continuous_batching_config "
         "_generation_step _generation_thread is_running start stop warmup add_request",
         manager.background_thread_status: "fatal_error",
-        processor: "cache scheduler prepare_next_batch update_batch inputs_and_outputs",
+        processor: "cache scheduler prepare_next_batch update_batch inputs_and_outputs model_runner",
+        processor.model_runner: "inputs_and_outputs",
         processor.inputs_and_outputs: "requests_in_batch num_request_in_batch num_q_tokens total_seqlen_q max_length_q "
         "use_block_table max_kv_read _bulk_input_tensor static_inputs input_ids position_ids cumulative_seqlens_q "
         "logits_indices cumulative_seqlens_k total_seqlen_k max_length_k device prepare_batch_update "
@@ -220,6 +221,7 @@ def test_caches_find_their_shape_where_it_is_replaced(engine) -> None:
     source = inspect.getsource(PagedAttentionCache.__init__)
     for part in ("ATTN_TYPE_TO_ALLOCATOR[attn_type](", "find_num_key_value_heads(config)", "find_head_dim(config)"):
         assert part in source, f"{part} is gone: see {PLACE}"
+    assert "torch.zeros(non_trash_bytes + trash_bytes, dtype=torch.uint8" in source, f"see WithoutMemory in {PLACE}"
     assert set(ATTN_TYPE_TO_ALLOCATOR) == {"full_attention", "sliding_attention"}
     assert all(isinstance(each, type) for each in ATTN_TYPE_TO_ALLOCATOR.values()), "a patch was left behind"
     assert isinstance(engine.model._is_stateful, bool)

@@ -74,7 +74,7 @@ def answers(load: Load, num_steps: int = 6, times: StepTimes = TIMES) -> tuple[S
     controller = Controller(times, LINK, SelectN(FRONTIER), max_tokens=MAX_TOKENS)
     plan, decisions = OffloadPlan(offloaded=(), num_slots=1, num_units=NUM_UNITS), []
     for _ in range(num_steps):
-        controller.guaranteed_plan(load, min(controller.promised_tpot_s(load), 2 * FULL_S))
+        controller.guaranteed_plan(load, min(controller.tightest_kept_tpot_s(load), 2 * FULL_S))
         admission = controller.admit(load, plan)
         shape = load.sampling_in(StepShape.of([(max(1, admission.prefill_tokens), 0)], [LENGTH] * len(load.decoding)))
         decisions.append(controller.decide(shape, plan))

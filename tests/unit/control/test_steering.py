@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -15,7 +17,7 @@ from selectn_core.errors import ConfigError
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.latency.steps import Chunk, StepLog, StepShape
 from selectn_core.memory.plan_memory import unmeasured_plan
-from selectn_core.offload.control import LinkShare
+from selectn_core.offload.control import Decision, LinkShare
 from selectn_core.profiling.record_cache import performance_record
 from selectn_core.requests.handle import RequestHandle, TokenEvent
 from selectn_core.requests.objectives import Objectives
@@ -303,6 +305,32 @@ def test_what_nothing_has_changed_for_is_not_decided_again_and_new_orders_are_fo
         )
         engine.submit(make_prompts()[0], greedy(5)).result()
         assert {record.num_offloaded for record in list(engine.steps.records)[num_steps + 1 :]} == {0}
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_orders_that_come_while_a_step_is_decided_are_followed_in_the_next(
+    monkeypatch: pytest.MonkeyPatch, is_late: bool
+) -> None:
+    """Between the looks at the requests and at the step; and, late, from another thread while the plan is chosen."""
+    none_at_all = LinkShare(bytes_per_s=1e9, guaranteed_bytes_per_s=1e9, max_offloaded_bytes=0)
+    with steered() as engine:
+        control = engine.offloading.control
+        asked_of: Any = controller_of(engine) if is_late else control
+        decide, ordered_at = asked_of.decide, list[int]()
+
+        def decide_meanwhile(*asked: Any) -> Decision:
+            if engine.steps.num_steps >= 12 and not ordered_at:
+                ordered_at.append(engine.steps.num_steps)
+                thread = threading.Thread(target=control.set_link_share, args=(none_at_all,))
+                thread.start()
+                thread.join(0.1)
+            return decide(*asked)
+
+        monkeypatch.setattr(asked_of, "decide", decide_meanwhile)
+        engine.submit(make_prompts()[0], greedy(30)).result()
+        offloaded = [record.num_offloaded for record in engine.steps.records]
+        assert offloaded[ordered_at[0] - 1] > 0
+        assert set(offloaded[ordered_at[0] + 1 :]) == {0}
 
 
 def test_a_link_that_has_become_slow_is_not_thought_good_for_swapping() -> None:

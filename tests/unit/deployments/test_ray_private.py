@@ -10,11 +10,12 @@ from ray import serve
 from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
 from ray.serve import context
-from ray.serve._private import api, replica
+from ray.serve._private import api, constants, replica
 from ray.serve._private.client import ServeControllerClient
+from ray.serve._private.common import RequestProtocol
 from ray.serve._private.config import DeploymentConfig
 from ray.serve.config import HTTPOptions
-from ray.serve.schema import ApplicationDetails, HTTPOptionsSchema, ServeInstanceDetails
+from ray.serve.schema import ApplicationDetails, HTTPOptionsSchema, ServeInstanceDetails, Target, TargetGroup
 
 from deployments.ray_private import ADD_PORT, GRACEFUL_SHUTDOWN, when_told_to_stop
 
@@ -41,6 +42,14 @@ def test_what_serve_runs_can_be_asked() -> None:
     )
     assert HTTPOptionsSchema.model_validate(same).model_dump() == same, "what runs is deployed again as it is"
     assert {"route_prefix", "deployed_app_config"} <= set(ApplicationDetails.model_fields), PLACE
+
+
+def test_serve_says_where_ingresses_answer_by_themselves() -> None:
+    assert isinstance(constants.RAY_SERVE_ENABLE_DIRECT_INGRESS, bool), PLACE
+    assert "target_groups" in ServeInstanceDetails.model_fields, PLACE
+    assert {"targets", "route_prefix", "protocol"} <= set(TargetGroup.model_fields), PLACE
+    assert {"ip", "port"} <= set(Target.model_fields), PLACE
+    assert RequestProtocol.HTTP == "HTTP", PLACE
 
 
 def test_a_token_that_ray_has_can_be_shown() -> None:

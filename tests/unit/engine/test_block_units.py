@@ -140,9 +140,9 @@ def test_more_blocks_than_there_are_cannot_be_offloaded() -> None:
 
 def test_a_model_that_does_not_fit_has_its_blocks_offloaded() -> None:
     roomy = CheckedEngine(tiny_model(), engine_config(0, unit="block", kv_tokens=64, memory_gib=1 / 1024))
-    roomy.close()
     sizes = [roomy.arena.round_up(unit.num_bytes) for unit in roomy.units]
     beside = roomy.device.allocated_bytes - roomy.arena.reachable_bytes(0)
+    roomy.close()
     budget = sum(sizes) - 2 * max(sizes)
     workspace = roomy.workspace.bytes_for((beside + budget) // roomy.arena.sector_bytes)
     memory_gib = (beside + budget + workspace) / 2**30

@@ -143,6 +143,58 @@ def test_a_copy_that_arrived_at_the_second_try_is_not_repeated_in_later_steps(
         assert executor.stats.num_copies == copies
 
 
+def change_plans(executor: Executor) -> None:
+    """To fewer and smaller slots, more, and homes that have to move together."""
+    for plan in (plan_of(0, 3, 4, 8, num_slots=2), plan_of(1, num_slots=1), plan_of(2, 3, 5, num_slots=3)):
+        executor.request_plan(plan)
+        executor.apply_plan()
+    executor._await_copies()
+    executor._compact()
+
+
+def test_a_change_of_plan_between_steps_does_not_stop_the_device(executor: Executor) -> None:
+    step(executor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor.device, "synchronize", lambda: pytest.fail("the host waits for all that was issued"))
+        change_plans(executor)
+    step(executor)
+
+
+def test_a_change_of_plan_after_a_step_that_was_cut_short_does(executor: Executor) -> None:
+    """On which stream it computed is not known, nor whether that is over."""
+    num_synchronized = 0
+
+    def count() -> None:
+        nonlocal num_synchronized
+        num_synchronized += 1
+
+    executor.begin_step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor.device, "synchronize", count)
+        change_plans(executor)
+    assert num_synchronized > 0
+
+
+def test_a_slot_is_given_away_when_what_is_on_its_way_there_has_arrived() -> None:
+    executor = build(OverlappedExecutor, 16 << 20, plan_of(0, 3, 4, 8, num_slots=2))
+    assert isinstance(executor, OverlappedExecutor)
+    assert isinstance(executor.device, EmulatedDevice)
+    with executor.device, executor:
+        executor.device.bus.bytes_per_s = 1e6
+        step(executor)
+        copies, slots, free = list(executor._copied.values()), list(executor._slots), executor.memory.free
+        assert not all(copy.is_done() for copy in copies), "the test says nothing"
+
+        def checked_free(tensor: torch.Tensor) -> None:
+            assert all(copy.is_done() for copy in copies) or not any(tensor is slot for slot in slots)
+            free(tensor)
+
+        executor.memory.free = checked_free  # type: ignore[method-assign]
+        executor.request_plan(plan_of(1, num_slots=1))
+        executor.apply_plan()
+        step(executor)
+
+
 def test_a_step_cut_short_leaves_no_wrong_weights(executor: Executor) -> None:
     executor.request_plan(plan_of(0, 2, 4, 6, 8, num_slots=2))
     for broken in range(NUM_UNITS):

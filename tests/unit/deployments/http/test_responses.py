@@ -92,6 +92,19 @@ class TestWrites:
 
         asyncio.run(check())
 
+    def test_what_has_come_is_read_before_an_error(self) -> None:
+        async def check() -> None:
+            inbox, writer = Inbox(1), CompletionWriter("id", "m")
+            writes = self.writes(inbox, WriteBudget(10.0), writer)
+            await anext(writes)
+            inbox.put("held")
+            inbox.put("", Finished(reason="error", num_output_tokens=5, error="a layer failed"))
+            text, error = [each async for each in writes]
+            assert text == _event(writer.piece("held"))
+            assert "error" in json.loads(error.removeprefix("data: "))
+
+        asyncio.run(check())
+
     def test_without_a_budget_each_text_is_written_as_it_comes(self) -> None:
         async def check() -> None:
             inbox, writer = Inbox(1), CompletionWriter("id", "m")

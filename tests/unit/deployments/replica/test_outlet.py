@@ -18,8 +18,9 @@ from deployments.replica import outlet as outlets
 from deployments.replica.detokenizer import Detokenizer
 from deployments.replica.outlet import OutletServer
 from deployments.replica.streams import RequestText, Streams
+from deployments.routing import deliveries
 from deployments.routing.deliveries import Deliveries, DeliveryLost
-from deployments.routing.frames import Greeting, encode_greeting
+from deployments.routing.frames import LENGTH_BYTES, MAX_FRAME_BYTES, Greeting, encode_greeting
 from deployments.routing.inbox import Inbox
 from selectn_core.requests.handle import RequestHandle, TokenEvent
 
@@ -324,6 +325,92 @@ def test_a_replica_that_dies_ends_its_requests_behind_what_has_come() -> None:
             await until(lambda: not ingress.deliveries._connecting)
 
     run(check)
+
+
+def test_a_connection_that_has_ended_on_the_ingress_side_alone_is_made_again() -> None:
+    async def check() -> None:
+        async with a_replica() as replica:
+            ingress, connection = await a_connected_ingress(replica)
+            (open_one,) = ingress.deliveries._connections.values()
+            ingress.deliveries.left(open_one)  # as after a reset that the replica has not heard of
+            lost, _ = await ingress.ask()
+            with pytest.raises(DeliveryLost):
+                await lost.take()
+            await until(lambda: replica.server.connection("ingress") not in (None, connection))
+            inbox, handle = await ingress.ask()
+            handle.push(ended(text="here"))
+            assert await text_of(inbox) == "here"
+
+    run(check)
+
+
+def test_a_connection_that_has_ended_on_the_replica_side_alone_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deliveries, "LAST_TEXT_S", 0.05)
+
+    async def check() -> None:
+        async with a_replica() as replica:
+            ingress, connection = await a_connected_ingress(replica)
+            inbox, handle = await ingress.ask()
+            monkeypatch.setattr(connection, "flush", lambda: None)  # nothing arrives any more
+            handle.push(ended(text="lost"))
+            await asyncio.sleep(0.02)
+            connection.connection_lost(None)
+            with pytest.raises(DeliveryLost):
+                await text_of(inbox)
+            await until(lambda: not ingress.deliveries._connections)
+
+    run(check)
+
+
+def test_text_for_the_inbox_of_another_connection_is_dropped() -> None:
+    async def check() -> None:
+        async with a_replica() as replica:
+            ingress, connection = await a_connected_ingress(replica)
+            inbox, handle = await ingress.ask()
+            ingress.deliveries.delivered(connection.number + 100, inbox.number, "forged", None)
+            handle.push(ended(text="real"))
+            assert await text_of(inbox) == "real"
+
+    run(check)
+
+
+def test_those_who_connect_and_say_nothing_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outlets, "MOST_STRANGERS", 5)
+
+    async def check() -> None:
+        async with a_replica() as replica:
+            outlet = replica.server.outlet
+            assert outlet is not None
+            silent = [await asyncio.open_connection(outlet.host, outlet.port) for _ in range(9)]
+            ingress, _ = await a_connected_ingress(replica)
+            await until(lambda: len(replica.server._open) <= 5 + 1)
+            assert [await asyncio.wait_for(reader.read(), 5) for reader, _ in silent[:4]] == [b""] * 4
+            inbox, handle = await ingress.ask()
+            handle.push(ended(text="served"))
+            assert await text_of(inbox) == "served"
+            for _ in range(7):
+                await dropped(outlet, b"wrong 1 somebody\n")
+            for _, writer in silent:
+                writer.close()
+
+    run(check)
+    assert sum("did not know the secret" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("payload", [None, b"[" * 50_000, b"\xff"])
+def test_what_is_no_frame_ends_the_connection(payload: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
+    length = MAX_FRAME_BYTES + 1 if payload is None else len(payload)
+
+    async def check() -> None:
+        async with a_replica() as replica:
+            ingress, connection = await a_connected_ingress(replica)
+            connection._transport.write(length.to_bytes(LENGTH_BYTES) + (payload or b""))
+            await until(lambda: not ingress.deliveries._connections)
+
+    run(check)
+    assert sum("is not understood" in record.message for record in caplog.records) == 1
 
 
 def test_who_does_not_know_the_secret_is_nobody() -> None:

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.messages import Finished
-from deployments.routing.frames import FrameReader, Greeting, decode_greeting, encode, encode_greeting
+from deployments.routing.frames import (
+    FRAME_TEXT,
+    LENGTH_BYTES,
+    FrameReader,
+    Greeting,
+    decode_greeting,
+    encode,
+    encode_greeting,
+)
 
 # Every code point, halves of surrogate pairs too, which JSON's escapes carry as they are.
 TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
@@ -44,3 +52,13 @@ def test_a_greeting_is_one_line(origin, connection, secret) -> None:
 @given(st.binary(max_size=40) | st.sampled_from([b"a b c", b"a 1 ", b" 1", b"a 1 b c", "é 1 b".encode()]))
 def test_what_is_no_greeting_raises_nothing(line) -> None:
     assert decode_greeting(line) is None or len(line.split(b" ")) == 3
+
+
+def test_much_text_goes_in_several_frames() -> None:
+    pieces = [(number, "x" * FRAME_TEXT, None) for number in range(3)] + [
+        (9, "end", Finished(reason="stop", num_output_tokens=1))
+    ]
+    encoded = encode(pieces)
+    assert len(encoded) > 3 * FRAME_TEXT
+    assert int.from_bytes(encoded[:LENGTH_BYTES]) < 1.1 * FRAME_TEXT
+    assert list(FrameReader().feed(encoded)) == pieces
