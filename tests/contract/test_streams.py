@@ -28,39 +28,30 @@ from selectn_core.requests.handle import RequestHandle
 from selectn_core.requests.sampling import SamplingParams
 from selectn_core.weights.host_store import HostStore
 from selectn_core.weights.units import find_units
+from tests.standins.logical_cuda import LogicalDevice, logical_cuda
 from tests.support.engines import engine_config, make_prompts
-from tests.support.logical_cuda import LogicalDevice, logical_cuda
-from tests.support.mutants import Mutant, mutants_of
+from tests.support.mutants import Mutant, modules_of, mutants_of, source_of
 from tests.support.streams import Checker, Event, Race, Stream
 from tests.support.tiny_models import NUM_LAYERS, tiny_model
 from tests.support.waiting import wait_until
 
-DATA_PLANE = [
-    "selectn_core.batching.batch_inputs",
-    "selectn_core.batching.continuous_batching",
-    "selectn_core.batching.kv_pages",
-    "selectn_core.batching.kv_swap",
-    "selectn_core.device.cuda",
-    "selectn_core.engine.engine",
-    "selectn_core.engine.measure_workspace",
-    "selectn_core.engine.self_test",
-    "selectn_core.offload.executor",
-    "selectn_core.offload.offloading",
-    "selectn_core.offload.overlapped",
-    "selectn_core.offload.synchronous",
-]
+# Modules whose waits order nothing on a device's streams, and why.
+OTHER_WAITS = {
+    "selectn_core.device.emulated": "for threads",
+    "selectn_core.profiling.profiler": "to take times",
+    "selectn_core.profiling.sampling_times": "to take times",
+    "selectn_core.profiling.unit_timer": "to take times",
+    "selectn_core.requests.handle": "for tokens",
+}
 # Orders that nothing would miss, and why.
 EQUIVALENT = {
-    "device.cuda.CudaDevice.peak_bytes: synchronize": "it bounds what is measured; the one at the end is enough",
-    "device.cuda.CudaDevice.peak_bytes: synchronize (2)": "it bounds what is measured; the next one's first is enough",
-    "engine.engine.Engine.__init__: synchronize": "copies have events, and a forward waits for the default stream",
-    "engine.self_test.check_model: synchronize": "transformers waits for its stream at the end of every step",
-    "engine.self_test.check_model: synchronize (2)": "reading logits waits; a forward waits for the default stream",
-    "offload.executor.Executor._compact: synchronize": "homes that are kept were waited for by a step that is over",
+    "device.cuda.CudaDevice.peak_bytes: synchronize": "no order: what is still in use could not be given back",
 }
 PROMPTS = make_prompts((3, 9, 17, 26, 33, 41))
 NUM_ACTIONS = 40
+FAILING_FORWARD = 3  # after it the plan changes before anything else
 MOVES, SWAPS, COMPACTS = "_move_blocks", "_copy", "_compact"
+CHANGES, HOST_WAITS = "changes of plan", "host waits in a change of plan"
 
 Act = Callable[["ActingEngine"], None]
 
@@ -76,6 +67,21 @@ class ActingEngine(Engine):
         super().__init__(*args, **kwargs)
         for owner, name in ((self.batching.pages, MOVES), (self.batching.swap, SWAPS), (self.executor, COMPACTS)):
             self._count_calls(owner, name)
+
+        self._note_host_waits()
+
+    def _note_host_waits(self) -> None:
+        """Counts those in a change of plan, KV pages that make way for it and homes that move together included."""
+        assert isinstance(self.device, LogicalDevice)
+        checker, apply_plan = self.device.checker, self.executor.apply_plan
+
+        def noted() -> None:
+            before, num_changes = checker.num_host_waits, self.executor.stats.num_plan_changes
+            apply_plan()
+            self.happened[CHANGES] += self.executor.stats.num_plan_changes - num_changes
+            self.happened[HOST_WAITS] += checker.num_host_waits - before
+
+        setattr(self.executor, "apply_plan", noted)  # noqa: B010
 
     def _count_calls(self, owner: object, name: str) -> None:
         method: Callable[..., object] = getattr(owner, name)
@@ -128,13 +134,13 @@ class Scenario:
         return f"{self.family}{'-crowded' * self.is_crowded}{'-fails' * self.fails}"
 
 
-SCENARIOS = [
-    Scenario(family="qwen2_moe", happens=[MOVES, SWAPS], is_crowded=True),
+SCENARIOS = [  # what finds most comes first
     Scenario(family="llama", happens=[MOVES, SWAPS], is_crowded=True),
+    Scenario(family="qwen2_moe", happens=[MOVES, SWAPS], is_crowded=True),
+    Scenario(family="llama", happens=[], fails=True),
     Scenario(family="llama_small_blocks", happens=[SWAPS], unit="block", prefix_sharing=True, is_crowded=True),
     Scenario(family="qwen2_mixed", happens=[MOVES, SWAPS], is_crowded=True, executor_class=SynchronousExecutor),
     Scenario(family="gemma2", happens=[SWAPS, "cancelled"], unit="block"),
-    Scenario(family="llama", happens=[], fails=True),
 ]
 
 
@@ -182,7 +188,8 @@ class Serving:
         self._num_actions += 1
         if self._num_actions > NUM_ACTIONS:
             return
-        action = rng.random()
+        has_just_failed = self._scenario.fails and self.happened["forward"] == FAILING_FORWARD
+        action = 0.5 if has_just_failed else rng.random()
         if self._scenario.is_crowded:
             num_slots = 1 + self._num_actions % 3
             engine.set_plan(any_plan(engine, rng, at_least=len(engine.units) - 3, num_slots=num_slots))
@@ -196,7 +203,7 @@ class Serving:
 
     def _fail_once(self, *_: object) -> None:
         self.happened["forward"] += 1
-        if self.happened["forward"] == 3:
+        if self.happened["forward"] == FAILING_FORWARD:
             raise RuntimeError("a step that fails")
 
     def _is_taken(self, engine: ActingEngine) -> bool:
@@ -250,7 +257,10 @@ class DeviceAlone:
     def __call__(self, checker: Checker) -> None:
         device = LogicalDevice(1 << 20)
         host, computed = device.allocate_host(1 << 10), torch.zeros(1 << 10)
+        self._is_over_when_measured(checker, device)
         kept = device.allocate(1 << 10, "memory that the stream may have used until now")
+        device.copy_async(host, kept).synchronize()
+        host.zero_()
         device.copy_async(host, kept)
         given_up = device.allocate(1 << 10, "memory that is given up during a copy")
         device.copy_async(host, given_up)
@@ -259,6 +269,17 @@ class DeviceAlone:
         device.copy_async(host, kept)
         device.close()
         host.zero_()
+
+    def _is_over_when_measured(self, checker: Checker, device: LogicalDevice) -> None:
+        numbers, other = torch.zeros(8), Stream(checker, "stream of its own")
+        other.wait_stream(checker.default)
+
+        def compute() -> None:
+            numbers.add_(1)
+
+        with checker.on(other):
+            device.peak_bytes(compute)
+        numbers.zero_()
 
 
 class ExecutorAlone:
@@ -299,7 +320,7 @@ KILLERS: dict[str, Callable[[], Any]] = {
     **QUICK,
     **{str(scenario): partial(Serving, scenario) for scenario in SCENARIOS},
 }
-MUTANTS = mutants_of(DATA_PLANE)
+MUTANTS = mutants_of([module for module in modules_of("selectn_core") if module not in OTHER_WAITS])
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
@@ -309,6 +330,8 @@ def test_no_two_accesses_of_a_serving_engine_are_unordered(scenario: Scenario) -
     assert bool(run.happened["error"]) == scenario.fails
     assert all(run.happened[name] for name in [*scenario.happens, "token", "length"]), run.happened
     assert run.happened["computed"] > 1000, "the compute stream is not transformers' any more"
+    assert run.happened[CHANGES] > 0
+    assert run.happened[HOST_WAITS] == 0
 
 
 @pytest.mark.parametrize("make", QUICK.values(), ids=QUICK)
@@ -320,22 +343,39 @@ def test_no_two_accesses_are_unordered_where_homes_move_together() -> None:
     run = Churn("qwen2_moe", num_steps=4, most_changes=40)
     assert race_in(run) is None
     assert run.happened[COMPACTS]
+    assert run.happened[CHANGES] > 50
+    assert run.happened[HOST_WAITS] == 0
 
 
+def test_a_host_that_waits_for_the_device_when_a_plan_changes_is_seen(monkeypatch) -> None:
+    monkeypatch.setattr(Executor, "_await_copies", lambda executor: executor.device.synchronize())
+    run = Churn("llama", num_steps=6, most_changes=3, unit="block")
+    assert race_in(run) is None
+    assert run.happened[HOST_WAITS] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", [it for it in MUTANTS if it.name not in EQUIVALENT], ids=lambda mutant: mutant.name)
 def test_every_order_is_missed(mutant: Mutant) -> None:
     with mutant.applied():
         assert any(race_in(make()) for make in KILLERS.values())
 
 
+def test_every_order_in_the_source_is_a_mutant() -> None:
+    order = re.compile(r"\.(?:wait|wait_event|wait_stream|record|record_stream|copies_issued|synchronize)\(|\bafter=")
+    modules = modules_of("selectn_core")
+    written = {module: len(order.findall(source_of(module))) for module in modules}
+    assert {module: len(mutants_of([module])) for module in modules} == written
+
+
 def test_those_that_nothing_misses_are_known() -> None:
     equivalent = {mutant.name: mutant for mutant in MUTANTS if mutant.name in EQUIVALENT}
     assert equivalent.keys() == EQUIVALENT.keys()
+    assert all(mutants_of([module]) for module in OTHER_WAITS)
     with ExitStack() as applied:
-        for name in EQUIVALENT:
-            if not name.endswith("(2)"):  # of two in one function one is enough
-                applied.enter_context(equivalent[name].applied())
-        assert race_in(Churn("qwen2_moe", num_steps=4, most_changes=40)) is None
+        for mutant in equivalent.values():
+            applied.enter_context(mutant.applied())
+        assert not any(race_in(make()) for make in QUICK.values())
 
 
 def test_a_forward_that_does_not_wait_for_the_default_stream_reads_inputs_too_early() -> None:

@@ -66,7 +66,7 @@ class Stream:
         self.wait_event(Event(self.checker, stream))
 
     def synchronize(self) -> None:
-        self.checker.host.see(self.clock)
+        self.checker.host_waits_for(self.clock)
 
     def describe(self, operation: int) -> str:
         name, place = self.operations[operation]
@@ -92,7 +92,7 @@ class Event:
         return bool((self.clock <= self._checker.host.clock).all())
 
     def synchronize(self) -> None:
-        self._checker.host.see(self.clock)
+        self._checker.host_waits_for(self.clock)
 
 
 class Shadow:
@@ -174,6 +174,7 @@ class Checker:
         self.host = Stream(self, "host")
         self.default = Stream(self, "default stream")
         self.races: list[str] = []
+        self.num_host_waits = 0  # for a stream, an event or a value
         self._current = threading.local()
         self._shadows: dict[int, Shadow] = {}
         self._lock = threading.RLock()
@@ -213,15 +214,20 @@ class Checker:
             weakref.finalize(storage, self._forget, storage._cdata, shadow).atexit = False
         return shadow
 
+    def host_waits_for(self, clock: np.ndarray) -> None:
+        self.num_host_waits += 1
+        self.host.see(clock)
+
     def access(self, stream: Stream, operation: int, tensor: torch.Tensor, words: Words, *, is_write: bool) -> None:
         other = self.shadow(tensor).access(stream, operation, words, is_write=is_write)
         if other is not None:
             verb = "writes" if is_write else "reads"
-            self._found(
+            self.found(
                 f"{stream.describe(operation)} {verb} bytes of {other[0].describe(other[1])}: nothing orders them"
             )
 
-    def _found(self, race: str) -> None:
+    def found(self, race: str) -> None:
+        """Notes the first race, and raises it: what follows would not be as it is on a device."""
         if not self.races:
             self.races.append(race)
             raise Race(race)
@@ -258,8 +264,8 @@ class Checker:
             for tensor in _outputs(result):
                 if tensor.untyped_storage()._cdata not in self._shadows:
                     self._fresh(tensor, stream, operation)
-            if func is torch.ops.aten._local_scalar_dense.default:
-                self.host.see(stream.clock)
+            if func is torch.ops.aten._local_scalar_dense.default and stream is not self.host:
+                self.host_waits_for(stream.clock)
         return result
 
     def _fresh(self, tensor: torch.Tensor, stream: Stream, operation: int) -> None:
@@ -268,7 +274,7 @@ class Checker:
         shadow.home, shadow.home_write = stream, operation
         for freed in stream.freed:
             if (other := freed.under_way()) is not None:
-                self._found(f"{stream.describe(operation)} may get memory that {other[0].describe(other[1])} uses")
+                self.found(f"{stream.describe(operation)} may get memory that {other[0].describe(other[1])} uses")
         stream.freed.clear()
 
     def to_list(self, plain: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
@@ -278,7 +284,8 @@ class Checker:
                 stream = self.host if self.shadow(tensor).is_host else self.current
                 operation = stream.begin("tolist")
                 self.access(stream, operation, tensor, words_of(tensor), is_write=False)
-                self.host.see(stream.clock)
+                if stream is not self.host:
+                    self.host_waits_for(stream.clock)
         return plain(tensor)
 
 

@@ -1,14 +1,14 @@
 """A fake of CUDA on the CPU whose streams and events are logical: `CudaDevice` as it is, under a race checker.
 
-Memory and registration are those of `tests/standins/fake_cuda.py`. Copies happen at once. What orders them is noted, and
-nothing is timed.
+Memory and registration are those of `tests/standins/fake_cuda.py`. Copies happen at once. What orders them is noted,
+and nothing is timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,9 +30,9 @@ class _CudaEvent(Event):
     """As `torch.cuda.Event`."""
 
     def elapsed_time(self, later: Event) -> float:
-        """As on a GPU an error where one of the two may not be done."""
+        """An error on a GPU where one of the two is not done."""
         if not (self.query() and later.query()):
-            raise RuntimeError("the time between two events that the host does not know to be done")
+            self._checker.found("the host asks for the time between two events, and does not know that they are done")
         return 0.0
 
 
@@ -41,6 +41,10 @@ class LogicalDevice(CudaDevice):
 
     kind = "logical"
     provenance = "fake"
+
+    @property
+    def checker(self) -> Checker:
+        return cast("Stream", self._copy_stream).checker
 
     def never(self) -> CudaEvent:
         """What a mutant has in the place of `record()`: an event that orders nothing."""
