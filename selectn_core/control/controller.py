@@ -35,7 +35,7 @@ class _Goal:
 
 
 class Controller:
-    """Called by the engine's thread, in the order of a step: `admit`, `decide`, `learn`."""
+    """Called in the order of a step: `admit`, `decide`, `look` (beside the step, if a thread is free) and `learn`."""
 
     def __init__(
         self,
@@ -76,6 +76,8 @@ class Controller:
         self._is_broken = False  # the link gives less than is guaranteed, and steps are too long for it
         self._may_raise = 0
         self._unlooked_steps = 0  # since another plan was looked for
+        self._look_for: tuple[Sequence[_Goal], OffloadPlan] | None = None  # goals, and the plan to be better than
+        self._better: OffloadPlan | None = None  # what looks have found, for the next step that is decided
         self._prompts = [StepShape.prefill(tokens) for tokens in chunks(max_tokens)]
         self._guaranteed_factor = 0.0
 
@@ -87,6 +89,16 @@ class Controller:
     @property
     def look_every_steps(self) -> int:
         return self._tuning.look_every_steps
+
+    @property
+    def is_look_due(self) -> bool:
+        """Whether `look` has something to do."""
+        return self._look_for is not None
+
+    @property
+    def knows_better(self) -> bool:
+        """Whether the next step that is decided may offload more."""
+        return self._better is not None
 
     @property
     def learned(self) -> tuple[float, float, float]:
@@ -197,6 +209,7 @@ class Controller:
 
     def decide(self, shape: StepShape, current: OffloadPlan) -> Decision:
         """The plan for this step."""
+        self.look()
         self._predictor.next_step()
         limit_s = self._limit_of(shape)
         late_s = self._tuning.urgent_share * self._joining.tpot_s
@@ -295,9 +308,9 @@ class Controller:
             None,
         )
         self._unlooked_steps += 1
-        if not exceeds_range and missed is None and self._unlooked_steps < self.look_every_steps:
-            return current  # nothing presses: what more could be offloaded is asked now and then
-        self._unlooked_steps = 0
+        if not exceeds_range and missed is None:
+            return self._go_up(goals, current)
+        self._better, self._unlooked_steps = None, 0
         wanted = self._choose(goals, current)
         if exceeds_range and not self._exceeds_range(wanted):
             self._may_raise = 0
@@ -308,12 +321,40 @@ class Controller:
             if not self._is_worth_moving(missed, current, plan):
                 return current
             return self._sooner(goals, current, plan)
-        # weights come home over the link, and other ones go for a reason: neither is free
-        gains = self._predictor.freed_bytes(wanted) > (1 + self._tuning.gain) * self._predictor.freed_bytes(current)
-        self._may_raise = self._may_raise + 1 if gains else 0
-        if self._may_raise < self._tuning.raise_after_looks:
+        # The range is exceeded either way: memory needs it.
+        better = self._seen(wanted, current)
+        return current if better is None else self._with_few_moves(goals, current, better)
+
+    def _go_up(self, goals: Sequence[_Goal], current: OffloadPlan) -> OffloadPlan:
+        """Nothing presses: what looks have found, if it is still good; and now and then the next look is due."""
+        better, self._better = self._better, None
+        if self._unlooked_steps >= self.look_every_steps:
+            self._unlooked_steps, self._look_for = 0, (goals, current)
+        if better is None or self._exceeds_range(better) or not self._gains(better, current):
             return current
-        return self._with_few_moves(goals, current, wanted)
+        loosely = 1 + self._tuning.rounding
+        if any(self._predictor.steady_s(goal.shape, better) > goal.limit_s * loosely for goal in goals):
+            return current
+        return self._with_few_moves(goals, current, better)
+
+    def _gains(self, wanted: OffloadPlan, current: OffloadPlan) -> bool:
+        """Weights come home over the link, and other ones go for a reason: neither is free."""
+        return self._predictor.freed_bytes(wanted) > (1 + self._tuning.gain) * self._predictor.freed_bytes(current)
+
+    def look(self) -> None:
+        """Looks for a plan that frees more, if that is due. No token waits for it: the step that was decided runs.
+
+        By another thread than the engine's, while that calls nothing here; else the next `decide` does it.
+        """
+        if self._look_for is None:
+            return
+        (goals, current), self._look_for = self._look_for, None
+        self._better = self._seen(self._choose(goals, current), current)
+
+    def _seen(self, wanted: OffloadPlan, current: OffloadPlan) -> OffloadPlan | None:
+        """What a look found, where it and those before it say that more can be offloaded."""
+        self._may_raise = self._may_raise + 1 if self._gains(wanted, current) else 0
+        return wanted if self._may_raise >= self._tuning.raise_after_looks else None
 
     def _sooner(self, goals: Sequence[_Goal], current: OffloadPlan, plan: OffloadPlan) -> OffloadPlan:
         """`plan`; or, where that is there sooner, as many of the units that are offloaded now as the limits allow.

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -77,7 +78,8 @@ class Steering(Control):
         self._guaranteed = self._guaranteed_for(load_of({}, {}, {}, self.objectives))
         self._num_decoding = 0
         self._lock = threading.Lock()
-        self.spent_s = self.stepped_s = 0.0
+        self.spent_s = self.looked_s = self.stepped_s = 0.0  # looked: beside steps, which do not wait for it
+        self._looking = ThreadPoolExecutor(1, thread_name_prefix="look-for-a-better-plan")
         self._rehearse()
 
     def _rehearse(self) -> None:
@@ -157,7 +159,7 @@ class Steering(Control):
         self, handles: Mapping[str, RequestHandle], progress: Mapping[str, Chunk], backlog: Mapping[str, Chunk]
     ) -> NextStep:
         with self._timed():
-            if self._num_orders != self._orders_seen:
+            if self._num_orders != self._orders_seen or self.controller.knows_better:
                 self._standing.forget()
             self._orders_seen = self._num_orders
             self._stands = self._standing.next(self._offloading.plan, handles, progress, self.controller.learned)
@@ -228,7 +230,16 @@ class Steering(Control):
                     self._standing.decided(self._decision, *self._looked_at, self.controller.learned)
                 else:
                     self._standing.forget()
+                if self.controller.is_look_due:
+                    self._looking.submit(self._look)
         return self._decision
+
+    def _look(self) -> None:
+        """On a thread of its own, while the step runs."""
+        began_s = time.perf_counter()
+        with self._lock:
+            self.controller.look()
+        self.looked_s += time.perf_counter() - began_s
 
     @property
     def guaranteed_plan(self) -> OffloadPlan:
@@ -261,6 +272,7 @@ class Steering(Control):
             "is_feasible": controller.is_feasible,
             "link_bytes_per_s": controller.link.link.bytes_per_s,
             "controller_share": self.spent_s / self.stepped_s if self.stepped_s else None,
+            "looking_share": self.looked_s / self.stepped_s if self.stepped_s else None,
         }
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from statistics import mean
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from selectn_core.control.estimates import ComputeScale, LinkEstimate
 from selectn_core.control.load import PLANNED_SHARE, Decoding, Load, Waiting
-from selectn_core.control.policies import Paper
+from selectn_core.control.policies import Paper, Situation
 from selectn_core.device import LinkUsage
+from selectn_core.latency.placement import OffloadPlan
 from selectn_core.latency.recurrence import Link
 from selectn_core.latency.step_times import SamplingTimes
 from selectn_core.latency.steps import StepShape
@@ -347,3 +349,41 @@ def test_one_odd_step_does_not_change_the_scale_of_compute() -> None:
         scale.add(1.0)
     scale.add(10.0)
     assert scale.middle == scale.high == 1.0
+
+
+def test_no_decided_step_waits_for_a_look() -> None:
+    """What more could be offloaded is found beside the steps, and followed: no choice is made in `decide`."""
+    machine = Machine(step_times(), tpot_s=4 * UNLOADED_S)
+    controller, choose = machine.controller, machine.controller.policy.choose
+    chosen_in: list[str] = []
+    now = ["outside"]
+
+    def noted(asked: Situation) -> OffloadPlan:
+        chosen_in.append(now[-1])
+        return choose(asked)
+
+    with patch.object(controller.policy, "choose", noted):
+        controller.guaranteed_plan(machine.load(), machine.tpot_s)
+        for _ in range(30):
+            controller.admit(machine.load(), machine.plan)
+            now.append("decide")
+            machine.plan = controller.decide(machine.shape, machine.plan).plan
+            now.append("look")
+            controller.look()
+            now.append("outside")
+    assert machine.plan.num_offloaded > 0
+    assert set(chosen_in) == {"outside", "look"}
+
+
+def test_what_a_look_has_found_is_not_followed_when_it_is_no_longer_good() -> None:
+    def plan_after(max_offloaded_bytes: int | None) -> OffloadPlan:
+        machine = Machine(step_times(), tpot_s=4 * UNLOADED_S)
+        while not machine.controller.knows_better:
+            machine.controller.admit(machine.load(), machine.plan)
+            machine.plan = machine.controller.decide(machine.shape, machine.plan).plan
+            machine.controller.look()
+        machine.controller.max_offloaded_bytes = max_offloaded_bytes
+        return machine.controller.decide(machine.shape, machine.plan).plan
+
+    assert plan_after(None).num_offloaded > 0
+    assert plan_after(0).num_offloaded == 0

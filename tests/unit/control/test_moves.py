@@ -10,7 +10,7 @@ from benchmarks.bench_deciding import Loop, blocks
 def lost_after_halving(monkeypatch: pytest.MonkeyPatch, *, may_be_sooner: bool) -> float:
     """Objectives' worth of time above the objective once half of the bus is taken; attention and MLPs are units."""
     lost = 0.0
-    for num_steps in range(60, 66):
+    for num_steps in range(50, 80):
         loop = Loop(blocks())
         if not may_be_sooner:
             monkeypatch.setattr(loop.controller, "_sooner", lambda goals, current, plan: plan)
@@ -23,4 +23,4 @@ def lost_after_halving(monkeypatch: pytest.MonkeyPatch, *, may_be_sooner: bool) 
 def test_weights_come_home_the_short_way_when_the_bus_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other units than those that are offloaded now may be better, and all of these come home before that shows."""
     short = lost_after_halving(monkeypatch, may_be_sooner=True)
-    assert short < 0.9 * lost_after_halving(monkeypatch, may_be_sooner=False)
+    assert short < 0.96 * lost_after_halving(monkeypatch, may_be_sooner=False)

@@ -333,6 +333,20 @@ def test_orders_that_come_while_a_step_is_decided_are_followed_in_the_next(
         assert set(offloaded[ordered_at[0] + 1 :]) == {0}
 
 
+def test_a_better_plan_is_looked_for_on_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with steered() as engine:
+        controller = controller_of(engine)
+        look, threads = controller._seen, list[str]()
+
+        def seen(*asked: Any) -> OffloadPlan | None:
+            threads.append(threading.current_thread().name)
+            return look(*asked)
+
+        monkeypatch.setattr(controller, "_seen", seen)
+        engine.submit(make_prompts()[0], greedy(30)).result()
+        assert any(name.startswith("look-for-a-better-plan") for name in threads)
+
+
 def test_a_link_that_has_become_slow_is_not_thought_good_for_swapping() -> None:
     with steered() as engine:
         engine.submit(make_prompts()[3], greedy()).result()
