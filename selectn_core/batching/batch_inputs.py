@@ -15,23 +15,31 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import TMP_TOKEN_ID, FutureRequestState, RequestState
+from transformers.generation.continuous_batching.utils import stream_context
 
 from selectn_core.batching.attention import Attended, make_segment
 from selectn_core.batching.decode_attention import Decodes, alike_in_length
+from selectn_core.device import Device
 
 
 class BatchInputs:
     """Prepares the inputs of every step in place of the `ContinuousBatchingIOs` that it is given."""
 
-    def __init__(self, inputs_and_outputs: ContinuousBatchingIOs, cache: PagedAttentionCache) -> None:
-        self._io, self._cache = inputs_and_outputs, cache
+    def __init__(self, inputs_and_outputs: ContinuousBatchingIOs, cache: PagedAttentionCache, device: Device) -> None:
+        self._io, self._cache, self._device = inputs_and_outputs, cache, device
         self._attended: list[Attended] = []  # of every layer
         self._model_kwargs = inputs_and_outputs.get_model_kwargs
         inputs_and_outputs.prepare_batch_tensors = self._prepare
         inputs_and_outputs.get_model_kwargs = self._get_model_kwargs
 
     def _get_model_kwargs(self, use_padding: bool = False) -> dict[str, Any]:
-        return {**self._model_kwargs(use_padding), "attended": self._attended}
+        kwargs = {**self._model_kwargs(use_padding), "attended": self._attended}
+        # On CUDA transformers computes on a stream of its own, and waits there for nothing. Inputs, pages that have
+        # moved and swapped KV that has come back are work of the stream that is current here.
+        laid_out = self._device.record()
+        with stream_context(self._io.compute_stream):
+            self._device.wait(laid_out)
+        return kwargs
 
     def _prepare(self, requests_in_batch: list[FutureRequestState], logits_processors: Any, **_: Any) -> None:
         """Lays out the step of these requests, and notes in them that it is under way."""

@@ -91,7 +91,7 @@ class ContinuousBatching:
 
         Raises DeviceMemoryExceeded if it does not fit.
         """
-        self._model, self._callbacks = model, callbacks
+        self._model, self._device, self._callbacks = model, device, callbacks
         self._step: tuple[StepShape, float] | None = None
         self._is_own_step = False  # of requests that only this class knows
         self.prefix_queried_tokens = self.prefix_found_tokens = 0
@@ -215,6 +215,8 @@ class ContinuousBatching:
 
     def start(self) -> threading.Thread:
         """Starts (or after a failure restarts) the generation thread and returns it."""
+        # A step that has failed may still be computing, and its inputs are laid out anew at once.
+        self._device.synchronize()
         self._manager.start()
         thread = self._manager._generation_thread
         assert thread is not None
@@ -308,7 +310,7 @@ class ContinuousBatching:
             self._end_step()
 
         processor.update_batch = update_and_record
-        BatchInputs(processor.inputs_and_outputs, processor.cache)
+        BatchInputs(processor.inputs_and_outputs, processor.cache, self._device)
         self._count_prefixes(processor.cache)
         self._processor = processor
 

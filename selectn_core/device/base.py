@@ -132,7 +132,7 @@ class Device(ABC):
 
     @abstractmethod
     def peak_bytes(self, run: Callable[[], None]) -> int:
-        """Calls `run` and returns the most bytes that it had at once beyond what `allocate` gave out."""
+        """Calls `run`, waits for its work, and returns the most bytes that it had beyond what `allocate` gave out."""
 
     @abstractmethod
     def link_usage(self) -> LinkUsage:

@@ -142,7 +142,6 @@ class Engine:
                 percentile=config.slo.percentile,
             )
             self.supervisor = Supervisor(self.batching, self.requests, self.lifecycle.fail_all)
-            self.device.synchronize()  # what was placed here is computed on by another thread and stream
             self._self_test()
             check_room(self.device, self.workspace_bytes)
         except BaseException as error:

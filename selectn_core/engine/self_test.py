@@ -49,7 +49,6 @@ def check_model(
     prompts, num_tokens = _requests(limits, model.config.get_text_config().vocab_size)
     with refusing(model, "continuous batching cannot run it"), running_in_order(model, units):
         batched = batching.generate_now(prompts, num_tokens)  # one [num_tokens, vocab_size] for each prompt
-        device.synchronize()  # continuous batching computes on a stream of its own
     sequences = [[*prompt, *logits.argmax(-1).tolist()[:-1]] for prompt, logits in zip(prompts, batched, strict=True)]
     with refusing(model, "a plain forward fails"):
         plain = _plain_logits(model, batching.plain_attention, sequences, device.torch_device)[

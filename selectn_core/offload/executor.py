@@ -74,8 +74,6 @@ class Executor(ABC):
         )
         self._requested: OffloadPlan | None = plan
         self._lock = threading.Lock()
-        self._is_in_step = False  # from its forward on, until `end_step`
-        self._changed: Event | None = None  # when the last change of plan had moved what it moves
         self._homes: dict[int, torch.Tensor] = {}
         self._home_copied: dict[int, Event] = {}
         self._slots: list[torch.Tensor] = []  # uint8 [slot_bytes of the plan] each
@@ -126,7 +124,6 @@ class Executor(ABC):
         self._homes.clear()
         self._home_copied.clear()
         self._slots.clear()
-        self._is_in_step, self._changed = False, None
 
     def __enter__(self) -> Executor:
         self.attach()
@@ -156,7 +153,11 @@ class Executor(ABC):
             self._requested = plan
 
     def apply_plan(self) -> None:
-        """Goes to the requested plan, or as near to it as device memory allows now. Not while a step is under way."""
+        """Goes to the requested plan, or as near to it as device memory allows now.
+
+        Not while a step is under way, nor while one that an error has cut short may still compute. Whoever runs the
+        model on another stream orders the next step after the work that this issues.
+        """
         with self._lock:
             requested, self._requested = self._requested, None
         if requested is not None:
@@ -171,18 +172,13 @@ class Executor(ABC):
     def begin_step(self) -> None:
         """Counts the step, and stops hooking units whose weights have arrived in their homes."""
         self.stats.num_steps += 1
-        if self._changed is not None:  # the step may compute on another stream than the one that moved weights
-            self.device.wait(self._changed)
-            self._changed = None
         if self._applies_in_step:
             self.apply_plan()
-        self._is_in_step = True
         if len(self._hooks) != len(self.plan.offloaded) + len(self._home_copied):
             self._hook_units()
 
     def end_step(self) -> float:
         """Seconds that compute waited for copies since the last call; only after the step's compute is done."""
-        self._is_in_step = False
         stall_s = sum(after.since(before) for before, after in self._stalls)
         self._stalls.clear()
         self.stats.stall_s += stall_s
@@ -228,7 +224,6 @@ class Executor(ABC):
             # now, which fill it from its lowest place on.
             self._place(plan)
         promoted = sorted(self._homes.keys() - kept)
-        self._changed = self.device.record()
         self.plan = plan
         self.stats.num_plan_changes += 1
         self._start_plan(promoted)
@@ -257,15 +252,8 @@ class Executor(ABC):
             unit.bind(unit.views(self._homes[index]))
 
     def _await_copies(self) -> None:
-        """Orders what this thread issues from now on after every copy until now; the next step comes after that.
-
-        Between steps nothing computes, so the host need not wait. A step that an error has cut short may still compute,
-        on a stream that is not known here.
-        """
-        if self._is_in_step:
-            self.device.synchronize()
-        else:
-            self.device.wait(self.device.copies_issued())
+        """Orders what this thread issues from now on after every copy until now. The host need not wait."""
+        self.device.wait(self.device.copies_issued())
 
     @abstractmethod
     def _start_plan(self, promoted: Sequence[int]) -> None:
@@ -276,7 +264,7 @@ class Executor(ABC):
             event = self._home_copied.pop(index, None)
             if event is not None:
                 with contextlib.suppress(LinkError):  # the bytes do not matter any more, only that none will follow
-                    event.synchronize()
+                    self.device.wait(event)
             self.store.bind(self.units[index])
             self.memory.free(self._homes.pop(index))
 

@@ -8,17 +8,23 @@ asserted.
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 import time
 from collections.abc import Callable, Iterator
 
+import httpx
 import pytest
 
+from cluster.metrics.table import METRICS
 from cluster.protocol.node_reports import GpuReport, NodeTelemetry, NvmlInfo, Unavailable
+from deployments.dashboards.queries import PANELS, RATE
 from tests.standins.nvml import NO_COMPILER, StandIn, find_compiler
 from tests.support import audit, serving_cluster
 from tests.support.load import NUM_CLIENTS, Answer, LongRequest, hosts
+from tests.support.prometheus import PROMETHEUS, WINDOW, panels_of_serve_llm, prometheus, scraped
 from tests.support.serving_cluster import BUS, HOST_GIB, IMPATIENT
-from tests.support.waiting import wait_until
+from tests.support.waiting import wait_until, wait_within
 from tests.support.watched_cluster import (
     BUS_BYTES_PER_S,
     Ledgers,
@@ -30,6 +36,10 @@ from tests.support.watched_cluster import (
 TIMEOUT_S = 90
 HOST_BYTES = int(HOST_GIB * 2**30)
 BOUNDS_S = IMPATIENT.bounds_s(replica_start_s=60, actor_start_s=30, answer_s=20)
+# Metrics of requests that were turned away for want of room or time, of which there are none here.
+UNEXPORTED = {"ray_selectn_ingress_unserved_requests_total"}
+# Panels of Ray's dashboard: of separate prefill, and of vLLM's connector that keeps KV in host memory.
+NOT_HERE = ("NIXL", "KV Offload")
 # At having requests of both kinds on a given replica, all under way.
 NUM_ATTEMPTS = 5
 
@@ -97,6 +107,40 @@ class TestSharing:
         assert left_bytes - right_bytes == kv_bytes, "the store counts once"
         assert right_bytes - kv_bytes >= snapshot["host_bytes"]
         assert ledgers["head"] == (0, 0)
+
+    def test_every_metric_is_exported(self, serving, gpus):
+        """By the process that owns it; nothing else under these prefixes is."""
+        too_long = {"model": serving_cluster.MODEL, "prompt": "a", "max_tokens": 2000}
+        assert httpx.post(f"{serving.load.base_url}/v1/completions", json=too_long).status_code == 400
+        ports = serving.run(serving_cluster.metrics_ports)
+        wanted = {metric.exported for metric in METRICS} - UNEXPORTED
+        if gpus is None:
+            wanted -= {name for name in wanted if "_gpu_" in name}
+        found: set[str] = set()
+
+        def is_all_there() -> bool:
+            text = "".join(scraped(port) for port in ports)
+            found.update(re.findall(r"^# TYPE (ray_(?:selectn|vllm)_\w+)", text, flags=re.MULTILINE))
+            return found >= wanted
+
+        end_s = time.monotonic() + TIMEOUT_S
+        wait_within(is_all_there, end_s, "every metric", lambda: f"all but {sorted(wanted - found)}")
+        assert found - wanted <= UNEXPORTED | {metric.exported for metric in METRICS}
+
+    @pytest.mark.skipif(PROMETHEUS is None, reason="Prometheus is not installed (Debian's package has it)")
+    def test_every_panel_shows_something(self, serving, tmp_path):
+        """Of our dashboard, and of Ray's own for LLMs, asked of a Prometheus that scrapes this run."""
+        ports = serving.run(serving_cluster.metrics_ports)
+        asked = [(f"{panel.title}: {query.legend}", query.expr) for panel in PANELS for query in panel.queries]
+        asked = [(title, expr.replace(RATE, WINDOW)) for title, expr in asked]
+        asked += [each for each in panels_of_serve_llm() if not each[0].startswith(NOT_HERE)]
+        with prometheus(tmp_path, ports) as server:
+
+            def empty() -> list[str]:
+                return [title for title, expr in asked if all(math.isnan(each) for each in server.series(expr))]
+
+            end_s = time.monotonic() + TIMEOUT_S
+            wait_within(lambda: not empty(), end_s, "a value of every query", lambda: f"none of {empty()}")
 
     def test_a_replica_for_which_its_node_has_no_host_memory_is_refused(self, serving):
         """It does not start, and Serve says why."""

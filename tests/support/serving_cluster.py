@@ -256,6 +256,11 @@ def living_nodes() -> set[str]:
     return {node["NodeName"] for node in ray.nodes() if node["Alive"]}
 
 
+def metrics_ports() -> list[int]:
+    """Where the living nodes' agents export metrics."""
+    return [node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]]
+
+
 # -- what there is to see ------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from transformers.generation.continuous_batching.cache_allocators.cache_pool imp
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor, OutputRouter
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.requests import (
     TMP_TOKEN_ID,
@@ -37,6 +38,7 @@ from transformers.generation.continuous_batching.requests import (
     RequestState,
 )
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+from transformers.generation.continuous_batching.utils import stream_context
 
 from selectn_core.config import DeviceConfig, EngineConfig
 from selectn_core.engine.engine import Engine
@@ -151,7 +153,8 @@ def test_objects_have_what_is_used(engine) -> None:
         processor.model_runner: "inputs_and_outputs",
         processor.inputs_and_outputs: "requests_in_batch num_request_in_batch num_q_tokens total_seqlen_q max_length_q "
         "use_block_table max_kv_read _bulk_input_tensor static_inputs input_ids position_ids cumulative_seqlens_q "
-        "logits_indices cumulative_seqlens_k total_seqlen_k max_length_k device prepare_batch_update",
+        "logits_indices cumulative_seqlens_k total_seqlen_k max_length_k device prepare_batch_update "
+        "compute_stream",
         processor.scheduler: "active_requests waiting_requests schedule_batch block_new_requests starved_requests",
         cache: "cache_tensor cache_allocators layer_to_allocator num_sectors bytes_per_sector pool use_prefix_sharing",
         cache.pool: "num_free_sectors try_to_free_sectors free_sectors _free_blocks",
@@ -198,6 +201,20 @@ def test_preemption_asks_what_can_be_stored() -> None:
         "self._offload_to_cpu(offloaded, offloaded_block_tables)",
     ):
         assert part in source, f"{part} is gone: see {PLACE}"
+
+
+def test_a_step_computes_on_a_stream_that_can_be_made_to_wait(engine) -> None:
+    """Inputs are laid out on the current stream, and what follows runs on `compute_stream`, within `stream_context`."""
+    assert engine.batching._processor.inputs_and_outputs.compute_stream is None, "on the CPU there is one stream"
+    with stream_context(None):
+        source = inspect.getsource(ModelRunner.compute_batch)
+    for part in ("compute_stream = self.inputs_and_outputs.compute_stream", "with stream_context(compute_stream):"):
+        assert part in source, f"{part} is gone: see {PLACE}"
+    source = inspect.getsource(ContinuousBatchProcessor._generation_step)
+    kwargs, compute = source.index("get_model_kwargs("), source.index("compute_batch(")
+    assert kwargs < compute, f"a step asks for its inputs when it has computed: see {PLACE}"
+    source = inspect.getsource(ContinuousBatchingIOs.retrieve_device_outputs)
+    assert "self.compute_stream.synchronize()" in source, f"the host does not wait for a step any more: see {PLACE}"
 
 
 def test_caches_find_their_shape_where_it_is_replaced(engine) -> None:

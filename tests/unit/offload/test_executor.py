@@ -160,21 +160,6 @@ def test_a_change_of_plan_between_steps_does_not_stop_the_device(executor: Execu
     step(executor)
 
 
-def test_a_change_of_plan_after_a_step_that_was_cut_short_does(executor: Executor) -> None:
-    """On which stream it computed is not known, nor whether that is over."""
-    num_synchronized = 0
-
-    def count() -> None:
-        nonlocal num_synchronized
-        num_synchronized += 1
-
-    executor.begin_step()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor.device, "synchronize", count)
-        change_plans(executor)
-    assert num_synchronized > 0
-
-
 def test_a_slot_is_given_away_when_what_is_on_its_way_there_has_arrived() -> None:
     executor = build(OverlappedExecutor, 16 << 20, plan_of(0, 3, 4, 8, num_slots=2))
     assert isinstance(executor, OverlappedExecutor)
