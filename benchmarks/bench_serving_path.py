@@ -209,7 +209,7 @@ def _sides(
         sides = {name: _over_http(server) for name, server in servers.items() if wanted is None or name in wanted}
         if wanted is None or "engine" in wanted:
             engine = stack.enter_context(_engine(document["applications"][0]["args"]))
-            sides = {"engine": lambda setting: _engine_alone(engine, setting), **sides}
+            sides = {"engine": lambda setting: engine_alone(engine, setting), **sides}
         yield sides
 
 
@@ -251,7 +251,7 @@ def _measure(settings: Sequence[Setting], sides: Mapping[str, Measure], num_roun
     return samples
 
 
-def _engine_alone(engine: Engine, setting: Setting) -> dict[str, Any]:
+def engine_alone(engine: Engine, setting: Setting) -> dict[str, Any]:
     """The closed loop on the engine itself: handles are looked at now and then, and nobody waits for an event."""
     loop = _EngineLoop(engine, setting)
     loop.run_until(lambda: all(handle.num_tokens for handle in loop.handles))

@@ -79,7 +79,13 @@ def _node(name: str, unit: str, means: str, *labels: str) -> Metric:
 
 VLLM = (
     _histogram("vllm_time_to_first_token_seconds", "s", "TTFT, from arrival at the ingress", TTFT_S),
-    _histogram("vllm_inter_token_latency_seconds", "s", "ITL: time between two tokens of a request", TPOT_S),
+    _histogram(
+        "vllm_inter_token_latency_seconds",
+        "s",
+        "ITL: time between two tokens of a request. Of more than 512 a second a fair sample: mean and quantiles hold, "
+        "the count is smaller",
+        TPOT_S,
+    ),
     _histogram(
         "vllm_request_time_per_output_token_seconds", "s", "TPOT: a request's mean over tokens after the first", TPOT_S
     ),

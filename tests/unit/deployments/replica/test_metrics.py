@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.metrics.table import REPLICA, VLLM
-from deployments.replica.metrics import ReplicaMetrics
+from deployments.replica.metrics import MOST_GAPS, ReplicaMetrics, RequestNumbers
 from selectn_core.engine.engine import Engine
+from selectn_core.requests.handle import RequestHandle
 from selectn_core.requests.objectives import Objectives
 from tests.support.engines import CheckedEngine, engine_config, greedy, make_prompts
 from tests.support.meters import KeptMeters
@@ -100,6 +101,18 @@ def test_a_requests_times_add_up(engine: Engine) -> None:
     assert queue_s >= 2.0
     assert ttft_s == pytest.approx(queue_s + prefill_s)
     assert total_s == pytest.approx(queue_s + prefill_s + decode_s, abs=0.05)
+
+
+def test_of_many_times_between_tokens_a_fair_sample_is_observed() -> None:
+    numbers, meters = RequestNumbers(), KeptMeters("replica", model_name="m")
+    handle = RequestHandle("r", 1, lambda ticket: None)
+    for number in range(10 * MOST_GAPS):
+        numbers.tokens(handle, 1, gap_s=float(number % 2))
+    numbers.publish(meters)
+    observed = meters.of("vllm_inter_token_latency_seconds")
+    assert len(observed) == MOST_GAPS
+    assert 0.3 < sum(observed) / MOST_GAPS < 0.7
+    assert meters.of("vllm_generation_tokens") == 10 * MOST_GAPS
 
 
 def test_what_cannot_be_published_is_said_once_and_serving_goes_on(
