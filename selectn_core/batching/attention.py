@@ -3,7 +3,7 @@
 Continuous batching packs the tokens of all requests into one row. Its default attends every query to every
 request's keys under a block mask, which costs O(requests^2 x length). This one, registered through transformers'
 public AttentionInterface, runs scaled_dot_product_attention once for each request with several tokens, and takes those
-with one token together where `attend_in_place` does it.
+with one token together where `attend_in_place` does it. Where `attention_path` says so, it takes all requests together.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from selectn_core.batching.decode_attention import Decodes, attend_in_place, can_attend_in_place
+from selectn_core.batching.packed_attention import Packed, attend_packed
 
 ATTENTION_NAME = "selectn_varlen"
 _QUERIES_AT_ONCE = 256
@@ -42,12 +43,14 @@ class Segment:
 class Attended:
     """What the layers of one type of attention read and write in a step.
 
-    `write_rows` [num_tokens] are the rows of the cache that the step's own keys go to.
+    `write_rows` [num_tokens] are the rows of the cache that the step's own keys go to. With `packed` all requests are
+    attended for in one call, and there are neither `segments` nor `decodes`.
     """
 
     write_rows: torch.Tensor  # int64
     segments: Sequence[Segment]
     decodes: Sequence[Decodes]
+    packed: Packed | None = None
 
 
 def make_segment(
@@ -85,7 +88,8 @@ def varlen_attention(
     `softcap` bounds logits by a tanh. `s_aux` are attention sinks: for every head a logit that takes its part of the
     softmax and has no value.
 
-    Returns [1, num_tokens, num_heads, value_dim]. Raises RuntimeError outside continuous batching.
+    Returns [1, num_tokens, num_heads, value_dim]. Raises RuntimeError outside continuous batching, and where a packed
+    step meets a cap or sinks.
     """
     if cache is None or attended is None:
         raise RuntimeError(f"{ATTENTION_NAME} needs the paged cache of continuous batching, passed on by every layer")
@@ -93,6 +97,13 @@ def varlen_attention(
     mine, (keys, values) = attended[layer_idx], cache.layer_to_allocator[layer_idx]._kv_token_views[layer_idx]
     key_dim, value_dim = key.shape[-1], value.shape[-1]
     new_keys, new_values = _as_rows(key, keys), _as_rows(value, values)
+    if mine.packed is not None:
+        if softcap is not None or s_aux is not None:
+            raise RuntimeError(f"layer {layer_idx} has soft caps or sinks, and no layer like it had them in the probe")
+        all_keys = mine.packed.write_and_gather(keys, new_keys, mine.write_rows)
+        all_values = mine.packed.write_and_gather(values, new_values, mine.write_rows)
+        attended_to = attend_packed(query[0].transpose(0, 1), all_keys, all_values, mine.packed, scaling)
+        return attended_to[None, ..., :value_dim], None
     # Before anything is written: in the ring of a sliding window new tokens take the places of old ones.
     chunks = [(_with_past(it, new_keys, keys), _with_past(it, new_values, values)) for it in mine.segments]
     keys.index_copy_(0, mine.write_rows, new_keys)

@@ -30,6 +30,7 @@ from transformers.generation.continuous_batching.requests import (
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
 from selectn_core.batching.attention import ATTENTION_NAME
+from selectn_core.batching.attention_path import attention_path
 from selectn_core.batching.batch_inputs import BatchInputs
 from selectn_core.batching.kv_pages import (
     KvPages,
@@ -97,6 +98,11 @@ class ContinuousBatching:
         self.prefix_queried_tokens = self.prefix_found_tokens = 0
         self.geometry = kv_geometry(model, config.page_size, shapes)
         self.plain_attention = model.config._attn_implementation
+        windows = {"sliding_attention": getattr(model.config.get_text_config(), "sliding_window", None)}
+        self.attention_paths = {
+            name: attention_path(device.torch_device, model.dtype, shape, windows.get(name))
+            for name, shape in shapes.items()
+        }
         block_bytes = bytes_of_a_page_in_every_layer(model, config.page_size, shapes)
         # In transformers' blocks, of which sectors are no multiple: it may be one more, which is given back.
         num_blocks = max(1, math.ceil(num_sectors * self.geometry.sector_bytes / block_bytes))
@@ -120,6 +126,12 @@ class ContinuousBatching:
             self.pages.release()
             raise
         self._processor.offloading_manager = self.swap
+
+    @property
+    def attention_name(self) -> str:
+        """The name of how this attends: what is measured with it is not valid for another."""
+        packed = sorted(name for name, path in self.attention_paths.items() if path.name == "packed")
+        return ATTENTION_NAME + (f", packed: {', '.join(packed)}" if packed else "")
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -310,7 +322,8 @@ class ContinuousBatching:
             self._end_step()
 
         processor.update_batch = update_and_record
-        BatchInputs(processor.inputs_and_outputs, processor.cache, self._device)
+        packed = {name for name, path in self.attention_paths.items() if path.name == "packed"}
+        BatchInputs(processor.inputs_and_outputs, processor.cache, self._device, packed=packed)
         self._count_prefixes(processor.cache)
         self._processor = processor
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,10 +49,14 @@ _UNDERSTOOD = {
 
 @dataclass(frozen=True, kw_only=True)
 class KvShape:
-    """A token's row in the cache of one layer, twice: for its keys and for its values, of which the wider counts."""
+    """A token's row in the cache of one layer, twice: for its keys and for its values, of which the wider counts.
+
+    `is_plain`: the layers that were seen have neither soft caps on their scores nor sinks.
+    """
 
     num_heads: int
     head_dim: int
+    is_plain: bool = True
 
 
 def kv_shapes(model: PreTrainedModel, last: nn.Module) -> dict[str, KvShape]:
@@ -82,8 +86,11 @@ def kv_shapes(model: PreTrainedModel, last: nn.Module) -> dict[str, KvShape]:
                 f"{name}: layer {layer} attends to {_keys(own)}, and as a layer of {type_of[layer]} the cache keeps "
                 f"{_keys(window)} for it: sliding_window and layer_types in its configuration say something else"
             )
-        shape = KvShape(num_heads=key.shape[1], head_dim=max(key.shape[-1], value.shape[-1]))
-        if shapes.setdefault(type_of[layer], shape) != shape or value.shape[1] != key.shape[1]:
+        is_plain = wanted.get("softcap") is None and wanted.get("s_aux") is None
+        shape = KvShape(num_heads=key.shape[1], head_dim=max(key.shape[-1], value.shape[-1]), is_plain=is_plain)
+        before = shapes.setdefault(type_of[layer], shape)
+        shapes[type_of[layer]] = replace(before, is_plain=before.is_plain and is_plain)
+        if replace(before, is_plain=is_plain) != shape or value.shape[1] != key.shape[1]:
             raise UnsupportedModel(
                 f"{name}: layers of {type_of[layer]} differ in the shape of their keys and values "
                 f"({shape} in layer {layer}, {shapes[type_of[layer]]} before)"

@@ -164,7 +164,7 @@ class Engine:
     @property
     def fingerprint(self) -> Fingerprint:
         """What a performance record must be of."""
-        return fingerprint_of(self.model, self.config, self.device)
+        return fingerprint_of(self.model, self.config, self.device, self.batching.attention_name)
 
     def steer(self, record: PerformanceRecord) -> None:
         """Lets the configured policy decide from now on. Raises RecordRefused for a record of something else."""
@@ -420,6 +420,7 @@ class Engine:
             "host_store_reason": self.store.reason,
             "host_allocated_bytes": self.device.host_allocated_bytes,
             "offloaded_bytes": self.offloading.offloaded_bytes(plan),
+            "attention": {name: asdict(path) for name, path in self.batching.attention_paths.items()},
             "memory": self.account().to_json(),
             "device_bytes": self.device.allocated_bytes,
             "device_capacity_bytes": self.device.capacity_bytes,

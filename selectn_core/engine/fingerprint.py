@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from selectn_core.batching.attention import ATTENTION_NAME
 from selectn_core.config import EngineConfig
 from selectn_core.device import Device
 from selectn_core.planning.record import Fingerprint, UnitKind
@@ -22,8 +21,8 @@ from selectn_core.weights.units import Unit
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation", "dtype")
 
 
-def fingerprint_of(model: PreTrainedModel, config: EngineConfig, device: Device) -> Fingerprint:
-    """The fingerprint of an engine that runs `model` on `device`."""
+def fingerprint_of(model: PreTrainedModel, config: EngineConfig, device: Device, attention: str) -> Fingerprint:
+    """The fingerprint of an engine that runs `model` on `device`, and attends by what is named `attention`."""
     batch = config.batch
     values = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
     is_emulated = device.kind == "emulated"
@@ -31,7 +30,7 @@ def fingerprint_of(model: PreTrainedModel, config: EngineConfig, device: Device)
         model=hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16],
         model_type=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
-        attention=ATTENTION_NAME,
+        attention=attention,
         unit=config.offload.unit,
         device=device.kind,
         device_name=_cpu_name() if is_emulated else torch.cuda.get_device_name(device.torch_device),
