@@ -66,9 +66,9 @@ class Meters:
         """A gauge's value. One that is not set again is gone after some tens of seconds."""
         self._made[name].set(value, tags=self._tags(name, labels))
 
-    def observe(self, name: str, value: float) -> None:
+    def observe(self, name: str, value: float, **labels: str) -> None:
         """One more value of a histogram."""
-        self._made[name].observe(value)
+        self._made[name].observe(value, tags=self._tags(name, labels))
 
     def add(self, name: str, value: float, **labels: str) -> None:
         """Adds to a counter; nothing where nothing has come."""

@@ -12,10 +12,11 @@ from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
 # The process that exports it. Every one of them sets its own labels: `DEFAULT_LABELS`.
-Owner = Literal["replica", "ingress", "node", "coordinator"]
+Owner = Literal["replica", "genai", "ingress", "node", "coordinator"]
 
 DEFAULT_LABELS: dict[Owner, tuple[str, ...]] = {
     "replica": ("model_name",),
+    "genai": ("model_name",),  # of a replica, where they are wanted
     "ingress": (),
     "node": ("node",),
     "coordinator": (),
@@ -159,6 +160,29 @@ REPLICA = (
     _gauge("selectn_engine_up", "1", "1: the engine serves; 0: it has failed or restarts"),
 )
 
+_GENAI_LABELS = ("gen_ai_operation_name", "gen_ai_provider_name")
+# Buckets as the conventions recommend them.
+_GENAI_REQUEST_S = tuple(0.01 * 2**power for power in range(14))
+_GENAI_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_GENAI_TPOT_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+
+GENAI = tuple(
+    Metric(
+        name=f"gen_ai_server_{name}_seconds",
+        kind="histogram",
+        unit="s",
+        means=means,
+        owner="genai",
+        labels=_GENAI_LABELS,
+        buckets=buckets,
+    )
+    for name, means, buckets in (
+        ("request_duration", "gen_ai.server.request.duration: from arrival to the end", _GENAI_REQUEST_S),
+        ("time_to_first_token", "gen_ai.server.time_to_first_token", _GENAI_TTFT_S),
+        ("time_per_output_token", "gen_ai.server.time_per_output_token", _GENAI_TPOT_S),
+    )
+)
+
 INGRESS = (
     _histogram(
         "selectn_ingress_time_to_first_token_seconds",
@@ -232,7 +256,7 @@ COORDINATOR = (
     _counter("selectn_coordinator_refused_reports", "reports", "Reports that made no sense", owner="coordinator"),
 )
 
-METRICS: tuple[Metric, ...] = (*VLLM, *REPLICA, *INGRESS, *NODE, *COORDINATOR)
+METRICS: tuple[Metric, ...] = (*VLLM, *REPLICA, *GENAI, *INGRESS, *NODE, *COORDINATOR)
 BY_NAME = {metric.name: metric for metric in METRICS}
 
 

@@ -42,13 +42,15 @@ class TelemetryConfig:
     """How a node's hardware is sampled.
 
     Every `period_s` a sample is taken; a driver call has `deadline_s` to answer before its GPU counts as timed out.
-    `pcie_efficiency` is the part of a link's raw bandwidth that copies get. `buses` replace those that are found.
+    `pcie_efficiency` is the part of a link's raw bandwidth that copies get. `buses` replace those that are found. With
+    `genai_metrics` replicas export latencies by OpenTelemetry's GenAI names as well.
     """
 
     period_s: Annotated[float, Bounds(at_least=0.01, at_most=3600)] = 1.0
     deadline_s: Annotated[float, Bounds(at_least=0.001, at_most=3600)] = 0.5
     pcie_efficiency: Annotated[float, Bounds(above=0, at_most=1)] = DEFAULT_EFFICIENCY
     buses: tuple[BusConfig, ...] = ()
+    genai_metrics: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self, "telemetry")

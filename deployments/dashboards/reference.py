@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cluster.metrics.table import COORDINATOR, INGRESS, NODE, REPLICA, VLLM, Metric
+from cluster.metrics.table import COORDINATOR, GENAI, INGRESS, NODE, REPLICA, VLLM, Metric
 
 HEAD = """\
 # Metrics
@@ -34,6 +34,11 @@ SECTIONS: tuple[tuple[str, str, Sequence[Metric]], ...] = (
         VLLM,
     ),
     ("Replicas", "Each replica has the label `model_name`.", REPLICA),
+    (
+        "OpenTelemetry's GenAI names",
+        "Replicas export them with `telemetry.genai_metrics: true`. The conventions are in development and may change.",
+        GENAI,
+    ),
     ("Ingresses", "", INGRESS),
     ("Nodes", "Each node's agent has the label `node`, the Ray node's id. See [Node telemetry](telemetry.md).", NODE),
     ("The coordinator", "", COORDINATOR),

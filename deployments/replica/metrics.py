@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cluster.metrics.meters import Meters
+from deployments.replica.tracing import SYSTEM, operation_of
 from selectn_core.offload.control import LIMITS
 from selectn_core.requests.attainment import Outcome, each_met
 from selectn_core.requests.handle import RequestHandle
@@ -55,8 +56,8 @@ class RequestNumbers:
     def ended(self, handle: RequestHandle, outcome: Outcome, finish_reason: str, objectives: Objectives | None) -> None:
         self._ended.append((handle, outcome, finish_reason, objectives))
 
-    def publish(self, meters: Meters) -> None:
-        """Makes metrics of all that has come since."""
+    def publish(self, meters: Meters, genai: Meters | None = None) -> None:
+        """Makes metrics of all that has come since; `genai` by OpenTelemetry's names."""
         meters.total("vllm_generation_tokens", self._num_tokens)
         for _ in range(len(self._firsts)):
             ttft_s, prompt_tokens = self._firsts.popleft()
@@ -66,7 +67,10 @@ class RequestNumbers:
         for gap_s in gaps_s if len(gaps_s) <= MOST_GAPS else random.sample(gaps_s, MOST_GAPS):
             meters.observe("vllm_inter_token_latency_seconds", gap_s)
         for _ in range(len(self._ended)):
-            _publish_ended(meters, *self._ended.popleft())
+            handle, outcome, finish_reason, objectives = self._ended.popleft()
+            _publish_ended(meters, handle, outcome, finish_reason, objectives)
+            if genai is not None:
+                _publish_genai(genai, handle)
 
 
 def _publish_ended(
@@ -96,6 +100,18 @@ def _publish_ended(
     meters.observe("vllm_request_inference_time_seconds", spans.prefill_s + spans.decode_s)
     if timing.tpot_s is not None:
         meters.observe("vllm_request_time_per_output_token_seconds", timing.tpot_s)
+
+
+def _publish_genai(meters: Meters, handle: RequestHandle) -> None:
+    timing, total_s = handle.timing, handle.spans.total_s
+    labels = {"gen_ai_operation_name": operation_of(handle.request_id), "gen_ai_provider_name": SYSTEM}
+    for name, seconds in (
+        ("request_duration", total_s),
+        ("time_to_first_token", timing.ttft_s),
+        ("time_per_output_token", timing.tpot_s),
+    ):
+        if seconds is not None:
+            meters.observe(f"gen_ai_server_{name}_seconds", seconds, **labels)
 
 
 def publish_state(meters: Meters, state: Mapping[str, Any]) -> None:
@@ -158,9 +174,11 @@ def publish_state(meters: Meters, state: Mapping[str, Any]) -> None:
 class ReplicaMetrics:
     """Publishes once a second until it is closed. `numbers` is what the engine is to tell."""
 
-    def __init__(self, meters: Meters, snapshot: Snapshot, steps: deque[StepRecord]) -> None:
-        """`snapshot` is what `publish_state` takes, `steps` the engine's log of steps."""
-        self.numbers = RequestNumbers()
+    def __init__(
+        self, meters: Meters, snapshot: Snapshot, steps: deque[StepRecord], genai: Meters | None = None
+    ) -> None:
+        """`snapshot` is what `publish_state` takes, `steps` the engine's log; `genai`: see `RequestNumbers`."""
+        self.numbers, self._genai = RequestNumbers(), genai
         self._meters, self._snapshot, self._steps = meters, snapshot, steps
         self._last_iteration = -1
         self._should_end = threading.Event()
@@ -174,7 +192,7 @@ class ReplicaMetrics:
 
     def publish(self) -> None:
         """Everything, now."""
-        self.numbers.publish(self._meters)
+        self.numbers.publish(self._meters, self._genai)
         self._publish_steps()
         publish_state(self._meters, self._snapshot())
 

@@ -43,6 +43,7 @@ from deployments.replica.outlet import OutletServer
 from deployments.replica.prompting import PromptEncoder
 from deployments.replica.report import replica_report, served_fields
 from deployments.replica.streams import RequestText, Streams
+from deployments.replica.tracing import TracedRequest
 from deployments.routing.prefixes import RecentPrefixes, prefix_hashes
 from deployments.routing.sizing import prompt_bytes
 from selectn_core.config import EngineConfig, SloConfig
@@ -106,8 +107,9 @@ class SelectNReplica:
         await self._outlet.open(ray.util.get_node_ip_address())
         self._streams = Streams(self._outlet, stepped=self._door.progressed)
         self._headroom_tokens = self._engine.reachable_kv_tokens()
-        meters = Meters("replica", {"model_name": self._engine.model_name})
-        self._metrics = ReplicaMetrics(meters, self._state, self._engine.steps.records)
+        label = {"model_name": self._engine.model_name}
+        genai = Meters("genai", label) if telemetry.genai_metrics else None
+        self._metrics = ReplicaMetrics(Meters("replica", label), self._state, self._engine.steps.records, genai)
         self._engine.observe(self._metrics.numbers)
         logger.info("serving %s", self._engine.model_name)
 
@@ -133,6 +135,7 @@ class SelectNReplica:
                     returns=True,  # the ingress offers it again, and counts what it refuses in the end
                 )
                 visit.num_generated = lambda: handle.num_tokens
+                traced = TracedRequest(self._engine)
                 try:
                     text = RequestText(handle, Detokenizer(self._tokenizer, prompt_ids), request.stop)
                     with closing(self._streams.open(text, request)) as stream:
@@ -146,6 +149,7 @@ class SelectNReplica:
                 finally:
                     # A client that went away, a stop string, or nothing: cancelling a finished request is harmless.
                     handle.cancel()
+                    traced.end(handle)
         except RequestTooLarge as error:
             yield Refused(kind="too_large", message=str(error), field=_body_field(error, request))
         except RequestError as error:

@@ -29,8 +29,8 @@ class Kept:
     def set(self, value: float, tags: dict[str, str] | None = None) -> None:
         self.values[self._key(tags)] = value
 
-    def observe(self, value: float) -> None:
-        self.values[self._key(None)].append(value)
+    def observe(self, value: float, tags: dict[str, str] | None = None) -> None:
+        self.values[self._key(tags)].append(value)
 
 
 class KeptMeters(Meters):

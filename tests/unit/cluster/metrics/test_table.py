@@ -19,7 +19,7 @@ def test_every_name_is_there_once() -> None:
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_names_and_labels_are_as_prometheus_wants_them(metric: Metric) -> None:
-    assert re.fullmatch(r"(selectn|vllm)_[a-z0-9_]+", metric.name)
+    assert re.fullmatch(r"(selectn|vllm|gen_ai)_[a-z0-9_]+", metric.name)
     assert not metric.name.endswith(("_total", "_count", "_sum", "_bucket")) or metric.name in MISNAMED
     assert all(re.fullmatch(r"[a-z_]+", label) for label in metric.all_labels)
     assert metric.means

@@ -103,6 +103,18 @@ def test_a_requests_times_add_up(engine: Engine) -> None:
     assert total_s == pytest.approx(queue_s + prefill_s + decode_s, abs=0.05)
 
 
+def test_by_opentelemetrys_names_as_well_where_that_is_wanted(engine: Engine) -> None:
+    numbers, genai = RequestNumbers(), KeptMeters("genai", model_name="m")
+    engine.observe(numbers)
+    engine.submit(make_prompts()[0], greedy(5), request_id="chatcmpl-1").result()
+    engine.submit(make_prompts()[0], greedy(1), request_id="cmpl-1").result()
+    numbers.publish(KeptMeters("replica", model_name="m"), genai)
+    assert len(genai.of("gen_ai_server_request_duration_seconds", "chat", "selectn")) == 1
+    assert len(genai.of("gen_ai_server_time_per_output_token_seconds", "chat", "selectn")) == 1
+    assert len(genai.of("gen_ai_server_time_to_first_token_seconds", "text_completion", "selectn")) == 1
+    assert genai.of("gen_ai_server_time_per_output_token_seconds", "text_completion", "selectn") is None
+
+
 def test_of_many_times_between_tokens_a_fair_sample_is_observed() -> None:
     numbers, meters = RequestNumbers(), KeptMeters("replica", model_name="m")
     handle = RequestHandle("r", 1, lambda ticket: None)
