@@ -134,6 +134,11 @@ class Bus:
         found = (path.name.removeprefix(prefix) for path in SHARED_MEMORY.glob(f"{prefix}*"))
         return sorted(name for name in found if _NAME.fullmatch(name))
 
+    @staticmethod
+    def path(name: str) -> Path:
+        """The file of a named bus. Raises ConfigError for what is no name."""
+        return _path(name)
+
     @contextlib.contextmanager
     def _locked_file(self) -> Iterator[None]:
         # flock belongs to the open file, not to the thread: the second lock keeps threads of this process apart.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +13,7 @@ from transformers import PreTrainedModel
 from selectn_core.batching.attention import ATTENTION_NAME
 from selectn_core.config import EngineConfig
 from selectn_core.device import Device
+from selectn_core.device.cpu_name import cpu_name
 from selectn_core.planning.record import Fingerprint, UnitKind
 from selectn_core.weights.units import Unit
 
@@ -34,7 +33,7 @@ def fingerprint_of(model: PreTrainedModel, config: EngineConfig, device: Device)
         attention=ATTENTION_NAME,
         unit=config.offload.unit,
         device=device.kind,
-        device_name=_cpu_name() if is_emulated else torch.cuda.get_device_name(device.torch_device),
+        device_name=cpu_name() if is_emulated else torch.cuda.get_device_name(device.torch_device),
         compute_threads=torch.get_num_threads() if is_emulated else 0,
         link=f"emulated at {config.device.link_gb_per_s:g} GB/s" if is_emulated else "the GPU's own",
         max_batch_tokens=batch.max_batch_tokens,
@@ -50,8 +49,3 @@ def kinds_of(units: Sequence[Unit]) -> tuple[tuple[UnitKind, ...], tuple[int, ..
     kinds = [UnitKind(name=unit.kind, num_bytes=unit.num_bytes) for unit in units]
     distinct = tuple(dict.fromkeys(kinds))
     return distinct, tuple(distinct.index(kind) for kind in kinds)
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
