@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from deployments.commands import demo, node_report, plan, profile, serve
+from deployments.commands.doctor import command as doctor
 from selectn_core.errors import SelectNError
 
 EXIT_OK, EXIT_ERROR = 0, 2
@@ -28,6 +29,7 @@ examples:
   selectn profile --out record.yaml        measure the model on this machine, for plans
   selectn plan --record record.yaml --tpot-ms 60 --batch 8
   selectn node-report                      this machine's GPUs, host buses and host memory
+  selectn doctor                           whether this machine can serve serve_config.yaml, and how well
   selectn serve --help                     every option of a command
 """
 
@@ -38,6 +40,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     plan.register,
     demo.register,
     node_report.register,
+    doctor.register,
 )
 
 

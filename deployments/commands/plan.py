@@ -176,7 +176,7 @@ def _notes(records: list[PerformanceRecord]) -> list[str]:
 
 
 def _only_cached_record() -> Path:
-    from selectn_core.profiling.record_cache import cached_records
+    from selectn_core.profiling.record_files import cached_records
 
     paths = cached_records()
     if len(paths) == 1:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from selectn_core.batching.attention import ATTENTION_NAME
 from selectn_core.config import EngineConfig
@@ -24,10 +24,9 @@ _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_attn_implementation
 def fingerprint_of(model: PreTrainedModel, config: EngineConfig, device: Device) -> Fingerprint:
     """The fingerprint of an engine that runs `model` on `device`."""
     batch = config.batch
-    values = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
     is_emulated = device.kind == "emulated"
     return Fingerprint(
-        model=hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        model=model_hash(model.config),
         model_type=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         attention=ATTENTION_NAME,
@@ -42,6 +41,12 @@ def fingerprint_of(model: PreTrainedModel, config: EngineConfig, device: Device)
         torch=str(torch.__version__),
         transformers=version("transformers"),
     )
+
+
+def model_hash(config: PreTrainedConfig) -> str:
+    """What a model computes, by its configuration: the same wherever it was loaded from."""
+    values = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_MODEL}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def kinds_of(units: Sequence[Unit]) -> tuple[tuple[UnitKind, ...], tuple[int, ...]]:
