@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from deployments.commands import dashboards, demo, node_report, plan, profile, serve
+from deployments.commands.doctor import command as doctor
 from selectn_core.errors import SelectNError
 
 EXIT_OK, EXIT_ERROR = 0, 2
@@ -29,6 +30,7 @@ examples:
   selectn plan --record record.yaml --tpot-ms 60 --batch 8
   selectn node-report                      this machine's GPUs, host buses and host memory
   selectn dashboards install               show it in Grafana, alert in Prometheus
+  selectn doctor                           whether this machine can serve serve_config.yaml, and how well
   selectn serve --help                     every option of a command
 """
 
@@ -40,6 +42,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     demo.register,
     node_report.register,
     dashboards.register,
+    doctor.register,
 )
 
 

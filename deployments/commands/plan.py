@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deployments.commands.emit import SERVERS, emitted, require_layers
 from deployments.commands.file_options import file_name
 from selectn_core.bounds import Bounds, require_number
 from selectn_core.config import MAX_SLOTS, MOST_GB_PER_S, MOST_GIB, MOST_MS, MOST_TOKENS
@@ -30,6 +32,8 @@ examples:
       how many requests at a time, with layers or with their attention and MLP blocks as units, whichever frees more
   selectn plan --record record.yaml --batch 8 --seq 1024 --device-gib 0.4 --tightest --json
       the smallest TPOT that this device can promise, as JSON
+  selectn plan --record record.yaml --tpot-ms 60 --batch 8 --seq 1024 --emit vllm
+      the flags of vLLM that offload as nearly the same layers; on stderr, what is lost there
 exit code: 0 if there is a plan, 3 if there is none (the message says what limits and what would be enough), 2 for a
 wrong call, a record that cannot be used, or a step larger than what was measured
 """
@@ -75,7 +79,9 @@ def register(commands: Any) -> None:
     question.add_argument("--largest-batch", action="store_true", help="ask how large the batch may be")
     question.add_argument("--longest-input", action="store_true", help="ask how long requests may be")
     question.add_argument("--tightest", action="store_true", help="ask how small TPOT may be, and TTFT if it is given")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form.add_argument("--emit", choices=SERVERS, help="print flags with which another server follows the plan")
     parser.set_defaults(run=run)
 
 
@@ -83,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     """Answers the question. Raises SelectNError for whatever the user can put right."""
     _check(args)
     records = _records(args)
+    if args.emit:
+        require_layers(records)
     planner = _planner(args, records)
     workload = _workload(args, records[0].fingerprint.max_batch_tokens)
     try:
@@ -91,10 +99,33 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"feasible": False, "limiting": error.limiting, "changes": _changes(error)}, indent=2))
         else:
-            print(f"not feasible: {error}")
+            print(f"not feasible: {error}", file=sys.stderr if args.emit else sys.stdout)
         return EXIT_INFEASIBLE
-    answer = {"feasible": True, "provenance": records[0].provenance, "notes": _notes(records), **answer}
-    print(json.dumps(_finite(answer), indent=2) if args.json else _table(answer))
+    if args.emit:
+        return _emit(args.emit, answer, planner, _notes(records))
+    heading = {"feasible": True, "provenance": records[0].provenance, "notes": _notes(records)}
+    shown = {**heading, **answer.asked, **_asked(answer.workload), **_plan(answer.found, planner)}
+    print(json.dumps(_finite(shown), indent=2) if args.json else _table(shown))
+    return EXIT_OK
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """The plan, the workload that it is for, and what else was asked for."""
+
+    found: PlanRange
+    workload: Workload
+    asked: dict[str, Any]
+
+
+def _emit(server: str, answer: _Answer, planner: Planner, notes: list[str]) -> int:
+    """Flags to stdout, what is lost to stderr."""
+    result = emitted(server, answer.found, planner, answer.workload)
+    for note in (*result.notes, *notes):
+        print(f"note: {note}", file=sys.stderr)
+    if not result.fits:
+        return EXIT_INFEASIBLE
+    print(result.line)
     return EXIT_OK
 
 
@@ -145,7 +176,7 @@ def _notes(records: list[PerformanceRecord]) -> list[str]:
 
 
 def _only_cached_record() -> Path:
-    from selectn_core.profiling.record_cache import cached_records
+    from selectn_core.profiling.record_files import cached_records
 
     paths = cached_records()
     if len(paths) == 1:
@@ -169,24 +200,27 @@ def _workload(args: argparse.Namespace, default_chunk: int) -> Workload:
     )
 
 
-def _answer(args: argparse.Namespace, planner: Planner, workload: Workload) -> dict[str, Any]:
+def _answer(args: argparse.Namespace, planner: Planner, workload: Workload) -> _Answer:
     from selectn_core.planning.planner import TPOT, TTFT
 
     if args.largest_batch:
-        return _largest("batch", planner.largest_batch(workload), planner, workload)
+        largest = planner.largest_batch(workload)
+        return _largest("batch", largest, replace(workload, batch=largest.value))
     if args.longest_input:
-        return _largest("seq", planner.longest_input(workload), planner, workload)
+        largest = planner.longest_input(workload)
+        return _largest("seq", largest, replace(workload, length=largest.value))
     if args.tightest:
         names = [TPOT] if args.ttft_ms is None else [TPOT, TTFT]
         found = {name: planner.tightest(workload, name) for name in names}
         limits_ms = {f"tightest_{name.lower()}_ms": limit_s * 1e3 for name, (limit_s, _) in found.items()}
-        return {**limits_ms, **_asked(workload), **_plan(found[TPOT][1], planner)}
-    return {**_asked(workload), **_plan(planner.plan(workload), planner)}
+        limit_s, plan = found[TPOT]
+        return _Answer(found=plan, workload=workload.with_limit(TPOT, limit_s), asked=limits_ms)
+    return _Answer(found=planner.plan(workload), workload=workload, asked={})
 
 
-def _largest(name: str, found: Largest, planner: Planner, workload: Workload) -> dict[str, Any]:
-    asked = {**_asked(workload), name: found.value}
-    return {f"largest_{name}": found.value, "stopped_by": found.stopped_by, **asked, **_plan(found.plan, planner)}
+def _largest(name: str, largest: Largest, workload: Workload) -> _Answer:
+    asked = {f"largest_{name}": largest.value, "stopped_by": largest.stopped_by}
+    return _Answer(found=largest.plan, workload=workload, asked=asked)
 
 
 def _asked(workload: Workload) -> dict[str, Any]:

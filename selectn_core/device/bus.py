@@ -111,14 +111,14 @@ class Bus:
         _path(name).unlink(missing_ok=True)
 
     @staticmethod
-    def peek(name: str) -> float | None:
+    def peek(name: str, directory: Path = SHARED_MEMORY) -> float | None:
         """The bandwidth of a named bus in bytes per second, without joining or creating it; None: there is none.
 
         Takes no lock, so a process that was stopped while it held one cannot delay the caller: the number is one
         aligned word, which is written whole.
         """
         try:
-            with _path(name).open("rb") as file:
+            with _path(name, directory).open("rb") as file:
                 state = file.read(_STATE.size)
         except FileNotFoundError:
             return None
@@ -128,11 +128,16 @@ class Bus:
         return bytes_per_s if magic == _MAGIC and bytes_per_s > 0 else None
 
     @staticmethod
-    def names() -> list[str]:
+    def names(directory: Path = SHARED_MEMORY) -> list[str]:
         """The named buses that this user has on this machine, whether anybody has them open or not."""
         prefix = _prefix()
-        found = (path.name.removeprefix(prefix) for path in SHARED_MEMORY.glob(f"{prefix}*"))
+        found = (path.name.removeprefix(prefix) for path in directory.glob(f"{prefix}*"))
         return sorted(name for name in found if _NAME.fullmatch(name))
+
+    @staticmethod
+    def path(name: str, directory: Path = SHARED_MEMORY) -> Path:
+        """The file of a named bus. Raises ConfigError for what is no name."""
+        return _path(name, directory)
 
     @contextlib.contextmanager
     def _locked_file(self) -> Iterator[None]:
@@ -154,10 +159,10 @@ class Bus:
         _STATE.pack_into(self._memory, 0, _MAGIC, bytes_per_s, next_free_ns, reserved_ns)
 
 
-def _path(name: str) -> Path:
+def _path(name: str, directory: Path = SHARED_MEMORY) -> Path:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"device.bus={name!r} is not allowed: expected 1 to 64 of A-Z a-z 0-9 . _ -")
-    return SHARED_MEMORY / f"{_prefix()}{name}"
+    return directory / f"{_prefix()}{name}"
 
 
 def _prefix() -> str:

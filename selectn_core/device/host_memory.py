@@ -53,7 +53,7 @@ def memory_pressure(proc: Path = _PROC) -> MemoryPressure:
 
     Raises OSError where the kernel does not keep count of it (built without PSI, or started with psi=0).
     """
-    own = next(_cgroup_directories(proc, "cgroup2", ""), None)
+    own = next(cgroup_directories(proc, "cgroup2", ""), None)
     paths = [*([own / "memory.pressure"] if own else []), proc / "pressure" / "memory"]
     path = next((each for each in paths if each.exists()), paths[-1])
     return _parse_pressure(path.read_text(), scope=str(path))
@@ -102,12 +102,12 @@ def _parse_pressure(text: str, *, scope: str) -> MemoryPressure:
 
 
 def _cgroup_v2(proc: Path) -> Iterator[HostMemory]:
-    for directory in _cgroup_directories(proc, "cgroup2", ""):
+    for directory in cgroup_directories(proc, "cgroup2", ""):
         yield from _left_in(directory, "memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
 def _cgroup_v1(proc: Path) -> Iterator[HostMemory]:
-    for directory in _cgroup_directories(proc, "cgroup", "memory"):
+    for directory in cgroup_directories(proc, "cgroup", "memory"):
         cached = ("total_inactive_file", "total_active_file")
         yield from _left_in(directory, "memory.limit_in_bytes", "memory.usage_in_bytes", cached)
 
@@ -133,8 +133,11 @@ def _left_in(directory: Path, limit: str, usage: str, cached: tuple[str, ...]) -
     )
 
 
-def _cgroup_directories(proc: Path, kind: str, controller: str) -> Iterator[Path]:
-    """This process's cgroup and its ancestors, as far up as they are mounted, in one hierarchy."""
+def cgroup_directories(proc: Path, kind: str, controller: str) -> Iterator[Path]:
+    """This process's cgroup and its ancestors, as far up as they are mounted, in one hierarchy.
+
+    `kind` and `controller` are "cgroup2" and "" for v2, or "cgroup" and a controller of v1.
+    """
     mount = _mount(proc, kind, controller)
     own = _own_cgroup(proc, controller)
     if mount is None or own is None:

@@ -12,7 +12,6 @@ import errno
 import logging
 import os
 import platform
-import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,41 +19,18 @@ from pathlib import Path
 import torch
 
 from selectn_core.device.host_pages import whole_pages
+from selectn_core.device.numa_nodes import SYS, node_of_pci, nodes
+
+__all__ = ["node_of_pci", "nodes", "on_all_nodes", "prefer_node"]
 
 logger = logging.getLogger(__name__)
 
-_SYS = Path("/sys")
 _NUMBERS = {
     "x86_64": {"mbind": 237, "set_mempolicy": 238, "get_mempolicy": 239},
     "aarch64": {"mbind": 235, "get_mempolicy": 236, "set_mempolicy": 237},
 }
 _DEFAULT, _PREFERRED, _INTERLEAVE = 0, 1, 3
 _LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def nodes(sys: Path = _SYS) -> list[int]:
-    """The machine's nodes that have memory, ascending; none where the kernel knows of none."""
-    found = (re.fullmatch(r"node(\d+)", path.name) for path in (sys / "devices/system/node").glob("node*"))
-    numbers = sorted(int(match[1]) for match in found if match)
-    return [number for number in numbers if _has_memory(sys / f"devices/system/node/node{number}")]
-
-
-def _has_memory(node: Path) -> bool:
-    try:
-        match = re.search(r"MemTotal:\s+(\d+)", (node / "meminfo").read_text())
-    except OSError:
-        return False
-    return match is not None and int(match[1]) > 0
-
-
-def node_of_pci(address: str, sys: Path = _SYS) -> int | None:
-    """The node that the device at `address` (0000:3b:00.0) is on; None where there is one node, or none is known."""
-    known = nodes(sys)
-    try:
-        number = int((sys / "bus/pci/devices" / address / "numa_node").read_text())
-    except (OSError, ValueError):
-        return None
-    return number if len(known) > 1 and number in known else None
 
 
 def prefer_node(memory: torch.Tensor, node: int) -> None:
@@ -64,7 +40,7 @@ def prefer_node(memory: torch.Tensor, node: int) -> None:
 
 
 @contextlib.contextmanager
-def on_all_nodes(sys: Path = _SYS) -> Iterator[None]:
+def on_all_nodes(sys: Path = SYS) -> Iterator[None]:
     """Pages that this thread is the first to touch meanwhile come from all nodes in turn, those of files too.
 
     For what processes on all nodes read. A policy that the thread has already (numactl) stays.

@@ -128,7 +128,7 @@ def candidates_of(units: UnitSet) -> Iterator[Candidate]:
     Where units are unequal and any of them may be offloaded, few at a time too (`unequal_few`). Which there are depends
     on neither link, limits nor memory, so none is lost where one of these grows.
     """
-    yield _candidate(units, (), 1)
+    yield candidate_of(units, (), 1)
     for offloaded in _few(units):
         yield from _through_slots(units, offloaded)
     allowed = len(units.unit_bytes) if units.among is None else len(units.among)
@@ -139,7 +139,7 @@ def candidates_of(units: UnitSet) -> Iterator[Candidate]:
 
 def _through_slots(units: UnitSet, offloaded: tuple[int, ...]) -> Iterator[Candidate]:
     for num_slots in range(1, min(units.memory.max_slots, len(offloaded) - 1) + 1):
-        yield _candidate(units, offloaded, num_slots)
+        yield candidate_of(units, offloaded, num_slots)
 
 
 def _placements(units: UnitSet, num_offloaded: int) -> list[tuple[int, ...]]:
@@ -155,7 +155,8 @@ def _few(units: UnitSet) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(few for costs in units.longest_steps for few in unequal_few(costs)))
 
 
-def _candidate(units: UnitSet, offloaded: tuple[int, ...], num_slots: int) -> Candidate:
+def candidate_of(units: UnitSet, offloaded: tuple[int, ...], num_slots: int) -> Candidate:
+    """The plan that offloads these units, ascending, through so many slots, and what it takes of memory."""
     sizes, memory = units.unit_bytes, units.memory
     sectors = memory.unit_sectors(sizes)
     away = [sectors[unit] for unit in offloaded]

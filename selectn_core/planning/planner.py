@@ -11,7 +11,7 @@ from selectn_core.errors import Infeasible, NotMeasured, RecordRefused
 from selectn_core.latency.recurrence import Link, StepCosts
 from selectn_core.latency.steps import StepShape
 from selectn_core.memory.memory_model import MemoryModel
-from selectn_core.planning.candidates import Objective, UnitSet
+from selectn_core.planning.candidates import Candidate, Objective, Pace, UnitSet, candidate_of, meets
 from selectn_core.planning.search import PlanRange, least_limit_s, search
 
 if TYPE_CHECKING:
@@ -189,6 +189,14 @@ class Planner:
         without = self._unit_sets(workload.with_limit(name, math.inf))
         limit_s = least_limit_s(without, self.link, name, slowdown=self.slowdown)
         return limit_s, self.plan(workload.with_limit(name, limit_s))
+
+    def candidate(self, workload: Workload, offloaded: tuple[int, ...], num_slots: int) -> Candidate:
+        """A plan that was not searched for, of the first source's units: whether it `fits`, and what it takes."""
+        return candidate_of(self.sources[0].unit_sets(workload)[0], offloaded, num_slots)
+
+    def meets(self, candidate: Candidate) -> bool:
+        """Whether a plan meets every objective that it was made with, fit or not."""
+        return meets(candidate, candidate.units.objectives, Pace(link=self.link, slowdown=self.slowdown))
 
     def _unit_sets(self, workload: Workload) -> list[UnitSet]:
         return [units for source in self.sources for units in source.unit_sets(workload)]

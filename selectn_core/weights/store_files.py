@@ -26,13 +26,38 @@ FILES = Path("/var/tmp")
 
 def remove_abandoned(directory: Path, *, keep: str = "") -> None:
     """Removes this user's stores in `directory` that no process uses or builds, the one of `keep` excepted."""
-    pattern = re.compile(re.escape(store_name("")) + r"([0-9a-f]+)(\.lock|\.building)?")
-    found = {match[1] for path in directory.iterdir() if (match := pattern.fullmatch(path.name))}
-    for fingerprint in sorted(found - {keep}):
+    for fingerprint in sorted(_fingerprints(directory) - {keep}):
         # In use, being built, or not ours: none of these is abandoned.
         with contextlib.suppress(BlockingIOError, StoreRefused), locked(directory, fingerprint, wait=False):
             (directory / store_name(fingerprint, ".building")).unlink(missing_ok=True)
             _remove_unused(directory / store_name(fingerprint))
+
+
+def abandoned(directory: Path) -> list[Path]:
+    """This user's stores in `directory` that no process uses or builds, half-written ones too. Removes nothing."""
+    found = []
+    for fingerprint in sorted(_fingerprints(directory)):
+        with contextlib.suppress(BlockingIOError, StoreRefused), locked(directory, fingerprint, wait=False):
+            building, store = (directory / store_name(fingerprint, suffix) for suffix in (".building", ""))
+            found += [building] if building.exists() else []
+            found += [store] if _is_unused(store) else []
+    return found
+
+
+def _fingerprints(directory: Path) -> set[str]:
+    pattern = re.compile(re.escape(store_name("")) + r"([0-9a-f]+)(\.lock|\.building)?")
+    return {match[1] for path in directory.iterdir() if (match := pattern.fullmatch(path.name))}
+
+
+def _is_unused(path: Path) -> bool:
+    try:
+        fd = open_own(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return try_lock(fd, fcntl.LOCK_EX)
+    finally:
+        os.close(fd)
 
 
 def _remove_unused(path: Path) -> None:

@@ -58,6 +58,7 @@ WITHOUT_TORCH = (
     "selectn_core.control.policies",
     "deployments.cli",
     "deployments.commands.plan",
+    "deployments.commands.doctor.checks",
 )
 # Which file may touch a library's private parts, and what they are called.
 PRIVATE_PLACES = {

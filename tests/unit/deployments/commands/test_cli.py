@@ -24,7 +24,7 @@ def _empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["profile"], ["plan"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["profile"], ["plan"], ["doctor"]])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([*command, "--help"])

@@ -13,7 +13,7 @@ from selectn_core.latency.placement import OffloadPlan
 from selectn_core.latency.recurrence import Link, predict_step_s
 from selectn_core.latency.steps import StepShape
 from selectn_core.memory.workspace import Workspace
-from selectn_core.profiling.record_cache import record_path
+from selectn_core.profiling.record_files import record_path
 from tests.support.records import MIB, NUM_LAYERS, block_record, layer_record
 
 
