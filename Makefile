@@ -49,6 +49,7 @@ bench: $(READY)  ## Run every benchmark; results go to build/
 	$(BIN)/python -m benchmarks.bench_host_store --json build/bench_host_store.json
 	$(BIN)/python -m benchmarks.bench_bus --json build/bench_bus.json
 	$(BIN)/python -m benchmarks.bench_deciding --json build/bench_deciding.json
+	$(BIN)/python -m benchmarks.bench_host_work --json build/bench_host_work.json
 	$(BIN)/python -m benchmarks.bench_coordinator --json build/bench_coordinator.json
 	$(BIN)/python -m benchmarks.bench_capacity --json build/bench_capacity.json --plot build/bench_capacity.png
 	$(BIN)/python -m benchmarks.bench_slo --json build/bench_slo.json --plot build/bench_slo.png

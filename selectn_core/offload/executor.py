@@ -267,6 +267,13 @@ class Executor(ABC):
         else:
             self.device.wait(self.device.copies_issued())
 
+    def _await_arrival(self, copy: Event) -> None:
+        """The same for one copy, of which bytes must not arrive where something else is soon."""
+        if self._is_in_step:
+            copy.synchronize()
+        else:
+            self.device.wait(copy)
+
     @abstractmethod
     def _start_plan(self, promoted: Sequence[int]) -> None:
         """Issues the copies that the plan begins with; `promoted` units must reach their homes."""
@@ -276,7 +283,7 @@ class Executor(ABC):
             event = self._home_copied.pop(index, None)
             if event is not None:
                 with contextlib.suppress(LinkError):  # the bytes do not matter any more, only that none will follow
-                    event.synchronize()
+                    self._await_arrival(event)
             self.store.bind(self.units[index])
             self.memory.free(self._homes.pop(index))
 
