@@ -49,6 +49,7 @@ bench: $(READY)  ## Run every benchmark; results go to build/
 	$(BIN)/python -m benchmarks.bench_host_store --json build/bench_host_store.json
 	$(BIN)/python -m benchmarks.bench_bus --json build/bench_bus.json
 	$(BIN)/python -m benchmarks.bench_deciding --json build/bench_deciding.json
+	$(BIN)/python -m benchmarks.bench_host_work --json build/bench_host_work.json
 	$(BIN)/python -m benchmarks.bench_coordinator --json build/bench_coordinator.json
 	$(BIN)/python -m benchmarks.bench_capacity --json build/bench_capacity.json --plot build/bench_capacity.png
 	$(BIN)/python -m benchmarks.bench_slo --json build/bench_slo.json --plot build/bench_slo.png
@@ -60,8 +61,8 @@ bench: $(READY)  ## Run every benchmark; results go to build/
 	$(BIN)/python -m benchmarks.bench_edge --json build/bench_edge.json
 	$(BIN)/python -m benchmarks.bench_serving_path --json build/bench_serving_path.json
 
-gpu-check: $(READY)  ## On a machine with CUDA: device contract, token identity and bench_interval, one table
-	$(BIN)/python -m benchmarks.gpu_check
+gpu-check: $(READY)  ## On a machine with CUDA: what only a card can show, in one table and under ten minutes
+	$(BIN)/python -m benchmarks.gpu_check --json build/gpu_check.json
 
 constraints:  ## Pin what pyproject.toml resolves to today
 	rm -rf build/pins && $(PYTHON) -m venv build/pins

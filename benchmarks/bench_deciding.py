@@ -51,7 +51,7 @@ class Machine:
 def main() -> int:
     arguments = parse_arguments(__doc__ or "")
     num_steps = 1500 if arguments.quick else 8000
-    samples = [_sample(machine, num_steps) for machine in (layers(), blocks(), large())]
+    samples = [sample(machine, num_steps) for machine in (layers(), blocks(), large())]
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "units": lambda s: str(s["num_units"]),
         "model": lambda s: s["model"],
@@ -242,7 +242,7 @@ def _taken_s(costs: StepCosts, before: OffloadPlan, plan: OffloadPlan, link: Lin
     return step_s
 
 
-def _sample(machine: Machine, num_steps: int) -> dict[str, Any]:
+def sample(machine: Machine, num_steps: int) -> dict[str, Any]:
     loop = Loop(machine)
     loop.run(num_steps)
     deciding_s, steps_s = sum(loop.deciding_s), sum(loop.steps_s)

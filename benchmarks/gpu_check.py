@@ -1,74 +1,102 @@
-"""On a machine with CUDA, without Ray: the device contract, token identity, and bench_interval; one table.
+"""On a machine with CUDA, without Ray: what only a card can show, in one table and in under ten minutes.
 
-Without a GPU it says so and checks nothing.
+Registration of host memory and its flags, the link alone and beside compute, the kernels that attend, what a length
+costs the first time, memory against the accounts, the device contract, token identity, and steps over their bound
+(bench_interval). A check that fails or hangs does not stop the others.
+
+Exit codes: 0 if all hold, 1 if something fails, 2 if there is no GPU and nothing was checked.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import parse_arguments, table
-
-ROOT = Path(__file__).resolve().parent.parent
-TESTS = (
-    ("device contract", ["tests/contract"]),
-    ("token identity on CUDA", ["tests/gpu"]),
+from benchmarks.common import environment, table
+from benchmarks.gpu_checks.children import (
+    RESULT,
+    Child,
+    bench_findings,
+    own_findings,
+    pytest_findings,
+    run_all,
 )
+from benchmarks.gpu_checks.finding import Finding, do_all_hold
+
+BUDGET_S = 570.0
+NO_GPU = 2
+_PYTEST = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
 
 
 def main() -> int:
-    arguments = parse_arguments(__doc__ or "")
+    arguments = _arguments()
     if not torch.cuda.is_available():
         print(f"no CUDA device: nothing was checked (torch {torch.__version__})")
-        return 0
+        return NO_GPU
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    rows = [_run_tests(name, paths) for name, paths in TESTS]
-    rows += _run_bench(arguments.model, quick=arguments.quick, keep=arguments.json)
-    print(table(("check", "result", "figure"), rows))
-    return 0 if all(result == "ok" for _, result, _ in rows) else 1
+    began_s = time.monotonic()
+    findings = run_all(children(arguments.model, quick=not arguments.full), arguments.budget_s)
+    return report(findings, time.monotonic() - began_s, arguments.json)
 
 
-def _run_tests(name: str, paths: list[str]) -> tuple[str, str, str]:
-    """A run of pytest; tests skipped for want of a GPU count as failed here."""
-    started_s = time.perf_counter()
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", *paths], cwd=ROOT, capture_output=True, text=True
-    )
-    lines = run.stdout.strip().splitlines() or [run.stderr.strip()]
-    needed_gpu = any("SKIPPED" in line and "CUDA" in line for line in lines)
-    is_ok = run.returncode == 0 and not needed_gpu
-    if not is_ok:
-        print(run.stdout[-4000:], run.stderr[-2000:], sep="\n", file=sys.stderr)
-    return (
-        name,
-        "ok" if is_ok else "FAIL",
-        f"{lines[-1].strip('= ')} ({time.perf_counter() - started_s:.0f} s)",
-    )
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and findings")
+    parser.add_argument("--model", default="embedded", help="what model.source may be (default: embedded)")
+    parser.add_argument("--full", action="store_true", help="bench_interval at every k; raise --budget-s too")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help=f"seconds in all (default: {BUDGET_S:g})")
+    return parser.parse_args()
 
 
-def _run_bench(model: str, *, quick: bool, keep: Path | None) -> list[tuple[str, str, str]]:
-    with tempfile.TemporaryDirectory() as folder:
-        target = keep or Path(folder) / "bench_interval.json"
-        command = [sys.executable, "-m", "benchmarks.bench_interval", "--device", "cuda", "--model", model]
-        subprocess.run([*command, "--json", str(target), *(["--quick"] if quick else [])], cwd=ROOT, check=False)
-        if not target.is_file():
-            return [("bench_interval", "FAIL", "it did not finish")]
-        checks = json.loads(target.read_text())["checks"]
-    return [
-        (
-            check["name"],
-            "ok" if check["holds"] else "FAIL",
-            f"{check['value']:.4g} (target {check['target']})",
+def children(model: str, *, quick: bool) -> list[Child]:
+    """The short ones first: what hangs takes its time from those after it."""
+    python = sys.executable
+    own = [
+        Child(
+            name=name,
+            command=[python, "-m", "benchmarks.gpu_checks", name, "--model", model, "--json", RESULT],
+            limit_s=limit_s,
+            read=own_findings,
         )
-        for check in checks
+        for name, limit_s in (("registration", 45), ("link", 45), ("model_steps", 120))
     ]
+    bench = [python, "-m", "benchmarks.bench_interval", "--device", "cuda", "--model", model, "--json", RESULT]
+    tests = (("device contract", "tests/contract", 60), ("token identity", "tests/gpu", 150))
+    return [
+        *own,
+        *(
+            Child(name=name, command=[python, *_PYTEST, path], limit_s=limit_s, read=pytest_findings)
+            for name, path, limit_s in tests
+        ),
+        Child(
+            name="bench_interval",
+            command=[*bench, "--quick"] if quick else bench,
+            limit_s=180 if quick else 3600,
+            read=bench_findings,
+        ),
+    ]
+
+
+def report(findings: Sequence[Finding], seconds: float, file: Path | None) -> int:
+    """Prints the table, writes the result file if asked; the exit code."""
+    print(table(("check", "what", "result", "figure"), [(f.check, f.name, f.verdict, f.figure) for f in findings]))
+    print(f"{sum(f.holds is False for f in findings)} of {len(findings)} fail, {seconds:.0f} s")
+    if file is not None:
+        result = {
+            "provenance": "measured",
+            "environment": environment(),
+            "seconds": seconds,
+            "findings": [{**each.as_dict(), "verdict": each.verdict} for each in findings],
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0 if do_all_hold(findings) else 1
 
 
 if __name__ == "__main__":

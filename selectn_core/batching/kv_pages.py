@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,7 @@ from transformers.generation.continuous_batching.cache_allocators.cache_pool imp
 from selectn_core.batching.probe import KvShape
 from selectn_core.device import Device
 from selectn_core.memory.kv_geometry import BlockGeometry, KvGeometry
+from selectn_core.memory.sector_set import SectorSet
 
 _being_patched = threading.Lock()
 
@@ -148,12 +149,14 @@ class KvPages:
         self._allocators: list[CacheAllocator] = list(cache.cache_allocators.values())
         self.sector_bytes = cache.bytes_per_sector
         self._all = range(self.num_reserved, self.num_reserved + num_sectors)
-        self._mine = set(self._all)
+        self._mine = SectorSet(self._all.stop, self._all)
+        self._free = SectorSet(self._all.stop)  # transformers' pool takes from it, and puts back
         cache.num_sectors = num_sectors
         self.memory = self._move(device)
         self._is_released = False
         # Transformers' own would hand out every sector again, those that hold weights too.
         self._pool.reset = self._reset_pool
+        self._pool.try_to_free_sectors = self._free_whole_sectors
         self._pool.reset()
 
     def release(self) -> None:
@@ -177,16 +180,8 @@ class KvPages:
 
     @property
     def num_in_use(self) -> int:
-        """Sectors with blocks of running requests."""
-        return sum(len(self._sectors_of(a, self._live_blocks(a))) for a in self._allocators)
-
-    @property
-    def num_cached(self) -> int:
-        """Sectors with blocks that are kept for their prefix alone."""
-        return sum(
-            len(self._sectors_of(a, a.ledger.cached_blocks) - self._sectors_of(a, self._live_blocks(a)))
-            for a in self._allocators
-        )
+        """Sectors with blocks of running requests. Any thread may ask."""
+        return max(0, self.num_sectors - len(self._free) - sum(self._num_idle(each) for each in self._allocators))
 
     def evict_cached(self) -> None:
         """Forgets the keys of finished requests, kept for their prefix."""
@@ -198,37 +193,33 @@ class KvPages:
         Returns False, with every request as it was, where the rest of the cache cannot hold them. `num_in_use` never
         grows.
         """
-        wanted = {sector + self.num_reserved for sector in sectors}
-        assert wanted <= self._mine, "sectors that the cache does not have"
-        several = [allocator for allocator in self._allocators if allocator.blocks_per_sector > 1]
-        if any(wanted & self._sectors_of(a, self._live_blocks(a)) for a in several):
-            # Blocks that moved in beside cached ones would bring sectors into use that nothing running had a part of.
-            self.evict_cached()
-        if not self._move_out_of(wanted):
-            self.evict_cached()
-            if not self._move_out_of(wanted):
-                return False
-        self._mine -= wanted
+        wanted = self._numbered(sectors)
+        assert self._mine.count(wanted) == len(wanted), "sectors that the cache does not have"
+        self._pool.try_to_free_sectors()
+        if self._free.count(wanted) < len(wanted) and not self._move_out_of(wanted):
+            return False
+        self._free.remove(wanted)
+        self._mine.remove(wanted)
         self._cache.num_sectors = len(self._mine)
         return True
 
     def give(self, sectors: range) -> None:
         """Adds `sectors` to the cache."""
-        new = {sector + self.num_reserved for sector in sectors}
-        assert not new & self._mine, "sectors that the cache has already"
-        self._mine |= new
+        new = self._numbered(sectors)
+        assert not self._mine.count(new), "sectors that the cache has already"
+        self._mine.add(new)
+        self._free.add(new)  # the highest is taken first: pages fill the arena from the top, away from the weights
         self._cache.num_sectors = len(self._mine)
-        # Ascending, and taken from the end: pages fill the arena from the top, away from the weights.
-        self._pool.free_sectors = sorted([*self._pool.free_sectors, *new])
 
     def check_integrity(self, others: set[int]) -> None:
         """Raises AssertionError unless every sector is one of `others`, free, or some attention type's.
 
         A block of the latter is exactly one of free, cached, or in the tables of as many requests as its count says.
         """
-        free, others = set(self._pool.free_sectors), {sector + self.num_reserved for sector in others}
-        assert len(free) == len(self._pool.free_sectors), "a sector is free twice"
-        states = [free, others]
+        free, others = set(self._free), {sector + self.num_reserved for sector in others}
+        assert self._pool.free_sectors is self._free, "the pool takes from elsewhere"
+        assert len(free) == len(self._free), "free sectors are miscounted"
+        states, num_in_use = [free, others], 0
         for allocator in self._allocators:
             owners = Counter(block for table in allocator.block_table.values() for block in table)
             cached, ledger = set(allocator.ledger.cached_blocks), allocator.ledger
@@ -244,51 +235,61 @@ class KvPages:
             sectors = self._sectors_of(allocator, blocks)
             assert len(blocks) == len(sectors) * allocator.blocks_per_sector, "blocks have been lost"
             states.append(sectors)
+            num_in_use += len(self._sectors_of(allocator, owners))
+        assert num_in_use == self.num_in_use, "sectors in use are miscounted"
         assert sum(map(len, states)) == len(set().union(*states)), "a sector in two states"
         assert set().union(*states) == set(self._all), "sectors without a state"
-        assert set().union(*states) - others == self._mine, "the cache uses sectors that are not its own"
+        assert set().union(*states) - others == set(self._mine), "the cache uses sectors that are not its own"
 
-    def _move_out_of(self, wanted: set[int]) -> bool:
+    def _numbered(self, sectors: range) -> range:
+        """As transformers counts them."""
+        return range(sectors.start + self.num_reserved, sectors.stop + self.num_reserved)
+
+    def _move_out_of(self, wanted: range) -> bool:
+        """Has the `wanted` sectors, of which some are not free, hold nothing; cached prefixes go first if need be."""
+        several = [allocator for allocator in self._allocators if allocator.blocks_per_sector > 1]
+        if any(_places(table, _blocks_of(wanted, a)) for a in several for table in a.block_table.values()):
+            # Blocks that moved in beside cached ones would bring sectors into use that nothing running had a part of.
+            self.evict_cached()
+        if self._try_to_move_out_of(wanted):
+            return True
+        self.evict_cached()
+        return self._try_to_move_out_of(wanted)
+
+    def _try_to_move_out_of(self, wanted: range) -> bool:
         self._pool.try_to_free_sectors()
-        outside = sorted(set(self._pool.free_sectors) - wanted)
-        moves, num_missing = [], []
-        for allocator in self._allocators:
-            held = self._live_blocks(allocator) | allocator.ledger.cached_blocks.keys()
-            blocks = sorted(block for block in held if block // allocator.blocks_per_sector in wanted)
-            trees = self._free_blocks(allocator).trees
-            spare = sum(len(leaves) for sector, leaves in trees.items() if sector not in wanted)
-            moves.append((allocator, blocks))
-            num_missing.append(max(0, -(-(len(blocks) - spare) // allocator.blocks_per_sector)))
-        if sum(num_missing) > len(outside):
+        moves = [_Move(allocator, self._free_blocks(allocator), wanted) for allocator in self._allocators]
+        if sum(move.num_new for move in moves) > len(self._free) - self._free.count(wanted):
             return False
-        self._pool.free_sectors = outside
-        for (allocator, blocks), missing in zip(moves, num_missing, strict=True):
-            self._move_blocks(allocator, blocks, missing, wanted)
+        self._free.remove(wanted)
+        for move in moves:
+            self._move_blocks(move, wanted)
         return True
 
-    def _move_blocks(self, allocator: CacheAllocator, blocks: list[int], num_new: int, wanted: set[int]) -> None:
-        """Copies `blocks` out of the `wanted` sectors, and to there `num_new` more sectors for them."""
-        free = self._free_blocks(allocator)
-        for sector in wanted & free.trees.keys():
+    def _move_blocks(self, move: _Move, wanted: range) -> None:
+        """Copies blocks out of the `wanted` sectors."""
+        allocator, free = move.allocator, self._free_blocks(move.allocator)
+        for sector in [sector for sector in free.trees if sector in wanted]:
             free._length -= len(free.trees.pop(sector))
-        for _ in range(num_new):
+        for _ in range(move.num_new):
             self._pool.allocate_sector(allocator.index)
-        if not blocks:
-            return
-        targets = self._pool.get_free_blocks(allocator.index, len(blocks))
-        allocator.copy_blocks(blocks, targets)
-        moved, ledger = dict(zip(blocks, targets, strict=True)), allocator.ledger
-        for table in allocator.block_table.values():
-            table[:] = [moved.get(block, block) for block in table]
-        for counts in (ledger.shared_ref_counts, ledger.block_to_hash, ledger.cached_blocks):
-            renamed = {moved.get(block, block): value for block, value in counts.items()}
-            counts.clear()
-            counts.update(renamed)
-        for key, block in ledger.hash_to_block.items():
-            ledger.hash_to_block[key] = moved.get(block, block)
+        if move.blocks:
+            targets = self._pool.get_free_blocks(allocator.index, len(move.blocks))
+            allocator.copy_blocks(move.blocks, targets)
+            move.rename(targets)
 
-    def _live_blocks(self, allocator: CacheAllocator) -> set[int]:
-        return {block for table in allocator.block_table.values() for block in table}
+    def _num_idle(self, allocator: CacheAllocator) -> int:
+        """Sectors of an attention type whose blocks are all free, or kept for their prefix alone."""
+        free, cached, per_sector = (
+            self._free_blocks(allocator),
+            allocator.ledger.cached_blocks,
+            allocator.blocks_per_sector,
+        )
+        if per_sector == 1:
+            return len(free) + len(cached)
+        num_idle = Counter({sector: len(leaves) for sector, leaves in list(free.trees.items())})
+        num_idle.update(block // per_sector for block in list(cached))
+        return sum(number == per_sector for number in num_idle.values())
 
     def _sectors_of(self, allocator: CacheAllocator, blocks: Iterable[int]) -> set[int]:
         return {block // allocator.blocks_per_sector for block in blocks}
@@ -298,7 +299,14 @@ class KvPages:
 
     def _reset_pool(self) -> None:
         type(self._pool).reset(self._pool)
-        self._pool.free_sectors = sorted(self._mine)
+        self._free = SectorSet(self._all.stop)
+        self._free.extend(self._mine)
+        self._pool.free_sectors = self._free
+
+    def _free_whole_sectors(self) -> None:
+        """What the pool's own does, without asking the sectors one by one for their place."""
+        for allocator in self._allocators:
+            self._free.extend(self._free_blocks(allocator).delete_full_trees())
 
     def _move(self, device: Device) -> torch.Tensor:
         cache = self._cache
@@ -316,3 +324,41 @@ class KvPages:
         for allocator in self._allocators:
             allocator.cache_tensor = allocator._copy_view = None
             allocator._kv_token_views, allocator._kv_page_views = {}, {}
+
+
+class _Move:
+    """The blocks of one attention type that have to leave some sectors, and where they are known by their numbers."""
+
+    def __init__(self, allocator: CacheAllocator, free: RegularTrees, wanted: range) -> None:
+        """`num_new` sectors, beside what `free` has elsewhere, are needed for `blocks`."""
+        self.allocator, blocks = allocator, _blocks_of(wanted, allocator)
+        tables = allocator.block_table.values()
+        self._places = [(table, places) for table in tables if (places := _places(table, blocks))]
+        cached = [block for block in allocator.ledger.cached_blocks if block in blocks]
+        self.blocks = sorted({*cached, *(table[i] for table, places in self._places for i in places)})
+        spare = len(free) - sum(len(leaves) for sector, leaves in free.trees.items() if sector in wanted)
+        self.num_new = max(0, -(-(len(self.blocks) - spare) // allocator.blocks_per_sector))
+
+    def rename(self, targets: Sequence[int]) -> None:
+        """Has everything that names one of the blocks name its target."""
+        moved, ledger = dict(zip(self.blocks, targets, strict=True)), self.allocator.ledger
+        for table, places in self._places:
+            for i in places:
+                table[i] = moved[table[i]]
+        for names in (ledger.shared_ref_counts, ledger.block_to_hash, ledger.cached_blocks):
+            for block, target in moved.items() if names else ():
+                if block in names:
+                    names[target] = names.pop(block)
+        for target in targets:
+            if target in ledger.block_to_hash:
+                ledger.hash_to_block[ledger.block_to_hash[target]] = target
+
+
+def _blocks_of(sectors: range, allocator: CacheAllocator) -> range:
+    return range(sectors.start * allocator.blocks_per_sector, sectors.stop * allocator.blocks_per_sector)
+
+
+def _places(table: Sequence[int], blocks: range) -> list[int]:
+    """Where in a request's table any of `blocks` are."""
+    first, end = blocks.start, blocks.stop
+    return [i for i, block in enumerate(table) if first <= block < end]

@@ -23,17 +23,45 @@ from selectn_core.device.link_usage import LinkUsage
 from selectn_core.errors import DeviceMemoryExceeded, PinningRefused
 
 _MAX_TIMED_COPIES = 256
+_MAX_IDLE_EVENTS = 1024
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _LEAST_KEPT_BACK_BYTES = 1 << 30
 _REGISTER_PORTABLE = 1  # cudaHostRegister's flag: for every context of the process
 
 
-class CudaEvent(Event):
-    """A CUDA event, recorded when it was made."""
+class CudaEvents:
+    """CUDA's events, used again when what they stood for is not asked for any more.
 
-    def __init__(self, stream: torch.cuda.Stream, *, timed: bool = False) -> None:
-        self.event = torch.cuda.Event(enable_timing=timed)
-        self.event.record(stream)
+    What waits for an event waits for what it was recorded at when the wait was issued: it may be recorded anew then.
+    """
+
+    def __init__(self, *, timed: bool) -> None:
+        self._is_timed = timed
+        self._idle: deque[torch.cuda.Event] = deque(maxlen=_MAX_IDLE_EVENTS)
+
+    def recorded(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        try:
+            event = self._idle.pop()
+        except IndexError:
+            event = torch.cuda.Event(enable_timing=self._is_timed)
+        event.record(stream)
+        return event
+
+    def give_back(self, event: torch.cuda.Event) -> None:
+        """Any thread may."""
+        self._idle.append(event)
+
+
+class CudaEvent(Event):
+    """A CUDA event of its own, recorded when it was made, until it is gone."""
+
+    def __init__(self, stream: torch.cuda.Stream, events: CudaEvents) -> None:
+        self._events = events
+        self.event = events.recorded(stream)
+
+    def __del__(self) -> None:
+        if (event := self.__dict__.pop("event", None)) is not None:
+            self._events.give_back(event)
 
     def is_done(self) -> bool:
         return bool(self.event.query())
@@ -48,8 +76,8 @@ class CudaEvent(Event):
 class CudaTimestamp(Timestamp):
     """A CUDA event. CUDA gives the time between two as a float32 of milliseconds: exact only where they are close."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = CudaEvent(stream, timed=True)
+    def __init__(self, event: CudaEvent) -> None:
+        self._event = event
 
     def since(self, earlier: Timestamp) -> float:
         assert isinstance(earlier, CudaTimestamp)
@@ -63,13 +91,13 @@ class CudaDevice(Device):
     provenance = "measured"
 
     def __init__(self, capacity_bytes: int | None = None, *, index: int = 0) -> None:
-        """`capacity_bytes` None takes what is free now, but for what is kept back (`_kept_back_bytes`)."""
+        """`capacity_bytes` None takes what is free now, but for what is kept back (`kept_back_bytes`)."""
         self.torch_device = torch.device("cuda", index)
         # SDPA would prefer cuDNN, which plans anew, for tens of ms, at every new length: here that is at every step.
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.empty_cache()
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.torch_device)
-        most_bytes = max(0, free_bytes - _kept_back_bytes(total_bytes))
+        most_bytes = max(0, free_bytes - kept_back_bytes(total_bytes))
         self.capacity_bytes = capacity_bytes if capacity_bytes is not None else most_bytes
         if self.capacity_bytes > most_bytes:
             raise DeviceMemoryExceeded(
@@ -80,6 +108,7 @@ class CudaDevice(Device):
         self._pci_address = _pci_address(self._properties)
         self._numa_node = numa.node_of_pci(self._pci_address)
         self._copy_stream = torch.cuda.Stream(self.torch_device)
+        self._events, self._timed_events = CudaEvents(timed=False), CudaEvents(timed=True)
         self._sizes: dict[int, int] = {}
         # By address. The tensors stay: locked memory must not be unmapped.
         self._registered: dict[int, torch.Tensor] = {}
@@ -175,10 +204,10 @@ class CudaDevice(Device):
         if after is not None:
             assert isinstance(after, CudaEvent)
             stream.wait_event(after.event)
-        started = CudaEvent(stream, timed=True)
+        started = CudaEvent(stream, self._timed_events)
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-        done = CudaEvent(stream, timed=True)
+        done = CudaEvent(stream, self._timed_events)
         with self._usage_lock:
             self._under_way.append((started, done, source.nbytes))
             if len(self._under_way) > _MAX_TIMED_COPIES:
@@ -186,10 +215,10 @@ class CudaDevice(Device):
         return done
 
     def copies_issued(self) -> Event:
-        return CudaEvent(self._copy_stream)
+        return CudaEvent(self._copy_stream, self._events)
 
     def record(self) -> Event:
-        return CudaEvent(torch.cuda.current_stream(self.torch_device))
+        return CudaEvent(torch.cuda.current_stream(self.torch_device), self._events)
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
@@ -199,7 +228,7 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.torch_device)
 
     def timestamp(self) -> Timestamp:
-        return CudaTimestamp(torch.cuda.current_stream(self.torch_device))
+        return CudaTimestamp(CudaEvent(torch.cuda.current_stream(self.torch_device), self._timed_events))
 
     def peak_bytes(self, run: Callable[[], None]) -> int:
         self.synchronize()
@@ -248,6 +277,6 @@ def _uuid_of(pci_address: str) -> str | None:
     return None
 
 
-def _kept_back_bytes(total_bytes: int) -> int:
+def kept_back_bytes(total_bytes: int) -> int:
     """What no account has: kernels that are loaded when first called, cuBLAS's workspaces, inputs, holes."""
     return max(_LEAST_KEPT_BACK_BYTES, total_bytes * 3 // 100)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect
+
 
 class FirstFit:
     """Who holds which of the places 0..capacity-1. What a place is, a byte or a sector, is the caller's business."""
@@ -27,13 +29,15 @@ class FirstFit:
         if size is None:
             raise ValueError(f"nothing was taken at {start}")
         self.num_taken -= size
-        merged: list[tuple[int, int]] = []
-        for free_start, length in sorted([*self._free, (start, size)]):
-            if merged and sum(merged[-1]) == free_start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((free_start, length))
-        self._free = merged
+        first = last = bisect(self._free, (start, size))
+        merged_start, merged_end = start, start + size
+        if first > 0 and sum(self._free[first - 1]) == start:
+            first -= 1
+            merged_start = self._free[first][0]
+        if last < len(self._free) and self._free[last][0] == merged_end:
+            merged_end = sum(self._free[last])
+            last += 1
+        self._free[first:last] = [(merged_start, merged_end - merged_start)]
         return size
 
     def taken(self) -> list[range]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import numpy as np
@@ -25,12 +25,30 @@ def measure_sampling(device: Device, vocab_size: int, max_rows: int) -> Sampling
     """Samples a few numbers of rows of logits of this size on the device, some with top_p."""
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(max_rows, vocab_size, generator=generator) * _SPREAD).to(device.torch_device)
-    cases = [(rows, params) for rows in sorted({1, max(1, max_rows // 4), max_rows}) for params in (_PLAIN, _TRUNCATED)]
-    times_s = [_timed_s(lambda: _sample(logits[:rows], params), device) for rows, params in cases]  # noqa: B023
-    features = np.array([[1.0, rows, rows * params.is_truncated] for rows, params in cases])
-    # Relative errors count, as in the fit of the model's own times.
-    weights = 1 / np.maximum(times_s, 1e-9)
-    call_s, row_s, truncated_row_s = nnls(features * weights[:, None], np.ones(len(cases)))[0].tolist()
+    numbers = sorted({1, max(1, max_rows // 4), max_rows})
+
+    def timed_s(num_rows: int, params: SamplingParams) -> float:
+        drawn_from = torch.empty_like(logits[:num_rows])  # sampling may overwrite it
+
+        def fill() -> None:
+            drawn_from.copy_(logits[:num_rows])
+
+        return _timed_s(fill, lambda: _sample(drawn_from, params), device)
+
+    return fit_sampling(
+        numbers, [timed_s(number, _PLAIN) for number in numbers], [timed_s(number, _TRUNCATED) for number in numbers]
+    )
+
+
+def fit_sampling(num_rows: Sequence[int], plain_s: Sequence[float], truncated_s: Sequence[float]) -> SamplingTimes:
+    """Of times for so many rows, without and with top_p, what a call and a row take; relative errors count.
+
+    Rows with top_p take at least as long as others here, though a CPU may be done with them sooner.
+    """
+    truncated_s = [max(pair) for pair in zip(plain_s, truncated_s, strict=True)]
+    features = np.array([[1.0, rows, rows * is_truncated] for is_truncated in (0, 1) for rows in num_rows])
+    weights = 1 / np.maximum([*plain_s, *truncated_s], 1e-9)
+    call_s, row_s, truncated_row_s = nnls(features * weights[:, None], np.ones(len(features)))[0].tolist()
     return SamplingTimes(call_s=call_s, row_s=row_s, truncated_row_s=truncated_row_s)
 
 
@@ -39,9 +57,10 @@ def _sample(logits: torch.Tensor, params: SamplingParams) -> None:
     perturb_for_argmax(logits, [params] * num_rows, range(num_rows), [0] * num_rows)
 
 
-def _timed_s(function: Callable[[], None], device: Device) -> float:
+def _timed_s(prepare: Callable[[], None], function: Callable[[], None], device: Device) -> float:
     samples = []
     for _ in range(_SAMPLES + 1):  # the first is a warm-up
+        prepare()
         device.synchronize()
         began_s = time.perf_counter()
         function()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from selectn_core.errors import RequestError
+from selectn_core.requests.row_sampling import RowSampler
 from selectn_core.requests.sampling_ranges import RANGES
 
 # Below it the most likely token is taken: scores that differ by less than this are rounding.
 MIN_TEMPERATURE = 1e-5
 # Of a row's tokens, so many are looked at before all are sorted, which takes ten times as long on a CPU.
 _NUM_CANDIDATES = 1024
+# Of smaller vocabularies a CPU's cache holds several rows, and an operation costs more than what it does.
+_LEAST_IN_TURN = 8192
+_MOST = torch.finfo(torch.float32).max
 # A 32-bit finaliser with next to no bias (Chris Wellons, "Prospecting for Hash Functions", 2018).
 _FACTORS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 _SHIFTS = (16, 15, 16)
@@ -55,7 +59,7 @@ class SamplingParams:
 
 
 def perturb_for_argmax(
-    logits: torch.Tensor,  # [num_rows, vocab_size], float32
+    logits: torch.Tensor,  # [num_rows, vocab_size], float32; rows that are drawn from may be overwritten
     params: Sequence[SamplingParams],  # of the first rows
     seeds: Sequence[int],
     positions: Sequence[int],
@@ -64,10 +68,14 @@ def perturb_for_argmax(
 
     argmax(log p + Gumbel noise) is a draw from p (Gumbel 1954; Maddison, Tarlow & Minka 2014). The noise is
     a hash of seed, position and token: a row's token does not depend on the rows beside it. All rows are computed at
-    once, where the logits are. A row with logits that are not finite has a chosen value that is not finite either.
+    once, where the logits are; or, in a CPU's memory and with a large vocabulary, in turn and by one hash of seed and
+    position each (`row_sampling`). A row with logits that are not finite has a chosen value that is not finite either.
     """
     sampled = [i for i, row in enumerate(params) if not row.is_greedy]
     if not sampled:
+        return logits
+    if logits.device.type == "cpu" and logits.shape[-1] >= _LEAST_IN_TURN:
+        _draw_in_turn(logits, {i: params[i] for i in sampled}, seeds, positions)
         return logits
     rows = torch.tensor(sampled, device=logits.device)
     chosen = [params[i] for i in sampled]
@@ -75,6 +83,22 @@ def perturb_for_argmax(
     _truncate(scores, chosen)
     scores += _gumbel_noise([_key(seeds[i], positions[i]) for i in sampled], scores)
     return scores if len(sampled) == len(logits) else logits.index_copy(0, rows, scores)
+
+
+def _draw_in_turn(
+    logits: torch.Tensor, params: Mapping[int, SamplingParams], seeds: Sequence[int], positions: Sequence[int]
+) -> None:
+    """Raises the drawn token's logit above all others of its row."""
+    sampler, rows, array = RowSampler(logits.shape[-1]), logits.unbind(), logits.numpy()
+    for i, row in params.items():
+        uniform = _uniform(seeds[i], positions[i])
+        token = sampler.draw(rows[i], temperature=row.temperature, top_k=row.top_k, top_p=row.top_p, uniform=uniform)
+        if token is not None:
+            above = 2 * abs(sampler.largest) + 1
+            if above > _MOST:
+                array[i] = -math.inf
+                above = 0.0
+            array[i, token] = above
 
 
 def _tempered(logits: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
@@ -148,10 +172,19 @@ def _gumbel_noise(keys: Sequence[tuple[int, int]], like: torch.Tensor) -> torch.
 
 def _key(seed: int, position: int) -> tuple[int, int]:
     """An odd factor and an offset, 32 bits each and signed. Seeds are told apart to their last bit."""
-    both = seed.to_bytes(8, "little", signed=True) + position.to_bytes(8, "little")
-    digest = hashlib.blake2b(both, digest_size=8).digest()
+    digest = _digest(seed, position)
     factor, offset = (int.from_bytes(half, "little", signed=True) for half in (digest[:4], digest[4:]))
     return factor | 1, offset
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number of (0, 1), with 48 bits."""
+    return (int.from_bytes(_digest(seed, position)[:6], "little") + 0.5) * 2.0**-48
+
+
+def _digest(seed: int, position: int) -> bytes:
+    both = seed.to_bytes(8, "little", signed=True) + position.to_bytes(8, "little")
+    return hashlib.blake2b(both, digest_size=8).digest()
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:  # [len(values), 1]

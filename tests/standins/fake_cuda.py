@@ -74,6 +74,7 @@ class FakeCuda:
         self.registered: dict[int, tuple[int, int, str]] = {}  # bytes, flags, and how it was mapped at that time
         self.on_elapsed: Callable[[], None] = lambda: None  # called where the time between two events is asked for
         self.calls: list[str] = []
+        self.num_events = 0  # that were made
         self.properties = SimpleNamespace(
             uuid="11111111-2222-3333-4444-555555555555", pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0
         )
@@ -103,6 +104,7 @@ class FakeCuda:
         return self._streams[-1]
 
     def Event(self, enable_timing: bool = False) -> FakeEvent:  # noqa: N802
+        self.num_events += 1
         return FakeEvent(self, enable_timing)
 
     def current_stream(self, _: object) -> FakeStream:

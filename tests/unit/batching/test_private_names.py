@@ -162,7 +162,7 @@ def test_objects_have_what_is_used(engine) -> None:
         "tokens_per_page layer_type sliding_window blocks_per_sector block_table index ledger "
         "block_physical_stride write_trash_index",
         allocator.ledger: "shared_ref_counts hash_to_block block_to_hash cached_blocks",
-        RegularTrees(2): "trees _length",
+        RegularTrees(2): "trees _length delete_full_trees",
         FutureRequestState(request, True, {}, 1): "state query_length has_new_token complete_blocks",
     }
     for owner, names in used.items():
@@ -227,6 +227,16 @@ def test_caches_find_their_shape_where_it_is_replaced(engine) -> None:
     assert all(isinstance(each, type) for each in ATTN_TYPE_TO_ALLOCATOR.values()), "a patch was left behind"
     assert isinstance(engine.model._is_stateful, bool)
     assert isinstance(engine.model.config._attn_implementation, str)
+
+
+def test_free_sectors_are_used_as_ours_can_be() -> None:
+    """What takes the place of the pool's list has no more of a list's ways than these."""
+    assert "self.free_sectors.pop()" in inspect.getsource(CachePool.allocate_sector), f"see {PLACE}"
+    own = inspect.getsource(CachePool.try_to_free_sectors)  # which is replaced
+    for part in ("_free_blocks.delete_full_trees()", "self.free_sectors.append(root)"):
+        assert part in own, f"{part} is gone: see {PLACE}"
+    uses = inspect.getsource(CachePool).count("self.free_sectors")
+    assert uses == 4, f"free sectors are used otherwise, too: see {PLACE}"
 
 
 def test_the_scheduler_registry_is_a_dict_and_is_left_as_it_was(engine) -> None:

@@ -142,6 +142,38 @@ class TestLinkUsage:
         assert (usage.num_copies, usage.busy_s) == (2, pytest.approx(2 * cuda.use_s, rel=1e-5))
 
 
+class TestEvents:
+    def test_those_that_are_not_asked_for_any_more_are_used_again(self, device, cuda) -> None:
+        source, target = device.allocate_host(100), device.allocate(100, "target")
+
+        def step() -> None:
+            for _ in range(20):
+                device.wait(device.copy_async(source, target, after=device.record()))
+                device.timestamp()
+            device.synchronize()
+            device.link_usage()
+
+        step()
+        made = cuda.num_events
+        for _ in range(5):
+            step()
+        assert cuda.num_events == made
+
+    def test_one_that_is_still_asked_for_stays_what_it_was(self, device, cuda, clock) -> None:
+        source, target = device.allocate_host(100), device.allocate(100, "target")
+        first = device.copy_async(source, target)
+        before = device.timestamp()
+        for _ in range(20):
+            clock.now_s += 1.0
+            device.synchronize()
+            device.link_usage()
+            last = device.copy_async(source, target)
+            after = device.timestamp()
+        assert first.is_done()
+        assert not last.is_done()
+        assert after.since(before) == pytest.approx(20, rel=0.01)
+
+
 class TestBudget:
     GIB = 1 << 30
 

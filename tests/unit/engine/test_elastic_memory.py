@@ -224,10 +224,10 @@ def test_a_layer_comes_back_into_memory_that_running_requests_use(monkeypatch: p
     pages, num_moved = engine.batching.pages, 0
     move_blocks = pages._move_blocks
 
-    def counted(allocator: Any, blocks: list[int], *rest: Any) -> None:
+    def counted(move: Any, wanted: range) -> None:
         nonlocal num_moved
-        num_moved += len(blocks)
-        move_blocks(allocator, blocks, *rest)
+        num_moved += len(move.blocks)
+        move_blocks(move, wanted)
 
     monkeypatch.setattr(pages, "_move_blocks", counted)
     # Each step lends all layers' memory, fills it with keys, and takes a part of it back.

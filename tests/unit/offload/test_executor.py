@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from selectn_core.device import align_up
+from selectn_core.device import Event, align_up
 from selectn_core.device.emulated import EmulatedDevice, EmulatedEvent
 from selectn_core.errors import DeviceMemoryExceeded, LinkError
 from selectn_core.latency.placement import OffloadPlan
@@ -156,6 +156,19 @@ def test_a_change_of_plan_between_steps_does_not_stop_the_device(executor: Execu
     step(executor)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executor.device, "synchronize", lambda: pytest.fail("the host waits for all that was issued"))
+        in_order: list[Event] = []  # a stream that computes would wait for these
+        wait, synchronize = executor.device.wait, EmulatedEvent.synchronize
+
+        def wait_in_order(event: Event) -> None:
+            in_order.append(event)
+            wait(event)
+
+        def synchronize_in_order(event: EmulatedEvent) -> None:
+            assert any(event is each for each in in_order), "the host waits for a copy"
+            synchronize(event)
+
+        patch.setattr(executor.device, "wait", wait_in_order)
+        patch.setattr(EmulatedEvent, "synchronize", synchronize_in_order)
         change_plans(executor)
     step(executor)
 
