@@ -46,6 +46,12 @@ def cluster_num_gpus() -> float:
     return ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
 
 
+def cores_by_node() -> list[float]:
+    """What each node of the cluster has for Ray's placement; none outside a cluster."""
+    nodes = ray.nodes() if ray.is_initialized() else []
+    return [node["Resources"].get("CPU", 0.0) for node in nodes if node["Alive"]]
+
+
 def resolve_device(device: DeviceConfig, num_gpus: float) -> DeviceConfig:
     """ "auto" is CUDA where the cluster has GPUs, and the emulated device elsewhere."""
     if device.kind != "auto":
@@ -57,7 +63,7 @@ def _ingress(args: AppArgs) -> serve.Deployment:
     return serve.deployment(
         Ingress,
         name=INGRESS_NAME,
-        num_replicas=args.num_ingress_replicas,
+        num_replicas=args.resolved_num_ingress_replicas(cores_by_node()),
         max_ongoing_requests=INGRESS_MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": NUM_CPUS},
         max_surge_percent=100,  # when it is replaced the next one answers before this one is told to stop

@@ -34,6 +34,9 @@ NUM_CONTROL_CALLS = 16
 # Callers take a report for stale after 5 s (deployments/routing/shared_board.py), and one may be lost.
 MOST_HEADROOM_PERIOD_S = 2.5
 COUNT = Bounds(at_least=1, at_most=1 << 20)
+# An ingress uses half a core at some 7,000 tokens/s; what generates as many has more cores than this beside it. Two
+# such use three quarters of a core of their node's proxy, which is one process (docs/operations.md).
+CORES_PER_INGRESS, MOST_INGRESSES_PER_NODE = 16, 2
 # What objectives that a server finds for itself are taken for where its grace is derived: more than on a small machine.
 GRACE_TTFT_S, GRACE_TPOT_S = 10.0, 0.25
 LEAST_GRACE_S, MOST_GRACE_S = 10.0, 600.0
@@ -89,7 +92,8 @@ class AppArgs(Strict):
     `max_ongoing_requests` (per replica) None: as many as the engine runs and queues, so that all waiting is
     done where the scheduler sees it. `shutdown_grace_s`: how long requests in flight may go on at shutdown; None: as
     long as an answer of `limits.default_max_tokens` may take within the objectives.
-    `headroom_period_s`: how often replicas report what they can take.
+    `headroom_period_s`: how often replicas report what they can take. `num_ingress_replicas` None: by the cores of the
+    cluster's nodes.
     """
 
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -102,7 +106,7 @@ class AppArgs(Strict):
     cluster: CoordinationConfig = Field(default_factory=CoordinationConfig)
     limits: RequestLimits = Field(default_factory=RequestLimits)
     num_replicas: Annotated[int, COUNT] = 1
-    num_ingress_replicas: Annotated[int, COUNT] = 1
+    num_ingress_replicas: Annotated[int | None, COUNT] = None
     headroom_period_s: Annotated[float, Bounds(at_least=0.01, at_most=MOST_HEADROOM_PERIOD_S)] = 0.5
     max_ongoing_requests: Annotated[int | None, COUNT] = None
     shutdown_grace_s: Annotated[float | None, Bounds(at_least=0, at_most=86_400)] = None
@@ -139,6 +143,13 @@ class AppArgs(Strict):
         if self.max_ongoing_requests is not None:
             return self.max_ongoing_requests
         return self.batch.max_requests + self.batch.max_waiting + NUM_CONTROL_CALLS
+
+    def resolved_num_ingress_replicas(self, cores_by_node: Iterable[float]) -> int:
+        """`num_ingress_replicas`, or one for every `CORES_PER_INGRESS` cores of a node, at least one in all."""
+        if self.num_ingress_replicas is not None:
+            return self.num_ingress_replicas
+        by_node = (min(int(cores / CORES_PER_INGRESS), MOST_INGRESSES_PER_NODE) for cores in cores_by_node)
+        return max(1, sum(by_node))
 
 
 class Changeable(Strict):

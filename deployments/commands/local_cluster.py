@@ -25,8 +25,12 @@ LOOPBACK = "127.0.0.1"
 # Ray rewrites 127.0.0.1 to the machine's address, and listens on all interfaces, unless it is told that this
 # is no cluster.
 LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-# Serve's proxy calls ingresses by gRPC, at half of what a streamed item costs both by Ray's own calls.
-SERVE_ENVIRONMENT = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
+RAY_ENVIRONMENT = {
+    # Serve's proxy calls ingresses by gRPC, at half of what a streamed item costs both by Ray's own calls.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    # Ray starts workers, and so replicas, at 15: anything else that runs would hold up the engine's steps.
+    "RAY_worker_niceness": "0",
+}
 CONTROL_PROCESSES = ("gcs_server", "raylet")
 MOST_PORT = 65_535
 EXIT_GRACE_S = CONNECT_TIMEOUT_S = 5.0
@@ -108,7 +112,7 @@ def _started(config: ClusterConfig) -> Iterator[Cluster]:
     import ray
 
     keep_ray_on_loopback()
-    for name, value in SERVE_ENVIRONMENT.items():
+    for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     token = _token_of_its_own()
     try:

@@ -55,10 +55,13 @@ def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("signum", "more_environment", "num_direct"),
-    [(signal.SIGINT, {}, 0), (signal.SIGTERM, {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "1"}, 1)],
+    ("signum", "more_environment", "num_direct", "more_nice"),
+    [
+        (signal.SIGINT, {}, 0, 0),
+        (signal.SIGTERM, {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "1", "RAY_worker_niceness": "1"}, 1, 1),
+    ],
 )
-def test_it_answers_and_a_signal_to_its_group_leaves_nothing_behind(server, tmp_path, signum, num_direct):
+def test_it_answers_and_a_signal_to_its_group_leaves_nothing_behind(server, tmp_path, signum, num_direct, more_nice):
     lines = read_until(server, "Ctrl-C stops the server.")
     (curl,) = [line for line in lines if line.startswith("curl ")]
     (url,) = [line.removeprefix("ready: ") for line in lines if line.startswith("ready: ")]
@@ -70,6 +73,9 @@ def test_it_answers_and_a_signal_to_its_group_leaves_nothing_behind(server, tmp_
         assert answer["usage"]["completion_tokens"] > 0
     processes = psutil.Process(server.pid).children(recursive=True)
     assert len(processes) > 5
+    replicas = [each for each in processes if "ServeReplica" in " ".join(each.cmdline())]
+    # What Ray would do by itself: have its workers wait for all other processes.
+    assert {each.nice() for each in replicas} == {psutil.Process(server.pid).nice() + more_nice}
     assert {each for each in listening_addresses(processes) if not is_loopback(each)} == set()
 
     # As a terminal on Ctrl-C, and as `timeout` or systemd, which end Ray's processes too before anything else.

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from deployments import app as app_module
 from deployments.app import build_app, resolve_device
 from deployments.config import IMPORT_PATH, NUM_CONTROL_CALLS, AppArgs, parse
 from deployments.serve_file import load_yaml
@@ -93,6 +94,38 @@ def test_all_waiting_is_done_in_the_engine_unless_configured_otherwise():
     assert args.resolved_max_ongoing_requests() > args.batch.max_requests + args.batch.max_waiting
     least = args.batch.max_requests + NUM_CONTROL_CALLS
     assert AppArgs(max_ongoing_requests=least).resolved_max_ongoing_requests() == least
+
+
+@pytest.mark.parametrize(
+    ("args", "cores_by_node", "num_ingresses"),
+    [
+        ({}, [], 1),
+        ({}, [0, 2, 15.5], 1),
+        ({}, [16], 1),
+        ({}, [0, 31, 32], 3),
+        ({}, [8, 1000], 2),
+        ({"num_ingress_replicas": 1}, [128], 1),
+        ({"num_ingress_replicas": 3}, [2], 3),
+    ],
+)
+def test_there_are_as_many_ingresses_as_configured_or_by_the_cores_of_each_node(
+    args, cores_by_node, num_ingresses, monkeypatch
+):
+    monkeypatch.setattr(app_module, "cores_by_node", lambda: cores_by_node)
+    ingress = app_module.build_app(AppArgs.model_validate(args))._bound_deployment
+    assert ingress._deployment_config.num_replicas == num_ingresses
+
+
+def test_the_cores_are_those_of_the_nodes_that_are_there(monkeypatch):
+    assert app_module.cores_by_node() == []  # outside a cluster
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 16.0, "memory": 1e9}},
+        {"Alive": True, "Resources": {"GPU": 1.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0}},
+    ]
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    assert app_module.cores_by_node() == [16.0, 0.0]
 
 
 @pytest.mark.parametrize(
