@@ -181,6 +181,7 @@ class ContinuousBatching:
             self._processors.observe = None
             self._callbacks = callbacks
         self.check_integrity()  # which forgets cached prefixes
+        self.prefix_queried_tokens = self.prefix_found_tokens = 0
         return [torch.stack(rows) for rows in logits]
 
     def run_step(self, requests: Sequence[tuple[int, int]], params: SamplingParams | None = None) -> None:

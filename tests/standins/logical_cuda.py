@@ -49,6 +49,7 @@ class LogicalDevice(CudaDevice):
     def never(self) -> CudaEvent:
         """What a mutant has in the place of `record()`: an event that orders nothing."""
         event = CudaEvent.__new__(CudaEvent)
+        event._events = cuda_module.CudaEvents(timed=False)
         event.event = cuda_module.torch.cuda.Event()
         return event
 

@@ -130,7 +130,7 @@ class Replica:
         await SelectNReplica.reconfigure(cast(SelectNReplica, self), user_config)
 
     async def snapshot(self) -> dict[str, Any]:
-        return await SelectNReplica.snapshot(cast(SelectNReplica, self))
+        return {"user_config_problem": self._user_config_problem}
 
 
 def state_of(engine: Engine) -> State:
