@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from deployments.commands import dashboards, demo, node_report, plan, profile, serve
+from deployments.commands import dashboards, demo, explain, node_report, plan, profile, serve, status
 from selectn_core.errors import SelectNError
 
 EXIT_OK, EXIT_ERROR = 0, 2
@@ -28,6 +28,8 @@ examples:
   selectn profile --out record.yaml        measure the model on this machine, for plans
   selectn plan --record record.yaml --tpot-ms 60 --batch 8
   selectn node-report                      this machine's GPUs, host buses and host memory
+  selectn status --watch                   what a running server does now
+  selectn explain                          what it has decided lately, and why
   selectn dashboards install               show it in Grafana, alert in Prometheus
   selectn serve --help                     every option of a command
 """
@@ -39,6 +41,8 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     plan.register,
     demo.register,
     node_report.register,
+    status.register,
+    explain.register,
     dashboards.register,
 )
 
