@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from deployments.commands import dashboards, demo, node_report, plan, profile, serve
+from deployments.commands import dashboards, demo, explain, node_report, plan, profile, serve, status
 from deployments.commands.doctor import command as doctor
 from selectn_core.errors import SelectNError
 
@@ -29,6 +29,8 @@ examples:
   selectn profile --out record.yaml        measure the model on this machine, for plans
   selectn plan --record record.yaml --tpot-ms 60 --batch 8
   selectn node-report                      this machine's GPUs, host buses and host memory
+  selectn status --watch                   what a running server does now
+  selectn explain                          what it has decided lately, and why
   selectn dashboards install               show it in Grafana, alert in Prometheus
   selectn doctor                           whether this machine can serve serve_config.yaml, and how well
   selectn serve --help                     every option of a command
@@ -41,6 +43,8 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     plan.register,
     demo.register,
     node_report.register,
+    status.register,
+    explain.register,
     dashboards.register,
     doctor.register,
 )

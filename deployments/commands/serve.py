@@ -11,8 +11,10 @@ import shlex
 import signal
 import threading
 from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 from deployments.commands.file_options import file_name
 from deployments.commands.local_cluster import ClusterConfig, local_cluster
@@ -216,10 +218,20 @@ def model_sources(document: dict[str, Any]) -> list[str]:
 
 
 def ready_message(base_url: str) -> str:
-    """Where the server is, and a line to try it with: every model can complete, not every one can chat."""
-    body = json.dumps({"model": served_model(base_url), "prompt": "The sky is", "max_tokens": 16})
-    curl = f"curl {base_url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-    return f"ready: {base_url}/v1\n{curl}"
+    """Where the server is, and a line to try it with: every model can complete, not every one can chat.
+
+    A server with API keys tells its model's name to who has one, which this command has not.
+    """
+    model, key = "MODEL", " -H 'Authorization: Bearer KEY'"
+    try:
+        model, key = served_model(base_url), ""
+    except HTTPError as error:
+        with error:
+            if error.code != HTTPStatus.UNAUTHORIZED:
+                raise
+    body = json.dumps({"model": model, "prompt": "The sky is", "max_tokens": 16})
+    curl = f"curl {base_url}/v1/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    return f"ready: {base_url}/v1\nstatus: {base_url}/status\n{curl}"
 
 
 class _Progress:

@@ -37,6 +37,7 @@ from deployments.http.body import BodyReader
 from deployments.http.draining import OrderlyEnd, Stopping
 from deployments.http.metrics import IngressMetrics
 from deployments.http.responses import ChatWriter, CompletionWriter, Writer, sse_events, whole_response
+from deployments.http.status_routes import add_status_routes
 from deployments.http.write_budget import WriteBudget
 from deployments.messages import ChatMessage, GenerateRequest, ModelCard
 from deployments.ray_private import bind_replica_to_node_address, when_told_to_stop
@@ -45,7 +46,12 @@ from deployments.routing.replica_client import Generation, ReplicaClient
 from deployments.routing.served_models import possible_names
 from deployments.routing.shared_board import board_of
 from deployments.routing.sizing import PromptSizes
+from deployments.status.collect import MOST_DECISIONS, Collector, IngressAnswer
+from deployments.status.parts import attainment_part
+from deployments.status.schema import IngressPart
+from deployments.status.sources import ClusterSources
 from selectn_core.config import ModelConfig, SloConfig
+from selectn_core.decision_log import LoggedDecision
 
 logger = logging.getLogger(__name__)
 
@@ -85,26 +91,46 @@ class Ingress:
         )
         self._service, self._admission = Service(client, WriteBudget(limits.stream_writes_per_s)), admission
         self._limits = limits
+        self._id: str = serve.get_replica_context().replica_id.unique_id
+        self._collector = Collector(
+            ClusterSources(replica, own=self._answer, decisions=admission.decisions, replica_ids=self._replica_ids)
+        )
 
     async def snapshot(self) -> dict[str, Any]:
         """The replicas there are, requests that wait here, and what became of those that no engine has taken.
 
         For a Serve handle, as a replica's.
         """
-        with self._board.locked() as board:
-            replica_ids = sorted(board.replica_ids)
         return {
-            "replica_ids": replica_ids,
+            "replica_ids": sorted(self._replica_ids()),
             "num_waiting": self._admission.num_waiting,
             "attainment": self._admission.offered.snapshot(),
         }
 
-    def _num_replicas(self) -> int:
+    async def status(self) -> IngressAnswer:
+        """What the status page shows of this ingress, and its latest decisions. For a handle: another ingress asks."""
+        return self._answer()
+
+    async def decision(self, decision_id: str) -> LoggedDecision | None:
+        """A decision about an admission by its id; None where it is not kept, or is another ingress's."""
+        return self._admission.decisions.find(self._id, decision_id)
+
+    def _answer(self) -> IngressAnswer:
+        attainment = attainment_part(self._admission.offered.snapshot())
+        return IngressAnswer(
+            part=IngressPart(id=self._id, num_waiting=self._admission.num_waiting, attainment=attainment),
+            decisions=tuple(self._admission.decisions.latest(self._id, MOST_DECISIONS)),
+        )
+
+    def _replica_ids(self) -> frozenset[str]:
         with self._board.locked() as board:
-            return len(board.replica_ids)
+            return board.replica_ids
+
+    def _num_replicas(self) -> int:
+        return len(self._replica_ids())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        api = build_api(self._service, self._limits, self._keys)
+        api = build_api(self._service, self._limits, self._keys, self._collector)
         api.add_middleware(OrderlyEnd, stopping=self._stopping)
         # What is imported by now stays. Left to the collector, a few large bodies would have it go through all of that,
         # which stops every request here for a fifth of a second.
@@ -176,10 +202,10 @@ class Service:
         return await self._replicas.generate(request, read, key=key, priority=body.priority)
 
 
-def build_api(service: Service, limits: RequestLimits, keys: ApiKeys) -> FastAPI:
-    """The HTTP application: routes, error shapes, body limit, API keys.
+def build_api(service: Service, limits: RequestLimits, keys: ApiKeys, collector: Collector | None = None) -> FastAPI:
+    """The HTTP application: routes, error shapes, body limit, API keys. `collector` None: without the status.
 
-    With keys there is no /docs and no /openapi.json: who has none sees /health and nothing else.
+    With keys there is no /docs and no /openapi.json: who has none sees /health and the empty page of /status.
     """
     urls: dict[str, Any] = dict.fromkeys(("openapi_url", "docs_url", "redoc_url")) if keys.are_required else {}
     api = FastAPI(title="Select-N", description="OpenAI-compatible LLM serving with memory offloading", **urls)
@@ -227,6 +253,8 @@ def build_api(service: Service, limits: RequestLimits, keys: ApiKeys) -> FastAPI
         body = await bodies.read(request, CompletionRequest, longest_tokens=service.longest_tokens)
         return await service.complete(body, key)
 
+    if collector is not None:
+        add_status_routes(api, collector, owner)
     return api
 
 

@@ -46,7 +46,10 @@ from deployments.replica.streams import RequestText, Streams
 from deployments.replica.tracing import TracedRequest
 from deployments.routing.prefixes import RecentPrefixes, prefix_hashes
 from deployments.routing.sizing import prompt_bytes
+from deployments.status.collect import MOST_DECISIONS, ReplicaAnswer
+from deployments.status.parts import replica_facts
 from selectn_core.config import EngineConfig, SloConfig
+from selectn_core.decision_log import LoggedDecision
 from selectn_core.errors import (
     ConfigError,
     EngineOverloaded,
@@ -198,7 +201,7 @@ class SelectNReplica:
             text_bound=self._text_bound,
         )
 
-    # The four that follow are for people and scripts, through a Serve handle. The router takes a call to the replica
+    # Those that follow are for people and scripts, through a Serve handle. The router takes a call to the replica
     # that `replica_id` names; without it to any. The ids are in the ingress's `snapshot`.
 
     async def drain(self, *, replica_id: str | None = None) -> None:
@@ -221,6 +224,20 @@ class SelectNReplica:
             "headroom_tokens": self._headroom_tokens,
             "user_config_problem": self._user_config_problem,
         }
+
+    async def status(self, *, replica_id: str | None = None) -> ReplicaAnswer:
+        """What the status page shows of this replica, and its latest decisions."""
+        require_replica(replica_id, self._replica_id)
+        history = list(self._engine.steps.k_history.copy())
+        return ReplicaAnswer(
+            facts=replica_facts(self._state(), node_id=ray.get_runtime_context().get_node_id(), k_history=history),
+            decisions=tuple(self._engine.offloading.decisions.latest(self._replica_id, MOST_DECISIONS)),
+        )
+
+    async def decision(self, decision_id: str, *, replica_id: str | None = None) -> LoggedDecision | None:
+        """A decision about this replica's plan by its id; None where it is not kept, or is another replica's."""
+        require_replica(replica_id, self._replica_id)
+        return self._engine.offloading.decisions.find(self._replica_id, decision_id)
 
     async def set_num_offloaded(
         self, num_offloaded: int, num_slots: int | None = None, *, replica_id: str | None = None

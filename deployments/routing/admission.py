@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from bisect import insort
@@ -18,12 +19,17 @@ from dataclasses import dataclass, field
 from deployments.api.errors import ApiError, late, overloaded, too_large, unavailable
 from deployments.messages import Priority
 from deployments.routing.admission_events import AdmissionEvents, Unheard
+from deployments.routing.admission_facts import AdmissionReason, RefusalFacts
 from deployments.routing.arrivals import Arrivals
 from deployments.routing.ask import Ask
 from deployments.routing.board import Board
 from deployments.routing.fair_queue import FairQueue, QueueFull
 from deployments.routing.offered import Offered
+from deployments.routing.request_log import RequestLogger
 from deployments.routing.shared_board import SharedBoard
+from selectn_core.decision_log import DecisionLog
+
+logger = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60.0
 # A prompt whose prefill alone takes up the objective may wait this share of it: it is late already, not by the queue.
@@ -123,6 +129,7 @@ class Admission:
         self, shared: SharedBoard, config: AdmissionConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.events: AdmissionEvents = Unheard()
+        self.decisions = DecisionLog("admission")
         self.shared, self._config, self._clock = shared, config, clock
         self._queue: FairQueue[_Waiter] = FairQueue(config.max_queued_requests)
         self._retried: list[_Waiter] = []  # in the order of `retried_s`: their replicas have died
@@ -228,12 +235,30 @@ class Admission:
         with self.shared.locked() as board:
             is_somebody_there = board.has_model(ask.model)
         if not is_somebody_there:
-            return unavailable()
+            return self._refused("no_replica", ask, unavailable())
         if self._config.refuse_late and ask.ttft_s is not None:
-            return late(ask.ttft_s, self._retry_after_s(ask.tokens))
-        return overloaded(retry_after_s=self._retry_after_s(ask.tokens))
+            return self._refused("deadline", ask, late(ask.ttft_s, self._retry_after_s(ask.tokens)))
+        return self._refused("deadline", ask, overloaded(retry_after_s=self._retry_after_s(ask.tokens)))
 
     # -- parts --------------------------------------------------------------------------------------------------
+
+    def _refused(self, reason: AdmissionReason, ask: Ask, error: ApiError, **numbers: float | None) -> ApiError:
+        """Notes that the request is refused with `error`, and returns that."""
+        facts = RefusalFacts(
+            request_id=ask.request_id,
+            reason=reason,
+            tokens=ask.tokens,
+            prompt_tokens=ask.prompt_tokens,
+            waited_s=self._clock() - ask.arrived_s,
+            ttft_s=ask.ttft_s,
+            num_waiting=self.num_waiting,
+            queued_tokens=self._queue.num_tokens + self._retried_tokens,
+            retry_after_s=error.retry_after_s,
+            **numbers,  # type: ignore[arg-type]  # by their names
+        )
+        number = self.decisions.add(facts)
+        RequestLogger(logger, ask.request_id).info("refused, %s (decision %d)", reason, number)
+        return error
 
     def _listen(self) -> None:
         if self._loop is None:
@@ -267,7 +292,7 @@ class Admission:
     def _refuse_what_is_hopeless(self, waiter: _Waiter) -> None:
         ask, ttft_s = waiter.ask, waiter.ask.ttft_s
         if self._config.max_queued_requests == 0 and ask.retried_s is None:
-            raise self._full()
+            raise self._full("queue_full", ask)
         if ask.has_waited or not self._config.refuse_late or ttft_s is None:
             return
         free, rate = self._free_tokens_and_rate()
@@ -278,7 +303,16 @@ class Admission:
         before = self._queue.tokens_before(waiter, self._arrivals.expected(longest_s)) + self._retried_tokens
         spread = SPREADS * math.sqrt(before * waiter.tokens)
         if before + spread + waiter.tokens - free > rate * longest_s:
-            raise late(ttft_s, self._retry_after_s(0, beyond_s=longest_s))
+            raise self._refused(
+                "late",
+                ask,
+                late(ttft_s, self._retry_after_s(0, beyond_s=longest_s)),
+                free_tokens=free,
+                rate_tokens_per_s=rate,
+                before_tokens=before,
+                spread_tokens=spread,
+                left_s=longest_s,
+            )
 
     def _free_tokens_and_rate(self) -> tuple[int, float | None]:
         """Tokens that are free for those who wait here, below 0 where more are promised already; tokens/s to come."""
@@ -300,9 +334,9 @@ class Admission:
         try:
             victim = self._queue.push(waiter, front=is_first)
         except QueueFull:
-            raise self._full() from None
+            raise self._full("queue_full", ask) from None
         if victim is not None:
-            victim.fail(self._full())
+            victim.fail(self._full("displaced", victim.ask))
 
     def _give_up(self, waiter: _Waiter) -> None:
         """It waits no more, or does not take its place."""
@@ -313,8 +347,8 @@ class Admission:
         else:
             self._queue.discard(waiter)
 
-    def _full(self) -> ApiError:
-        return overloaded(retry_after_s=self._retry_after_s(0))
+    def _full(self, reason: AdmissionReason, ask: Ask) -> ApiError:
+        return self._refused(reason, ask, overloaded(retry_after_s=self._retry_after_s(0)))
 
     def _pump(self) -> None:
         """Places whoever can be placed: those that are retried, each where it may go, then those of the queue."""
@@ -345,13 +379,15 @@ class Admission:
             with self.shared.locked() as board:
                 is_in_vain = smaller is not None and _needs_less(smaller, ask)
                 replica_id = None if is_in_vain else board.place(ask)
-                error = None if replica_id is not None else _never(board, ask)
+                never = None if replica_id is not None else _never(board, ask)
+                longest = board.longest_request_tokens(ask.model) if never is not None else None
             if in_vain is not None and replica_id is None and (smaller is None or _needs_less(ask, smaller)):
                 in_vain[kind] = ask
             if replica_id is not None:
                 waiter.placed.set_result(replica_id)
-            elif error is not None:
-                waiter.fail(error)
+            elif never is not None:
+                reason, error = never
+                waiter.fail(self._refused(reason, ask, error, longest_tokens=longest))
         return waiter.placed.done()
 
     def _retry_after_s(self, tokens: int, *, beyond_s: float = 0.0) -> float:
@@ -369,10 +405,10 @@ def _needs_less(one: Ask, other: Ask) -> bool:
     return one.tokens <= other.tokens and one.least_tokens <= other.least_tokens
 
 
-def _never(board: Board, ask: Ask) -> ApiError | None:
+def _never(board: Board, ask: Ask) -> tuple[AdmissionReason, ApiError] | None:
     """Why no replica that there is will ever have the request; None where one may."""
     if board.replica_ids and not board.has_model(ask.model):
-        return unavailable(f"no replica serves the model '{ask.model}' any more; retry later")
+        return "no_replica", unavailable(f"no replica serves the model '{ask.model}' any more; retry later")
     if not board.could_hold(ask):
-        return too_large(ask.least_tokens, board.longest_request_tokens(ask.model) or 0)
+        return "too_large", too_large(ask.least_tokens, board.longest_request_tokens(ask.model) or 0)
     return None

@@ -28,6 +28,7 @@ from deployments.routing.admission import Admission, Turn
 from deployments.routing.ask import Ask
 from deployments.routing.deliveries import Deliveries, DeliveryLost
 from deployments.routing.inbox import Inbox
+from deployments.routing.request_log import RequestLogger
 from deployments.routing.served_models import ServedModels
 from deployments.routing.sizing import PromptSizes
 
@@ -144,7 +145,8 @@ class ReplicaClient:
             turns: list[Turn] = []
             return await read(await self._first_text(request, ask, turns))
         except ReplicaDied:
-            logger.warning("a replica died before anything of %s was sent: running it again", request.request_id)
+            log = RequestLogger(logger, request.request_id)
+            log.warning("its replica died before anything was sent: running it again")
             ask = ask.after_death(turns[-1].replica_id, self._admission.now_s)
             return await read(await self._first_text(request, ask, []))
 
@@ -199,33 +201,38 @@ class ReplicaClient:
         waited_s = self._admission.now_s - turn.ask.arrived_s
         numbered = replace(request, sequence=turn.sequence, waited_s=waited_s, inbox=inbox.number)
         stream: DeploymentResponseGenerator[GenerateMessage] | None = None
-        is_complete = False
+        log, is_complete = RequestLogger(logger, request.request_id), False
         try:
             stream = self._stream_handle.generate.remote(numbered)
             with self._admission.counting(turn.ask):
                 first = await self._first(stream, turn)
             if isinstance(first, Accepted):
                 turn.begun()
+                log.debug(
+                    "begun by replica %s after %.3f s", turn.replica_id, self._admission.now_s - turn.ask.arrived_s
+                )
                 self._deliveries.accepted(inbox, first)
             yield first
             reader = self._read_call(inbox, stream)
             try:
                 while not is_complete:
                     message = await inbox.take()
-                    is_complete = isinstance(message, Finished)
+                    if isinstance(message, Finished):
+                        is_complete = True
+                        _log_end(log, message)
                     yield message
             finally:
                 if not is_complete:
                     reader.cancel()
         except Exception as error:
-            raise api_error(error) from error
+            raise api_error(error, log) from error
         finally:
             self._deliveries.close(inbox)
             try:
                 if stream is not None and not is_complete:
                     stream.cancel()
             except Exception as error:  # what kept Serve from assigning the call, which was raised before
-                logger.debug("nothing to cancel: %s", type(error).__name__)
+                log.debug("nothing to cancel: %s", type(error).__name__)
             finally:
                 turn.end()
 
@@ -259,8 +266,15 @@ def completed_reason(finished: Finished) -> FinishReason:
         return finished.reason
     if finished.reason == "cancelled":
         raise unavailable("the request was cancelled by the server")
-    logger.error("a generation failed: %s", finished.error)
     raise internal()
+
+
+def _log_end(log: RequestLogger, finished: Finished) -> None:
+    """How a generation ended; what a step's failure says has no prompt in it."""
+    if finished.reason in ("stop", "length", "cancelled"):
+        log.debug("ended: %s, %d tokens", finished.reason, finished.num_output_tokens)
+    else:
+        log.error("the generation failed: %s", finished.error)
 
 
 async def _awaited(call: Awaitable[T]) -> T:
@@ -268,19 +282,19 @@ async def _awaited(call: Awaitable[T]) -> T:
     return await call
 
 
-def api_error(error: Exception) -> ApiError:
+def api_error(error: Exception, log: logging.Logger | RequestLogger = logger) -> ApiError:
     """What a failed call means to the client. The log gets the cause, which holds no prompt."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BackPressureError):
         return overloaded()
     if isinstance(error, RayActorError | DeliveryLost):
-        logger.warning("a replica is unavailable: %s", type(error).__name__)
+        log.warning("a replica is unavailable: %s", type(error).__name__)
         return ReplicaDied()
     if isinstance(error, DeploymentUnavailableError):
-        logger.warning("the replicas are unavailable")
+        log.warning("the replicas are unavailable")
         return unavailable()
     if isinstance(error, RayError) and "EngineUnavailable" in type(error).__name__:
         return unavailable()
-    logger.error("a call of a replica failed", exc_info=error)
+    log.error("a call of a replica failed", exc_info=error)
     return internal()

@@ -22,7 +22,7 @@ from selectn_core.latency.placement import OffloadPlan, nearest_plan, place_by_i
 from selectn_core.latency.recurrence import Link
 from selectn_core.latency.step_times import StepTimes
 from selectn_core.latency.steps import Chunk, StepRecord, StepShape
-from selectn_core.offload.control import Decision, LimitedBy
+from selectn_core.offload.control import Decision, PlanLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +223,8 @@ class Controller:
             urgent=self._is_broken and self._predictor.freed_bytes(plan) < self._predictor.freed_bytes(current),
             predicted_s=predicted_s,
             limit_s=limit_s,
+            # `_settle` has asked for it already.
+            held_s=self._predictor.steady_s(goals[0].shape, current) if self.policy.adapts else None,
         )
 
     def go_on(self) -> None:
@@ -410,21 +412,18 @@ class Controller:
         )
         return near if frees_as_much and is_as_fast else wanted
 
-    def limited_by(self, plan: OffloadPlan) -> LimitedBy:
-        """Why `plan`, which holds, does not offload more, as of the last step."""
-        sizes, offloaded = self.times.unit_bytes, set(plan.offloaded)
-        if len(offloaded) == len(sizes):
-            return "everything"
-        if not self.policy.adapts:
-            return "policy"
-        smallest = min((sizes[unit] for unit in offloaded), default=0)
-        if 0 < self.held_freed_bytes > self._predictor.freed_bytes(plan) - smallest:
-            return "memory"
-        next_bytes = min(size for unit, size in enumerate(sizes) if unit not in offloaded)
-        most = math.inf if self.max_offloaded_bytes is None else self.max_offloaded_bytes
-        if self._predictor.offloaded_bytes(plan) + next_bytes > most:
-            return "bus_share"
-        return "queue" if self._busy_steps else "objective"
+    @property
+    def limits(self) -> PlanLimits:
+        """What keeps plans from offloading more, as of the last step. Reads only: no lock is needed."""
+        return PlanLimits(
+            adapts=self.policy.adapts,
+            is_busy=bool(self._busy_steps),
+            unit_bytes=self.times.unit_bytes,
+            held_freed_bytes=self.held_freed_bytes,
+            max_offloaded_bytes=self.max_offloaded_bytes,
+            link_bytes_per_s=self.link.link.bytes_per_s,
+            share_bytes_per_s=self.link.share_bytes_per_s,
+        )
 
     # -- after the step -----------------------------------------------------------------------------------------
 

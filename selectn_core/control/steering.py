@@ -33,7 +33,7 @@ from selectn_core.device import LinkUsage
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.latency.recurrence import Link
 from selectn_core.latency.steps import Chunk, StepRecord, StepShape
-from selectn_core.offload.control import Control, Decision, LimitedBy, LinkShare, NextStep
+from selectn_core.offload.control import Control, Decision, LinkShare, NextStep, PlanLimits
 from selectn_core.offload.offloading import Offloading
 from selectn_core.planning.planner import offloadable_sets
 from selectn_core.planning.record import PerformanceRecord
@@ -263,9 +263,9 @@ class Steering(Control):
             yield
         self.spent_s += time.perf_counter() - began_s
 
-    def limited_by(self, plan: OffloadPlan) -> LimitedBy:
-        with self._lock:
-            return self.controller.limited_by(plan)
+    @property
+    def limits(self) -> PlanLimits:
+        return self.controller.limits
 
     def snapshot(self) -> dict[str, Any]:
         controller = self.controller

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from selectn_core.latency.placement import OffloadPlan
 
 _RECENT = 512
+_MOST_CHANGES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +182,7 @@ class StepLog:
     def __init__(self, capacity: int = 4096) -> None:
         self.records: deque[StepRecord] = deque(maxlen=capacity)
         self.interval_history: deque[tuple[int, int]] = deque(maxlen=capacity)  # (iteration, num_offloaded)
+        self.k_history: deque[tuple[float, int]] = deque(maxlen=_MOST_CHANGES)  # (Unix seconds, num_offloaded)
         self.num_steps = 0
 
     def add(
@@ -197,6 +199,7 @@ class StepLog:
         num_offloaded = plan.num_offloaded
         if not self.interval_history or self.interval_history[-1][1] != num_offloaded:
             self.interval_history.append((self.num_steps, num_offloaded))
+            self.k_history.append((time.time(), num_offloaded))
         record = StepRecord(
             iteration=self.num_steps,
             shape=shape,

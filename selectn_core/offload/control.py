@@ -5,14 +5,15 @@ Apart from `control/`, which holds the policies behind this interface and stands
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from selectn_core.config import SloConfig
 from selectn_core.device import LinkUsage
-from selectn_core.latency.placement import OffloadPlan
+from selectn_core.latency.placement import OffloadPlan, freed_bytes
 from selectn_core.latency.recurrence import Link
 from selectn_core.latency.steps import Chunk, StepRecord, StepShape
 from selectn_core.requests.handle import RequestHandle
@@ -43,13 +44,15 @@ class NextStep:
 class Decision:
     """The plan for a step; `urgent` where weights must come home though requests hold the memory.
 
-    `predicted_s` is what the step should take, `limit_s` what it may.
+    `predicted_s` is what the step should take, `limit_s` what it may. `held_s` is what steps would take if the plan
+    that holds were left, on the careful side; None where that was not looked at.
     """
 
     plan: OffloadPlan
     urgent: bool
     predicted_s: float
     limit_s: float
+    held_s: float | None = None
 
 
 # Why k is what it is. "everything": there is no more; "by_hand": it was set; "policy": that has one plan; "memory":
@@ -57,6 +60,43 @@ class Decision:
 # for memory, and short steps serve them; "objective": steps would be too long with more.
 LimitedBy = Literal["everything", "by_hand", "policy", "memory", "bus_share", "queue", "objective"]
 LIMITS: tuple[LimitedBy, ...] = get_args(LimitedBy)
+
+
+class PlanLimits(NamedTuple):
+    """What keeps a policy's plan from offloading more, as of the last step.
+
+    `held_freed_bytes` must be freed for those who run, `max_offloaded_bytes` may be offloaded (None: anything).
+    `is_busy`: requests wait for memory or for a place. `share_bytes_per_s` is what the coordinator allows,
+    infinite where it has said nothing.
+    """
+
+    adapts: bool
+    is_busy: bool
+    unit_bytes: Sequence[int]
+    held_freed_bytes: int
+    max_offloaded_bytes: float | None
+    link_bytes_per_s: float
+    share_bytes_per_s: float
+
+    def limited_by(self, plan: OffloadPlan) -> LimitedBy:
+        """Why `plan` does not offload more."""
+        sizes, offloaded = self.unit_bytes, set(plan.offloaded)
+        if len(offloaded) == len(sizes):
+            return "everything"
+        if not self.adapts:
+            return "policy"
+        smallest = min((sizes[unit] for unit in offloaded), default=0)
+        if 0 < self.held_freed_bytes > freed_bytes(plan, sizes) - smallest:
+            return "memory"
+        most = math.inf if self.max_offloaded_bytes is None else self.max_offloaded_bytes
+        if sum(sizes[unit] for unit in offloaded) + (self.next_unit_bytes(plan) or 0) > most:
+            return "bus_share"
+        return "queue" if self.is_busy else "objective"
+
+    def next_unit_bytes(self, plan: OffloadPlan) -> int | None:
+        """Bytes of the smallest unit that is not offloaded; None where all are."""
+        offloaded = set(plan.offloaded)
+        return min((size for unit, size in enumerate(self.unit_bytes) if unit not in offloaded), default=None)
 
 
 class Control(ABC):
@@ -123,9 +163,15 @@ class Control(ABC):
     def link_now(self, usage: LinkUsage) -> Link:
         """What the link gives now; `usage` is of all that it has ever carried."""
 
+    @property
     @abstractmethod
+    def limits(self) -> PlanLimits | None:
+        """What keeps it from offloading more, as of the last step; None: a plan by hand. Waits for nobody."""
+
     def limited_by(self, plan: OffloadPlan) -> LimitedBy:
         """Why `plan`, which holds, does not offload more."""
+        limits = self.limits
+        return "by_hand" if limits is None else limits.limited_by(plan)
 
     @abstractmethod
     def snapshot(self) -> dict[str, Any] | None:
@@ -189,8 +235,9 @@ class ManualControl(Control):
     def link_now(self, usage: LinkUsage) -> Link:
         return Link(bytes_per_s=usage.bytes_per_s)
 
-    def limited_by(self, plan: OffloadPlan) -> LimitedBy:
-        return "by_hand"
+    @property
+    def limits(self) -> PlanLimits | None:
+        return None
 
     def snapshot(self) -> dict[str, Any] | None:
         return None

@@ -16,6 +16,7 @@ import threading
 
 from selectn_core.batching import ContinuousBatching
 from selectn_core.config import MAX_SLOTS, EngineConfig, SloConfig, require
+from selectn_core.decision_log import DecisionLog
 from selectn_core.latency.placement import OffloadPlan
 from selectn_core.latency.recurrence import recompute_s, swap_s
 from selectn_core.latency.steps import StepLog, StepShape
@@ -23,9 +24,13 @@ from selectn_core.memory.arena import Arena
 from selectn_core.memory.kv_geometry import KvGeometry
 from selectn_core.offload.control import Control, LinkShare, ManualControl
 from selectn_core.offload.executor import Executor
+from selectn_core.offload.interval_facts import IntervalFacts
 from selectn_core.offload.target import Target
 from selectn_core.requests.handle import RequestHandle
 from selectn_core.requests.table import RequestTable
+
+# Of the decisions that leave the plan as it is one in so many steps is logged: why k is what it is should be there too.
+LOG_EVERY_STEPS = 256
 
 
 class Offloading:
@@ -46,6 +51,8 @@ class Offloading:
         # Another thread may put another control here at any moment: read it once.
         self.control: Control = ManualControl(config.slo, config.batch.max_requests)
         self.link_share: LinkShare | None = None
+        self.decisions = DecisionLog("interval")
+        self._unlogged_steps = LOG_EVERY_STEPS  # the first step's is logged
         self._max_requests = config.batch.max_requests
         self._lock = threading.Lock()  # of what is aimed at
         # Those that hold KV or may begin in the next step, by ticket. One that is cancelled meanwhile is among them: it
@@ -142,7 +149,7 @@ class Offloading:
             with self._lock:
                 if self.control is control:
                     self.target.aim_at(decision.plan, urgent=decision.urgent)
-        self._follow_target()  # which may have just been changed, for this step
+        self._follow_target(shape)  # which may have just been changed, for this step
 
     def step_done(self, steps: StepLog, shape: StepShape, duration_s: float) -> None:
         """Notes the step in `steps`, and lets the control learn from it."""
@@ -172,11 +179,20 @@ class Offloading:
             ticket: handle for ticket, handle in self._served.items() if ticket in progress or ticket in handles
         }
 
-    def _follow_target(self) -> None:
-        wanted = self._wanted_plan()
-        if wanted != self.executor.wanted:
+    def _follow_target(self, shape: StepShape | None = None) -> None:
+        """`shape`: the step that was scheduled, where one was."""
+        before, wanted = self.executor.wanted, self._wanted_plan()
+        if wanted != before:
             self.executor.request_plan(wanted)
+        self._unlogged_steps += shape is not None
+        if wanted != before or self._unlogged_steps >= LOG_EVERY_STEPS:
+            self._log(before, wanted, shape)
         self.executor.apply_plan()
+
+    def _log(self, before: OffloadPlan, wanted: OffloadPlan, shape: StepShape | None) -> None:
+        """What was known and decided; a step waits for no more than this tuple."""
+        control, self._unlogged_steps = self.control, 0
+        self.decisions.add(IntervalFacts(before, wanted, self.target.plan, control.decision, shape, control.limits))
 
     def _preempt_for(self, plan: OffloadPlan) -> None:
         while self.batching.pages.num_in_use > self.target.kv_sectors(plan) and self.batching.preempt_newest():

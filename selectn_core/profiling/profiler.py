@@ -16,6 +16,7 @@ from statistics import median
 
 import numpy as np
 
+from selectn_core.decision_log import DecisionLog
 from selectn_core.engine.engine import Engine
 from selectn_core.engine.fingerprint import kinds_of
 from selectn_core.latency.step_times import MeasuredStep, StepTimes
@@ -68,7 +69,7 @@ def profile(
     try:
         return session.run()
     finally:
-        engine.steps = StepLog()
+        engine.steps, engine.offloading.decisions = StepLog(), DecisionLog("interval")
         engine.set_plan(plan)
 
 

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 FLOORS = {
     "selectn_core": [
         {"errors"},
-        {"bounds", "file_lock", "yaml_file"},
+        {"bounds", "decision_log", "file_lock", "yaml_file"},
         {"config"},
         {"latency", "device"},
         {"requests"},
@@ -44,6 +44,7 @@ FLOORS = {
         {"ray_private"},
         {"api"},
         {"routing"},
+        {"status"},
         {"dashboards", "http", "replica"},
         {"app", "commands"},
         {"cli"},

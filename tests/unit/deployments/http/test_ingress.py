@@ -114,7 +114,11 @@ def test_the_collector_does_not_look_through_what_stays():
             cast(
                 Ingress,
                 SimpleNamespace(
-                    _service=None, _limits=RequestLimits(), _keys=load_api_keys(None, None), _stopping=Stopping()
+                    _service=None,
+                    _limits=RequestLimits(),
+                    _keys=load_api_keys(None, None),
+                    _stopping=Stopping(),
+                    _collector=None,
                 ),
             )
         )
