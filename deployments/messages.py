@@ -12,7 +12,8 @@ from typing import Literal
 from deployments.prompt_length import TextBound
 
 Priority = Literal["high", "normal", "low"]
-Refusal = Literal["invalid", "overloaded", "unavailable", "too_large"]
+# "overdue": it has waited for as long as it may, and no engine has had it.
+Refusal = Literal["invalid", "overloaded", "unavailable", "too_large", "overdue"]
 EndReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -50,7 +51,8 @@ class GenerateRequest:
     `model` is the name that was asked for; "": whatever is served.
     `ttft_ms` and `tpot_ms` are the request's own latency objectives; None: the server's.
     `origin` names the caller among those that share the replicas, `sequence` the request among the caller's.
-    `waited_s`: since it came to the caller, of which the time to its first token counts.
+    `waited_s`: since it came to the caller, of which the time to its first token counts. For `wait_s` more (None: for
+    ever) it may wait until it is let in.
     `inbox` is where the caller wants the text, by its connection to the replica; 0: by the call itself.
     """
 
@@ -64,6 +66,7 @@ class GenerateRequest:
     origin: str = ""
     sequence: int = 0
     waited_s: float = 0.0
+    wait_s: float | None = None
     inbox: int = 0
 
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cluster.metrics.table import Metric, Owner, of_owner
+from cluster.metrics.table import BY_NAME, Metric, Owner, of_owner
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,9 @@ class Meters:
         self._totals: dict[tuple[str, tuple[str, ...]], float] = {}
         self._max_values = max_values
         for metric in of_owner(owner):
-            if metric.kind == "counter" and not metric.labels:  # there from the start, so that a rate begins at 0
-                self._made[metric.name].inc(ALMOST_NOTHING)
+            for values in metric.known:  # there from the start, so that a rate begins at 0
+                labels = dict(zip(metric.labels, values, strict=True))
+                self._made[metric.name].inc(ALMOST_NOTHING, tags=self._tags(metric.name, labels))
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """A gauge's value. One that is not set again is gone after some tens of seconds."""
@@ -86,7 +87,7 @@ class Meters:
         return {label: self._bounded(name, label, value) for label, value in labels.items()} or None
 
     def _bounded(self, name: str, label: str, value: str) -> str:
-        bounded = self._labels.setdefault((name, label), BoundedLabels(self._max_values))
+        bounded = self._labels.setdefault((name, label), BoundedLabels(self._max_values + len(BY_NAME[name].known)))
         return value if bounded.admit(value) else OTHER
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
+
+from selectn_core.requests.attainment import OUTCOMES
 
 Kind = Literal["counter", "gauge", "histogram"]
 # The process that exports it. Every one of them sets its own labels: `DEFAULT_LABELS`.
@@ -21,6 +24,9 @@ DEFAULT_LABELS: dict[Owner, tuple[str, ...]] = {
     "node": ("node",),
     "coordinator": (),
 }
+
+# Codes of the errors that requests are refused with for want of room, time, or of who serves.
+REFUSALS = ("rate_limit_exceeded", "objective_unreachable", "unavailable", "replica_died")
 
 # Upper bounds of buckets, in seconds, as vLLM has them.
 TTFT_S = (
@@ -42,7 +48,11 @@ STEP_TOKENS = tuple(float(2**power) for power in range(15))  # 1 to 16,384
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One metric. `labels` are beside the owner's own; `buckets` are upper bounds, of a histogram alone."""
+    """One metric. `labels` are beside the owner's own; `buckets` are upper bounds, of a histogram alone.
+
+    `known` are values of the labels that are sure to come: such counters are there with 0 from the start. One that
+    first appears with a value has not grown, as Prometheus sees it.
+    """
 
     name: str
     kind: Kind
@@ -51,6 +61,7 @@ class Metric:
     owner: Owner = "replica"
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    known: tuple[tuple[str, ...], ...] = ()
 
     @property
     def exported(self) -> str:
@@ -62,8 +73,10 @@ class Metric:
         return (*DEFAULT_LABELS[self.owner], *self.labels)
 
 
-def _counter(name: str, unit: str, means: str, *labels: str, owner: Owner = "replica") -> Metric:
-    return Metric(name=name, kind="counter", unit=unit, means=means, labels=labels, owner=owner)
+def _counter(name: str, unit: str, means: str, owner: Owner = "replica", **labels: Sequence[str]) -> Metric:
+    """`labels`, each with the values that are sure to come."""
+    known = tuple(product(*labels.values()))
+    return Metric(name=name, kind="counter", unit=unit, means=means, labels=tuple(labels), owner=owner, known=known)
 
 
 def _gauge(name: str, unit: str, means: str, *labels: str, owner: Owner = "replica") -> Metric:
@@ -102,7 +115,10 @@ VLLM = (
     _counter("vllm_prompt_tokens", "tokens", "Prompt tokens of requests whose prefill is done"),
     _counter("vllm_generation_tokens", "tokens", "Output tokens"),
     _counter(
-        "vllm_request_success", "requests", "Requests that have ended: stop, length, abort or error", "finished_reason"
+        "vllm_request_success",
+        "requests",
+        "Requests that have ended, by how",
+        finished_reason=("stop", "length", "abort", "error"),
     ),
     _gauge("vllm_num_requests_running", "requests", "Requests that hold KV cache"),
     _gauge("vllm_num_requests_waiting", "requests", "Requests in the engine or at its door without KV cache"),
@@ -118,7 +134,11 @@ VLLM = (
     _counter("vllm_prefix_cache_hits", "tokens", "Prompt tokens that were found there"),
     _counter("vllm_num_preemptions", "requests", "Requests whose KV was taken from them while they ran"),
     _counter(
-        "vllm_admission_rejections", "requests", "Requests refused before an engine had them", "reason", owner="ingress"
+        "vllm_admission_rejections",
+        "requests",
+        "Requests refused before an engine had them",
+        owner="ingress",
+        reason=REFUSALS,
     ),
 )
 
@@ -127,9 +147,10 @@ REPLICA = (
         "selectn_slo_requests",
         "requests",
         "Offered requests with objectives that have ended here, by objective (ttft, tpot, both) and met (true, false)",
-        *("objective", "met"),
+        objective=("ttft", "tpot", "both"),
+        met=("true", "false"),
     ),
-    _counter("selectn_requests", "requests", "Requests that have ended here, by outcome", "outcome"),
+    _counter("selectn_requests", "requests", "Requests that have ended here", outcome=OUTCOMES),
     _counter("selectn_goodput_tokens", "tokens", "Output tokens of requests that met both objectives"),
     _gauge("selectn_ttft_objective_seconds", "s", "The server's TTFT objective"),
     _gauge("selectn_tpot_objective_seconds", "s", "The server's TPOT objective"),
@@ -152,12 +173,16 @@ REPLICA = (
     _gauge("selectn_link_measured_bytes_per_second", "bytes/s", "What the link gives now, as the controller knows it"),
     _counter("selectn_stall_seconds", "s", "Time in which compute waited for a copy"),
     _histogram("selectn_step_seconds", "s", "Duration of a step", TPOT_S),
-    _gauge("selectn_prediction_error_ratio", "share", "Median error of predicted step times"),
+    _gauge("selectn_prediction_error_ratio", "share", "Mean error of predicted step times"),
     _gauge("selectn_controller_share_ratio", "share", "Share of step time that steps wait for decisions"),
     _counter("selectn_swapped_preemptions", "requests", "Of all preemptions, those whose KV went to host memory"),
-    _gauge("selectn_coordinator_lease_left_seconds", "s", "Until the share of the bus ends unless it is renewed"),
+    _gauge(
+        "selectn_coordinator_lease_left_seconds",
+        "s",
+        "Until the share of the bus ends unless it is renewed; 0 without a lease",
+    ),
     _gauge("selectn_startup_seconds", "s", "What this replica's start took, by phase", "phase"),
-    _gauge("selectn_engine_up", "1", "1: the engine serves; 0: it has failed or restarts"),
+    _gauge("selectn_engine_up", "1", "1: the engine serves, or starts again after an error; 0: it has failed"),
 )
 
 _GENAI_LABELS = ("gen_ai_operation_name", "gen_ai_provider_name")
@@ -191,21 +216,28 @@ INGRESS = (
         TTFT_S,
         owner="ingress",
     ),
-    _histogram("selectn_ingress_queue_seconds", "s", "From arrival until a replica is chosen", TTFT_S, owner="ingress"),
+    _histogram(
+        "selectn_ingress_queue_seconds",
+        "s",
+        "From arrival until a replica has let the request in",
+        TTFT_S,
+        owner="ingress",
+    ),
     _counter(
         "selectn_admissions",
         "requests",
-        "Requests by what admission said: admitted, or why not",
-        "verdict",
+        "Requests that a replica has let in, and others by why not",
         owner="ingress",
+        verdict=("admitted", "given_up", *REFUSALS),
     ),
     _counter(
         "selectn_ingress_unserved_requests",
         "requests",
         "Offered requests that no engine has had, by outcome: refused or cancelled, and whether they met the TTFT "
         "objective until they left",
-        *("outcome", "met"),
         owner="ingress",
+        outcome=("refused", "cancelled"),
+        met=("true", "false"),
     ),
     _gauge("selectn_ingress_waiting_requests", "requests", "Requests that wait for a place", owner="ingress"),
     _gauge("selectn_ingress_known_replicas", "replicas", "Replicas whose headroom is known", owner="ingress"),

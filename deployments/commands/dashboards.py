@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,8 @@ def run_install(args: argparse.Namespace) -> int:
             "This folder is of the Ray session that runs: the next head starts with another. To keep the dashboard, "
             f"set\n{OUTPUT_DIR_VARIABLE} before the head starts, and install again."
         )
-    print(
-        f"Grafana shows it beside Ray's own dashboards. For the rules, add to prometheus.yml:\n  rule_files: [{rules}]"
-    )
+    print("Grafana shows it beside Ray's own dashboards. For the rules, add to prometheus.yml:")
+    print(f"  rule_files: [{json.dumps(str(rules))}]")
     return 0
 
 
@@ -74,7 +74,7 @@ def _dashboards_folder() -> Path:
         return Path(named)
     if not SESSION.exists():
         raise ConfigError(
-            f"no Ray session runs on this machine ({SESSION} is not there): start one, set {OUTPUT_DIR_VARIABLE}, or "
-            "say --dir FOLDER"
+            f"no Ray head with a dashboard runs on this machine ({SESSION} is not there): start one, set "
+            f"{OUTPUT_DIR_VARIABLE}, or say --dir FOLDER"
         )
     return SESSION / "grafana" / "dashboards"

@@ -72,14 +72,18 @@ def _mean(name: str) -> str:
     return f"{_sum_rate(name, suffix='_sum')} / {_sum_rate(name, suffix='_count')}"
 
 
-_UNSERVED = "(sum (" + _rate("selectn_ingress_unserved_requests", where='met="false"') + ") or vector(0))"
-
-
 def _attained(objective: str) -> Query:
-    """Of all that were offered, those that met the objective; the unserved missed it."""
+    """Of all that were offered, those that met the objective. Of the unserved only those who left may have."""
     name, where = "selectn_slo_requests", f'objective="{objective}"'
-    met, had = _sum_rate(name, where=f'{where},met="true"'), _sum_rate(name, where=where)
-    return Query(expr=f"({met} or vector(0)) / (({had} + {_UNSERVED}) > 0)", legend=objective)
+    met, had = _or_0(_sum_rate(name, where=f'{where},met="true"')), _or_0(_sum_rate(name, where=where))
+    left = 'outcome="cancelled"' if objective == "tpot" else 'met="true"'  # no token of theirs was late
+    met_unserved = _or_0(_sum_rate("selectn_ingress_unserved_requests", where=left))
+    offered = f"{had} + {_or_0(_sum_rate('selectn_ingress_unserved_requests'))}"
+    return Query(expr=f"({met} + {met_unserved}) / (({offered}) > 0)", legend=objective)
+
+
+def _or_0(expr: str) -> str:
+    return f"({expr} or vector(0))"
 
 
 SECTIONS = (
@@ -133,8 +137,8 @@ SECTIONS = (
                     Query(expr=_mean("vllm_request_queue_time_seconds"), legend="queue"),
                     Query(expr=_mean("vllm_request_prefill_time_seconds"), legend="prefill"),
                     Query(
-                        expr=f"{_mean('selectn_ingress_time_to_first_token_seconds')} - "
-                        f"({_mean('vllm_time_to_first_token_seconds')})",
+                        expr=f"clamp_min({_mean('selectn_ingress_time_to_first_token_seconds')} - "
+                        f"({_mean('vllm_time_to_first_token_seconds')}), 0)",
                         legend="framework",
                     ),
                 ),
@@ -186,7 +190,7 @@ SECTIONS = (
             _latency("Step time", "selectn_step_seconds", "Of an inference iteration."),
             Panel(
                 title="Prediction error and cost of deciding",
-                about="Median error of predicted step times; share of step time that steps wait for decisions.",
+                about="Mean error of predicted step times; share of step time that steps wait for decisions.",
                 unit="percentunit",
                 queries=(
                     Query(expr=_of("selectn_prediction_error_ratio"), legend="error {{WorkerId}}"),

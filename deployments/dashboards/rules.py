@@ -17,6 +17,7 @@ from cluster.metrics.table import BY_NAME
 TARGET = 0.99
 WINDOWS = ("5m", "30m", "1h", "6h")
 # Burn rate, the windows it must exceed in, and how bad that is: 14.4 uses 2 % of a month's budget in an hour.
+LEAST_REQUESTS = 20  # in the long window: of fewer one that is late says little
 BURNS = ((14.4, "1h", "5m", "critical"), (6.0, "6h", "30m", "warning"))
 
 
@@ -48,7 +49,7 @@ def _offered(window: str) -> str:
     had, unserved = _of("selectn_slo_requests"), _of("selectn_ingress_unserved_requests")
     return (
         f'(sum(increase({had}{{objective="both"}}[{window}])) or vector(0))'
-        f' + (sum(increase({unserved}{{met="false"}}[{window}])) or vector(0))'
+        f" + (sum(increase({unserved}[{window}])) or vector(0))"
     )
 
 
@@ -74,7 +75,8 @@ ALERTS = (
     *(
         Alert(
             name=f"SelectNObjectivesMissed{'Fast' if severity == 'critical' else 'Slowly'}",
-            expr=f"selectn:slo_burn_rate:{long} > {burn} and selectn:slo_burn_rate:{short} > {burn}",
+            expr=f"selectn:slo_burn_rate:{long} > {burn} and selectn:slo_burn_rate:{short} > {burn}"
+            f" and ({_offered(long)}) >= {LEAST_REQUESTS}",
             lasts="2m",
             severity=severity,
             summary=f"Requests miss their latency objectives {burn} times as often as {1 - TARGET:.0%} allows.",
@@ -84,7 +86,7 @@ ALERTS = (
     Alert(
         name="SelectNEngineDown",
         expr=f"min by (WorkerId, model_name) ({_of('selectn_engine_up')}) == 0",
-        lasts="1m",
+        lasts="15s",  # Serve replaces it within half a minute
         severity="critical",
         summary="A replica's engine does not serve.",
     ),
@@ -100,6 +102,7 @@ ALERTS = (
         expr=(
             f"{_of('selectn_link_measured_bytes_per_second')} < 0.7 * {_of('selectn_link_share_bytes_per_second')}"
             f" and {_of('selectn_offloaded_units')} > 0"
+            f" and rate({_of('selectn_link_copied_bytes')}[5m]) > 0"  # it is measured by what it carries
         ),
         lasts="5m",
         severity="warning",
@@ -127,14 +130,16 @@ ALERTS = (
         expr=(
             f"max({_of('selectn_coordinator_report_age_seconds')}) > 30"
             f" or min({_of('selectn_coordinator_lease_left_seconds')}) <= 0"
+            f" or (count({_of('selectn_coordinator_lease_left_seconds')}) > 0"
+            f" unless count({_of('selectn_coordinator_report_age_seconds')}) > 0)"
         ),
         lasts="1m",
         severity="warning",
-        summary="A node does not report to the coordinator, or a replica's lease on its bus has run out.",
+        summary="There is no coordinator, a node does not report to it, or a replica's lease on its bus has run out.",
     ),
     Alert(
         name="SelectNPredictionsOff",
-        expr=f"{_of('selectn_prediction_error_ratio')} > 0.25",
+        expr=f"{_of('selectn_prediction_error_ratio')} > 0.25 and rate({_of('selectn_step_seconds')}_count[15m]) > 0",
         lasts="15m",
         severity="warning",
         summary="Predicted step times are off by more than a quarter.",

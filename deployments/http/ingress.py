@@ -180,7 +180,7 @@ class Service:
         max_tokens: int | None,
         key: str,
     ) -> Any:
-        await check_prompt_fits(prompt, await self._replicas.models.card(body.model))
+        await check_prompt_fits(prompt, await self._replicas.card(body.model))
         request_id = f"{id_prefix}-{uuid.uuid4().hex}"
         request = GenerateRequest(
             request_id=request_id,

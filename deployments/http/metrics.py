@@ -45,10 +45,12 @@ class IngressMetrics:
         self._meters.set("selectn_ingress_known_replicas", self._num_replicas())
 
     def _run(self) -> None:
-        never = threading.Event()
+        never, is_failing = threading.Event(), False
         while not never.wait(PERIOD_S):
             try:
                 self.publish()
+                is_failing = False
             except Exception:
-                logger.exception("this ingress's metrics are not published any more")
-                return
+                if not is_failing:
+                    logger.exception("this ingress's metrics are not published")
+                is_failing = True

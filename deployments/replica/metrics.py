@@ -11,13 +11,14 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.metrics.meters import Meters
 from deployments.replica.tracing import SYSTEM, operation_of
 from selectn_core.offload.control import LIMITS
 from selectn_core.requests.attainment import Outcome, each_met
-from selectn_core.requests.handle import RequestHandle
+from selectn_core.requests.handle import RequestHandle, RequestSpans, RequestTiming
 from selectn_core.requests.objectives import Objectives
 
 if TYPE_CHECKING:  # which imports torch
@@ -26,8 +27,9 @@ if TYPE_CHECKING:  # which imports torch
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
-# Of what waits to be published; more is dropped, and counted: a thread that hangs must not fill the memory.
-MOST_WAITING = 1 << 16
+# Of what waits to be published; the oldest is dropped for more: a thread that hangs must not fill the memory.
+MOST_WAITING, MOST_ENDED = 1 << 16, 1 << 13
+CLOSING_TIMEOUT_S = 2.0
 # Times between tokens that become observations, at most, of those that wait: a fair sample has the same mean and the
 # same quantiles, and 64 streams have thousands a second.
 MOST_GAPS = 512
@@ -37,13 +39,28 @@ FINISHED = {"cancelled": "abort"}
 Snapshot = Callable[[], Mapping[str, Any]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EndedRequest:
+    """What is kept of a request that has ended: numbers, and nothing of its text."""
+
+    outcome: Outcome
+    finish_reason: str
+    operation: str
+    timing: RequestTiming
+    spans: RequestSpans
+    objectives: Objectives | None
+    num_prompt_tokens: int
+    num_tokens: int
+    max_tokens: int | None
+
+
 class RequestNumbers:
     """What requests were, until it is published: an engine's observer."""
 
     def __init__(self) -> None:
         self._gaps_s: deque[float] = deque(maxlen=MOST_WAITING)
         self._firsts: deque[tuple[float, int]] = deque(maxlen=MOST_WAITING)  # TTFT, prompt tokens
-        self._ended: deque[tuple[RequestHandle, Outcome, str, Objectives | None]] = deque(maxlen=MOST_WAITING)
+        self._ended: deque[EndedRequest] = deque(maxlen=MOST_ENDED)
         self._num_tokens = 0
 
     def tokens(self, handle: RequestHandle, num_tokens: int, gap_s: float | None) -> None:
@@ -54,7 +71,20 @@ class RequestNumbers:
             self._gaps_s.append(gap_s)
 
     def ended(self, handle: RequestHandle, outcome: Outcome, finish_reason: str, objectives: Objectives | None) -> None:
-        self._ended.append((handle, outcome, finish_reason, objectives))
+        params = handle.params
+        self._ended.append(
+            EndedRequest(
+                outcome=outcome,
+                finish_reason=finish_reason,
+                operation=operation_of(handle.request_id),
+                timing=handle.timing,
+                spans=handle.spans,
+                objectives=objectives,
+                num_prompt_tokens=handle.num_prompt_tokens,
+                num_tokens=handle.num_tokens,
+                max_tokens=params.max_tokens if params is not None else None,
+            )
+        )
 
     def publish(self, meters: Meters, genai: Meters | None = None) -> None:
         """Makes metrics of all that has come since; `genai` by OpenTelemetry's names."""
@@ -67,33 +97,31 @@ class RequestNumbers:
         for gap_s in gaps_s if len(gaps_s) <= MOST_GAPS else random.sample(gaps_s, MOST_GAPS):
             meters.observe("vllm_inter_token_latency_seconds", gap_s)
         for _ in range(len(self._ended)):
-            handle, outcome, finish_reason, objectives = self._ended.popleft()
-            _publish_ended(meters, handle, outcome, finish_reason, objectives)
+            ended = self._ended.popleft()
+            _publish_ended(meters, ended)
             if genai is not None:
-                _publish_genai(genai, handle)
+                _publish_genai(genai, ended)
 
 
-def _publish_ended(
-    meters: Meters, handle: RequestHandle, outcome: Outcome, finish_reason: str, objectives: Objectives | None
-) -> None:
-    timing, spans = handle.timing, handle.spans
-    meters.add("selectn_requests", 1, outcome=outcome)
-    if objectives is not None:
-        met = each_met(timing, objectives, outcome)
+def _publish_ended(meters: Meters, ended: EndedRequest) -> None:
+    timing, spans = ended.timing, ended.spans
+    meters.add("selectn_requests", 1, outcome=ended.outcome)
+    if ended.objectives is not None:
+        met = each_met(timing, ended.objectives, ended.outcome)
         for objective, is_met in (("ttft", met[0]), ("tpot", met[1]), ("both", all(met))):
             meters.add("selectn_slo_requests", 1, objective=objective, met=str(is_met).lower())
         if all(met):
-            meters.add("selectn_goodput_tokens", handle.num_tokens)
-    if outcome == "refused":
+            meters.add("selectn_goodput_tokens", ended.num_tokens)
+    if ended.outcome == "refused":
         return
-    meters.add("vllm_request_success", 1, finished_reason=FINISHED.get(finish_reason, finish_reason))
+    meters.add("vllm_request_success", 1, finished_reason=FINISHED.get(ended.finish_reason, ended.finish_reason))
     meters.observe("vllm_e2e_request_latency_seconds", spans.total_s)
     meters.observe("vllm_request_queue_time_seconds", spans.queue_s)
-    if handle.params is not None:
-        meters.observe("vllm_request_params_max_tokens", handle.params.max_tokens)
-    meters.observe("vllm_request_prompt_tokens", handle.num_prompt_tokens)
-    meters.observe("vllm_request_generation_tokens", handle.num_tokens)
-    if not handle.num_tokens:
+    if ended.max_tokens is not None:
+        meters.observe("vllm_request_params_max_tokens", ended.max_tokens)
+    meters.observe("vllm_request_prompt_tokens", ended.num_prompt_tokens)
+    meters.observe("vllm_request_generation_tokens", ended.num_tokens)
+    if not ended.num_tokens:
         return
     meters.observe("vllm_request_prefill_time_seconds", spans.prefill_s)
     meters.observe("vllm_request_decode_time_seconds", spans.decode_s)
@@ -102,11 +130,11 @@ def _publish_ended(
         meters.observe("vllm_request_time_per_output_token_seconds", timing.tpot_s)
 
 
-def _publish_genai(meters: Meters, handle: RequestHandle) -> None:
-    timing, total_s = handle.timing, handle.spans.total_s
-    labels = {"gen_ai_operation_name": operation_of(handle.request_id), "gen_ai_provider_name": SYSTEM}
+def _publish_genai(meters: Meters, ended: EndedRequest) -> None:
+    timing = ended.timing
+    labels = {"gen_ai_operation_name": ended.operation, "gen_ai_provider_name": SYSTEM}
     for name, seconds in (
-        ("request_duration", total_s),
+        ("request_duration", ended.spans.total_s),
         ("time_to_first_token", timing.ttft_s),
         ("time_per_output_token", timing.tpot_s),
     ):
@@ -146,7 +174,7 @@ def publish_state(meters: Meters, state: Mapping[str, Any]) -> None:
             "selectn_prediction_error_ratio": steering.get("prediction_error"),
             "selectn_controller_share_ratio": steering.get("controller_share"),
             "selectn_link_share_bytes_per_second": cluster.get("link_bytes_per_s"),
-            "selectn_coordinator_lease_left_seconds": cluster.get("lease_left_s"),
+            "selectn_coordinator_lease_left_seconds": _lease_left_s(cluster),
         }.items()
         if value is not None
     }
@@ -171,6 +199,11 @@ def publish_state(meters: Meters, state: Mapping[str, Any]) -> None:
         meters.total(name, total)
 
 
+def _lease_left_s(cluster: Mapping[str, Any]) -> float | None:
+    """0 without a lease; None where no bus is shared, or nothing has been allowed yet."""
+    return None if cluster.get("range") is None else cluster.get("lease_left_s") or 0.0
+
+
 class ReplicaMetrics:
     """Publishes once a second until it is closed. `numbers` is what the engine is to tell."""
 
@@ -186,9 +219,9 @@ class ReplicaMetrics:
         self._thread.start()
 
     def close(self) -> None:
-        """Publishes what is left. Idempotent."""
+        """Publishes what requests have left, once the engine is closed; waits a moment for it. Idempotent."""
         self._should_end.set()
-        self._thread.join()
+        self._thread.join(CLOSING_TIMEOUT_S)
 
     def publish(self) -> None:
         """Everything, now."""
@@ -213,11 +246,15 @@ class ReplicaMetrics:
         while True:
             is_last = self._should_end.wait(PERIOD_S)
             try:
+                if is_last:
+                    self.numbers.publish(self._meters, self._genai)
+                    self._publish_steps()
+                    return
                 self.publish()
                 is_failing = False
             except Exception:  # the replica serves all the same
                 if not is_failing:
                     logger.exception("this replica's metrics are not published")
                 is_failing = True
-            if is_last:
-                return
+                if is_last:
+                    return

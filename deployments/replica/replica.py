@@ -68,6 +68,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class _Overdue(Exception):
+    """A request has waited at the door for as long as it may."""
+
+
 class SelectNReplica:
     """The replica deployment's class. Its methods are called through a Serve handle."""
 
@@ -128,6 +132,7 @@ class SelectNReplica:
             params = self._sampling_params(request.sampling, len(prompt_ids))
             self._engine.check_request(prompt_ids, params)
             objectives = self._engine.objectives_for(ttft_ms=request.ttft_ms, tpot_ms=request.tpot_ms)
+            traced = TracedRequest(self._engine)
             async with self._let_in(request, prompt_ids, params) as visit:
                 handle = self._engine.submit(
                     prompt_ids,
@@ -138,7 +143,6 @@ class SelectNReplica:
                     returns=True,  # the ingress offers it again, and counts what it refuses in the end
                 )
                 visit.num_generated = lambda: handle.num_tokens
-                traced = TracedRequest(self._engine)
                 try:
                     text = RequestText(handle, Detokenizer(self._tokenizer, prompt_ids), request.stop)
                     with closing(self._streams.open(text, request)) as stream:
@@ -159,6 +163,8 @@ class SelectNReplica:
             yield Refused(kind="invalid", message=str(error), field=_body_field(error, request))
         except EngineOverloaded as error:
             yield Refused(kind="overloaded", message=str(error))
+        except _Overdue:
+            yield Refused(kind="overdue", message="no room came free in time")
         except EngineUnavailable as error:
             yield Refused(kind="unavailable", message=str(error))
 
@@ -177,7 +183,12 @@ class SelectNReplica:
         )
         self._door.knock(visit)
         try:
-            if not await decided:
+            try:
+                async with asyncio.timeout(request.wait_s):
+                    may_enter = await decided
+            except TimeoutError:
+                raise _Overdue from None
+            if not may_enter:
                 raise EngineUnavailable("this replica is stopping; send the request again")
             self._prefixes.add(prefix_hashes(prompt_bytes(request)))
             yield visit
@@ -280,8 +291,8 @@ class SelectNReplica:
         if engine is not None:
             self._door.close()
             await self._outlet.close()
-            await asyncio.to_thread(self._metrics.close)
             await asyncio.to_thread(_close, engine, self._member)
+            await asyncio.to_thread(self._metrics.close)
             self._prompts.close()
 
     def _sampling_params(self, sampling: Sampling, num_prompt_tokens: int) -> SamplingParams:

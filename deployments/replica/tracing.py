@@ -5,6 +5,7 @@ A room of its own because only this file knows OpenTelemetry, and nothing is don
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from selectn_core.requests.handle import RequestHandle
 
 if TYPE_CHECKING:  # which imports torch
     from selectn_core.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 SYSTEM = "selectn"
 
@@ -32,10 +35,16 @@ class TracedRequest:
             self._engine, self._copied_bytes = engine, engine.device.link_usage().copied_bytes
 
     def end(self, handle: RequestHandle) -> None:
-        """The request is over. At most once."""
+        """The request is over. A span processor that raises changes nothing for it."""
         if not self._is_traced:
             return
         self._is_traced = False
+        try:
+            self._end(handle)
+        except Exception:
+            logger.exception("the spans of a request are lost")
+
+    def _end(self, handle: RequestHandle) -> None:
         self._span.set_attributes(
             {
                 "gen_ai.operation.name": operation_of(handle.request_id),

@@ -102,6 +102,8 @@ class Turn:
 
     def begun(self) -> None:
         """The replica has let the request in."""
+        if self._unbegun is not None:
+            self._admission.events.admitted(self._admission.now_s - self.ask.arrived_s)
         self._begun_s, self._unbegun = self._admission.now_s, None
         self._admission.on_board(lambda board: board.begun(self.ask.request_id))
 
@@ -171,14 +173,18 @@ class Admission:
         try:
             yield
         except ApiError as error:
-            self.offered.refused(error)
-            self.events.refused(error.code or str(error.status), error.status)
+            self.count_refused(error)
             raise
         except asyncio.CancelledError:
             waited_s = self._clock() - ask.arrived_s
             self.offered.given_up(ask, waited_s)
             self.events.given_up(met=None if ask.ttft_s is None else waited_s <= ask.ttft_s)
             raise
+
+    def count_refused(self, error: ApiError) -> None:
+        """Counts a request as offered that is answered with this, without an engine that could count it."""
+        self.offered.refused(error)
+        self.events.refused(error.code or str(error.status), error.status)
 
     async def _enter(self, ask: Ask) -> Turn:
         self._listen()
@@ -202,7 +208,6 @@ class Admission:
             raise
         with self.shared.locked() as board:
             sequence = board.sequence_of(ask.request_id)
-        self.events.admitted(self._clock() - ask.arrived_s)
         return Turn(self, waiter, replica_id, sequence)
 
     def refund(self, waiter: _Waiter) -> None:

@@ -9,7 +9,7 @@ class AdmissionEvents(Protocol):
     """Called on the ingress's event loop."""
 
     def admitted(self, waited_s: float) -> None:
-        """A request has a replica, so long after it came."""
+        """A replica has let a request in, so long after it came."""
 
     def started(self, ttft_s: float) -> None:
         """A request's first text is here, so long after it came."""

@@ -38,6 +38,9 @@ HEALTH_TIMEOUT_S = 5.0
 # A request that a replica was too full for is tried again at the next report, or after this time.
 NEXT_ATTEMPT_S = 0.5
 LEAST_TIMEOUT_S = 0.05
+# The replica itself says when a request's time at its door is over: so it is known whether an engine has had it. One
+# that does not answer is given so much longer.
+ANSWER_TIMEOUT_S = 1.0
 
 T = TypeVar("T")
 
@@ -119,6 +122,15 @@ class ReplicaClient:
         """What a request may have at most, whatever its model; None until a replica has said."""
         return self.models.most_tokens
 
+    async def card(self, model: str) -> ModelCard:
+        """Of the model that a request names. Raises ApiError: 404, or 503, which counts the request as refused."""
+        try:
+            return await self.models.card(model)
+        except ApiError as error:
+            if error.status == 503:
+                self._admission.count_refused(error)
+            raise
+
     async def check_health(self) -> None:
         """Raises ApiError 503 unless the replica that is asked is healthy."""
         await self._bounded(self._handle.check_health.remote(), HEALTH_TIMEOUT_S)
@@ -148,7 +160,11 @@ class ReplicaClient:
             log = RequestLogger(logger, request.request_id)
             log.warning("its replica died before anything was sent: running it again")
             ask = ask.after_death(turns[-1].replica_id, self._admission.now_s)
-            return await read(await self._first_text(request, ask, []))
+            try:
+                return await read(await self._first_text(request, ask, []))
+            except ReplicaDied as error:  # what an engine has counted has died with it
+                self._admission.count_refused(error)
+                raise
 
     def _objective_s(self, request: GenerateRequest) -> float | None:
         """Seconds until the first token is wanted: the request's own, what replicas have now, or as configured."""
@@ -193,19 +209,26 @@ class ReplicaClient:
             if accepted.kind not in ("overloaded", "unavailable"):
                 raise refused(accepted)
             # Another ingress was quicker, or the replica is stopping: this request is still the next one.
-            await self._admission.news(NEXT_ATTEMPT_S)
+            with self._admission.counting(ask):
+                await self._admission.news(NEXT_ATTEMPT_S)
             ask = ask.again()
 
     async def _messages(self, request: GenerateRequest, turn: Turn, inbox: Inbox) -> AsyncGenerator[Any, None]:
         """A replica's messages; closing this early cancels the request there. The place lasts as long."""
-        waited_s = self._admission.now_s - turn.ask.arrived_s
-        numbered = replace(request, sequence=turn.sequence, waited_s=waited_s, inbox=inbox.number)
+        now_s = self._admission.now_s
+        waited_s, wait_s = now_s - turn.ask.arrived_s, max(LEAST_TIMEOUT_S, turn.deadline_s - now_s)
+        numbered = replace(request, sequence=turn.sequence, waited_s=waited_s, wait_s=wait_s, inbox=inbox.number)
         stream: DeploymentResponseGenerator[GenerateMessage] | None = None
         log, is_complete = RequestLogger(logger, request.request_id), False
         try:
             stream = self._stream_handle.generate.remote(numbered)
             with self._admission.counting(turn.ask):
-                first = await self._first(stream, turn)
+                try:
+                    first = await self._first(stream, turn, wait_s + ANSWER_TIMEOUT_S)
+                except (BackPressureError, DeploymentUnavailableError) as error:
+                    raise api_error(error) from error
+                if isinstance(first, Refused) and first.kind == "overdue":
+                    raise self._admission.overdue(turn.ask)
             if isinstance(first, Accepted):
                 turn.begun()
                 log.debug(
@@ -243,10 +266,12 @@ class ReplicaClient:
         reader.add_done_callback(self._readers.discard)
         return reader
 
-    async def _first(self, stream: DeploymentResponseGenerator[GenerateMessage], turn: Turn) -> GenerateMessage:
+    async def _first(
+        self, stream: DeploymentResponseGenerator[GenerateMessage], turn: Turn, timeout_s: float
+    ) -> GenerateMessage:
         """Accepted or Refused: a replica that is full lets the request wait at its door, until its deadline."""
         try:
-            async with asyncio.timeout(max(LEAST_TIMEOUT_S, turn.deadline_s - self._admission.now_s)):
+            async with asyncio.timeout(timeout_s):
                 return await _awaited(anext(stream))
         except TimeoutError:
             raise self._admission.overdue(turn.ask) from None

@@ -79,6 +79,7 @@ class Steering(Control):
         self._num_decoding = 0
         self._lock = threading.Lock()
         self.spent_s = self.looked_s = self.stepped_s = 0.0  # looked: beside steps, which do not wait for it
+        self._has_failed_to_look = False
         self._looking = ThreadPoolExecutor(1, thread_name_prefix="look-for-a-better-plan")
         self._rehearse()
 
@@ -237,9 +238,15 @@ class Steering(Control):
     def _look(self) -> None:
         """On a thread of its own, while the step runs."""
         began_s = time.perf_counter()
-        with self._lock:
-            self.controller.look()
-        self.looked_s += time.perf_counter() - began_s
+        try:
+            with self._lock:
+                self.controller.look()
+        except Exception:  # requests are served as they are
+            if not self._has_failed_to_look:
+                logger.exception("looking for a better plan has failed; no more may be offloaded from now on")
+            self._has_failed_to_look = True
+        finally:
+            self.looked_s += time.perf_counter() - began_s
 
     @property
     def guaranteed_plan(self) -> OffloadPlan:

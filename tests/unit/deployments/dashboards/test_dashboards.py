@@ -99,6 +99,12 @@ def slo(met: str, per_step: float) -> dict[str, str]:
     return constant("ray_selectn_slo_requests_total", f'objective="both",met="{met}"', 0, per_step)
 
 
+def steps_up(met: str, number: int) -> dict[str, str]:
+    """From 0, which is there from the start, to a number, after 26 minutes."""
+    name = 'ray_selectn_slo_requests_total{objective="both",met="' + met + '",WorkerId="w"}'
+    return {"series": name, "values": f"0x104 {number}x600"}
+
+
 def gauge(name: str, value: float, labels: str = 'WorkerId="w"') -> dict[str, str]:
     return constant(f"ray_selectn_{name}", labels, value, 0)
 
@@ -129,10 +135,11 @@ CASES = [
                 gauge("link_measured_bytes_per_second", measured),
                 gauge("link_share_bytes_per_second", 10),
                 gauge("offloaded_units", 3),
+                constant("ray_selectn_link_copied_bytes_total", 'WorkerId="w"', 0, copied),
             ],
-            fires=measured < 7,
+            fires=measured < 7 and copied > 0,
         )
-        for measured in (5, 9)
+        for measured, copied in ((5, 100), (9, 100), (5, 0))  # at rest nothing is measured
     ),
     *(
         case(
@@ -149,10 +156,35 @@ CASES = [
     case("SelectNGpuLost", "10m", [gauge("gpu_up", 0, 'node="n",gpu="0"')], fires=True),
     case("SelectNGpuLost", "10m", [gauge("gpu_up", 1, 'node="n",gpu="0"')], fires=False),
     case("SelectNCoordinatorStale", "10m", [gauge("coordinator_report_age_seconds", 60)], fires=True),
+    case(
+        "SelectNCoordinatorStale",
+        "10m",
+        [gauge("coordinator_lease_left_seconds", 5), gauge("coordinator_report_age_seconds", 1)],
+        fires=False,
+    ),
     case("SelectNCoordinatorStale", "10m", [gauge("coordinator_lease_left_seconds", 0)], fires=True),
     case("SelectNCoordinatorStale", "10m", [gauge("coordinator_report_age_seconds", 1)], fires=False),
-    case("SelectNPredictionsOff", "30m", [gauge("prediction_error_ratio", 0.4)], fires=True),
-    case("SelectNPredictionsOff", "30m", [gauge("prediction_error_ratio", 0.1)], fires=False),
+    *(
+        case(
+            "SelectNPredictionsOff",
+            "40m",
+            [
+                gauge("prediction_error_ratio", error),
+                constant("ray_selectn_step_seconds_count", 'WorkerId="w"', 0, steps),
+            ],
+            fires=error > 0.25 and steps > 0,
+        )
+        for error, steps in ((0.4, 10), (0.1, 10), (0.4, 0))
+    ),
+    # One that is late in a quiet night, and a burst that comes to a server which has had none before.
+    case("SelectNObjectivesMissedFast", "30m", [slo("true", 0), steps_up("false", 1)], fires=False),
+    case("SelectNObjectivesMissedFast", "30m", [slo("true", 0), steps_up("false", 1000)], fires=True),
+    case(
+        "SelectNCoordinatorStale",
+        "10m",
+        [gauge("coordinator_lease_left_seconds", 5)],  # and no coordinator
+        fires=True,
+    ),
 ]
 
 

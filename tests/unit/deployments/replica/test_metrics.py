@@ -62,6 +62,7 @@ def test_every_metric_of_a_replica_has_a_value_and_counts_are_exact(engine: Engi
     next(iter(gone))
     gone.cancel()
     metrics.close()
+    metrics.publish()
     names = {metric.name for metric in (*VLLM, *REPLICA) if metric.owner == "replica"}
     assert names - meters.told <= ELSEWHERE
     assert meters.of("vllm_request_success", "length") == 4
