@@ -221,9 +221,9 @@ class ReplicaClient:
         stream: DeploymentResponseGenerator[GenerateMessage] | None = None
         log, is_complete = RequestLogger(logger, request.request_id), False
         try:
-            stream = self._stream_handle.generate.remote(numbered)
             with self._admission.counting(turn.ask):
                 try:
+                    stream = self._stream_handle.generate.remote(numbered)
                     first = await self._first(stream, turn, wait_s + ANSWER_TIMEOUT_S)
                 except (BackPressureError, DeploymentUnavailableError) as error:
                     raise api_error(error) from error

@@ -347,6 +347,24 @@ def test_a_better_plan_is_looked_for_on_a_thread_of_its_own(monkeypatch: pytest.
         assert any(name.startswith("look-for-a-better-plan") for name in threads)
 
 
+def test_a_look_that_fails_is_said_once_and_requests_are_served(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with steered() as engine:
+        control = engine.offloading.control
+
+        def fail() -> None:
+            raise ValueError("injected")
+
+        assert isinstance(control, Steering)
+        monkeypatch.setattr(control.controller, "look", fail)
+        for _ in range(3):
+            control._look()
+        assert sum("looking for a better plan has failed" in each.message for each in caplog.records) == 1
+        monkeypatch.undo()
+        assert len(engine.submit(make_prompts()[0], greedy(5)).result()) == 5
+
+
 def test_a_link_that_has_become_slow_is_not_thought_good_for_swapping() -> None:
     with steered() as engine:
         engine.submit(make_prompts()[3], greedy()).result()

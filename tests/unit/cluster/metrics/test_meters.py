@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.metrics.meters import OTHER, BoundedLabels
-from tests.support.meters import KeptMeters
+from cluster.metrics.meters import OTHER, BoundedLabels, Meters
+from tests.support.meters import Kept, KeptMeters
 
 
 def test_labels_do_not_grow_without_bound() -> None:
@@ -41,3 +43,26 @@ def test_nothing_is_added_where_nothing_has_come() -> None:
     meters.add("vllm_generation_tokens", 0)
     meters.total("vllm_num_preemptions", 0)
     assert meters.told == set()
+
+
+class AtStart(Kept):
+    """Also keeps the 0 with which a counter begins."""
+
+    begun: ClassVar[set[tuple[str, ...]]] = set()
+
+    def inc(self, value: float, tags: dict[str, str] | None = None) -> None:
+        self.begun.add((self.metric.name, *(tags or {}).values()))
+        super().inc(value, tags)
+
+
+def test_counters_are_there_from_the_start_with_the_labels_that_will_come() -> None:
+    """A counter that appears with a value has not grown, to Prometheus: a first burst would be missed."""
+    AtStart.begun = set()
+    Meters("replica", {"model_name": "m"}, make=AtStart)
+    Meters("ingress", make=AtStart)
+    assert AtStart.begun >= {
+        ("vllm_num_preemptions",),
+        ("selectn_slo_requests", "both", "false"),
+        ("selectn_ingress_unserved_requests", "refused", "false"),
+        ("vllm_request_success", "error"),
+    }

@@ -11,8 +11,9 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from deployments.api.errors import ApiError
-from deployments.messages import Accepted, Delta, EndReason, Finished, GenerateRequest, Refused, Sampling
+from deployments.api.errors import ApiError, unavailable
+from deployments.messages import Accepted, Delta, EndReason, Finished, GenerateRequest, ModelCard, Refused, Sampling
+from deployments.routing.admission_events import Unheard
 from deployments.routing.replica_client import Generation, ReplicaClient
 from deployments.routing.sizing import PromptSizes
 from tests.support.routing import TIMEOUT_S, run
@@ -257,3 +258,77 @@ class TestObjectives:
             assert len(client.handle.requests) == 1
 
         run(check)
+
+
+class Heard(Unheard):
+    """Counts what admission says."""
+
+    def __init__(self) -> None:
+        self.admitted_s: list[float] = []
+        self.reasons: list[str] = []
+
+    def admitted(self, waited_s: float) -> None:
+        self.admitted_s.append(waited_s)
+
+    def refused(self, reason: str, status: int) -> None:
+        self.reasons.append(reason)
+
+
+BACK_PRESSURE = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+OVERDUE = Refused(kind="overdue", message="no room came free in time")
+INVALID = Refused(kind="invalid", message="no such thing")
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "refused", "num_admitted"),
+    [
+        ([Stream(*ANSWER)], None, 0, 1),
+        ([Stream(INVALID)], 400, 0, 0),
+        ([Stream(OVERDUE)], 429, 1, 0),
+        ([UNAVAILABLE], 503, 1, 0),
+        ([BACK_PRESSURE], 429, 1, 0),
+        ([ActorDiedError(), ActorDiedError()], 503, 1, 0),
+        ([ActorDiedError(), Stream(*ANSWER)], None, 0, 1),
+    ],
+    ids=["served", "invalid", "overdue", "no replica", "full", "died twice", "died once"],
+)
+def test_what_no_engine_has_had_counts_once_and_is_admitted_by_a_replica_alone(
+    answers: list[Any], status: int | None, refused: int, num_admitted: int
+) -> None:
+    async def check() -> None:
+        client = Client(*[Stream(each) if isinstance(each, Exception) else each for each in answers])
+        client.admission.events = heard = Heard()
+        client.report("a", "b")
+        if status is None:
+            assert await client.ask() == "a"
+        else:
+            assert (await client.error()).status == status
+        assert client.admission.offered.snapshot()["outcomes"]["refused"] == refused
+        assert len(heard.admitted_s) == num_admitted
+
+    run(check)
+
+
+def test_a_request_counts_while_no_replica_is_there_at_all() -> None:
+    async def check() -> None:
+        client = Client()
+
+        async def unavailable_card(name: str) -> ModelCard:
+            raise unavailable()
+
+        client._client.models.card = unavailable_card  # type: ignore[method-assign]
+        with pytest.raises(ApiError):
+            await client._client.card("m")
+        assert client.admission.offered.snapshot()["outcomes"]["refused"] == 1
+
+    run(check)
+
+
+def test_a_replica_is_told_how_long_a_request_may_wait_at_its_door() -> None:
+    async def check() -> None:
+        client = Client(Stream(*ANSWER), timeout_s=3.0)
+        client.report()
+        await client.ask()
+        assert 2.0 < (client.handle.requests[0].wait_s or 0.0) <= 3.0
+
+    run(check)
