@@ -109,6 +109,16 @@ def app_args(app: Mapping[str, Any]) -> Any:
     return {} if args is None else args
 
 
+def most_replicas(app: Mapping[str, Any]) -> int | None:
+    """The replicas that `deployments:` of a checked application allows at most; None where it does not say."""
+    for entry in _deployments(app):
+        if entry.get("name") == REPLICA_NAME:
+            scaling = entry.get("autoscaling_config")
+            most = scaling.get("max_replicas") if isinstance(scaling, Mapping) else entry.get("num_replicas")
+            return most if isinstance(most, int) else None
+    return None
+
+
 def _deployments(app: Mapping[str, Any]) -> list[dict[str, Any]]:
     deployments = app.get("deployments")
     entries = [] if deployments is None else deployments

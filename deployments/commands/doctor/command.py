@@ -13,6 +13,7 @@ from deployments.commands.file_options import file_name
 if TYPE_CHECKING:
     from deployments.commands.doctor.findings import Finding
     from deployments.commands.doctor.subject import Subject
+    from deployments.config import AppArgs
 
 EXAMPLES = """\
 examples:
@@ -58,16 +59,24 @@ def subject_of(path: Path | None, machine: Any) -> Subject:
     from deployments.commands.doctor.subject import Subject
     from deployments.commands.serve import DEFAULT_CONFIG, default_document
     from deployments.config import AppArgs, parse
-    from deployments.serve_file import app_args, load_yaml, select_n_applications
+    from deployments.serve_file import app_args, load_yaml, most_replicas, select_n_applications
     from selectn_core.errors import SelectNError
 
     path = path or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None)
     try:
         document = load_yaml(path) if path else default_document()
-        apps = tuple(parse(AppArgs, app_args(app), where="args") for app in select_n_applications(document))
+        apps = tuple(
+            scaled(parse(AppArgs, app_args(app), where="args"), most_replicas(app))
+            for app in select_n_applications(document)
+        )
     except SelectNError as reason:
         return Subject(machine, {}, (), str(path), str(reason))
     return Subject(machine, document, apps, str(path) if path else "the default configuration")
+
+
+def scaled(args: AppArgs, num_replicas: int | None) -> AppArgs:
+    """With as many replicas as `deployments:` allows, which is how an application is scaled."""
+    return args if num_replicas is None else args.model_copy(update={"num_replicas": num_replicas})
 
 
 def exit_code(findings: list[Finding]) -> int:

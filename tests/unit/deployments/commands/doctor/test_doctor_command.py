@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from deployments.commands.doctor.command import subject_of
+from deployments.config import IMPORT_PATH, REPLICA_NAME
 from selectn_core.device.host_memory import SHARED_MEMORY
 from tests.standins.nvml import StandIn
 from tests.support.paths import ROOT
@@ -62,3 +64,18 @@ def test_a_config_that_is_not_there_is_an_error(tmp_path) -> None:
     done = doctor(tmp_path, "none.yaml", "--json")
     assert done.returncode == 2
     assert json.loads(done.stdout)["findings"][0]["severity"] == "error"
+
+
+@pytest.mark.parametrize("scaled", ["num_replicas: 7", "autoscaling_config: {min_replicas: 1, max_replicas: 7}"])
+def test_replicas_that_deployments_declare_count(tmp_path, scaled: str) -> None:
+    (tmp_path / "serve.yaml").write_text(
+        f"""
+applications:
+  - name: selectn
+    route_prefix: /
+    import_path: {IMPORT_PATH}
+    deployments: [{{name: {REPLICA_NAME}, {scaled}}}]
+"""
+    )
+    (args,) = subject_of(tmp_path / "serve.yaml", machine=None).apps
+    assert args.num_replicas == 7
