@@ -3,6 +3,7 @@
 //   npm install --prefix /tmp/browser puppeteer-core axe-core
 //   SELECTN_NODE_MODULES=/tmp/browser/node_modules node docs/screenshots.mjs --url http://127.0.0.1:8000 --out docs/images
 //
+// With --ray http://127.0.0.1:8265 it takes Ray's dashboard too, its Serve page; its token is in $RAY_DASHBOARD_TOKEN.
 // Without --out there is only the check. The key, if one is needed, is in $SELECTN_API_KEY. $CHROMIUM names the browser.
 // Prints JSON; exit code 1: axe has found violations, or the page has written errors.
 import { mkdirSync, readFileSync } from "node:fs";
@@ -10,7 +11,7 @@ import { createRequire } from "node:module";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 
-const { values } = parseArgs({ options: { url: { type: "string" }, out: { type: "string" } } });
+const { values } = parseArgs({ options: { url: { type: "string" }, out: { type: "string" }, ray: { type: "string" } } });
 if (!values.url) throw new Error("--url is needed");
 const require = createRequire(join(process.env.SELECTN_NODE_MODULES ?? "node_modules", "/"));
 const puppeteer = require("puppeteer-core");
@@ -61,6 +62,21 @@ async function look(browser, view, scheme) {
   return { view, scheme, violations, errors, fits: size.wide <= VIEWS[view].width, injected: size.injected, state: size.state, refreshes, whilePaused };
 }
 
+async function rayDashboard(browser) {
+  const page = await browser.newPage();
+  await page.setViewport({ width: 1280, height: 900 });
+  const token = process.env.RAY_DASHBOARD_TOKEN;
+  if (token) {
+    const { hostname } = new URL(values.ray);
+    await browser.setCookie({ name: "ray-authentication-token", value: token, domain: hostname, path: "/" });
+    await page.setExtraHTTPHeaders({ Authorization: `Bearer ${token}` });
+  }
+  await page.goto(`${values.ray}/#/serve`, { waitUntil: "load" });
+  await new Promise((done) => setTimeout(done, 3 * SETTLED_MS));
+  if (values.out) await page.screenshot({ path: join(values.out, "ray-dashboard-serve.webp"), type: "webp", quality: 75 });
+  await page.close();
+}
+
 async function check(page) {
   await page.evaluate(axe); // by the debugger, which the page's own policy does not bind
   const { violations } = await page.evaluate(() => axe.run(document));
@@ -73,6 +89,7 @@ const browser = await puppeteer.launch({
 const looks = [];
 try {
   for (const view of Object.keys(VIEWS)) for (const scheme of ["light", "dark"]) looks.push(await look(browser, view, scheme));
+  if (values.ray) await rayDashboard(browser);
 } finally {
   await browser.close();
 }
