@@ -314,9 +314,15 @@ class UnderWay:
             if wholes and self._begun:
                 break
             thaw()
+            self._let_all_end()
         assert wholes, "no whole response is under way on a victim"
         assert self._begun, "no stream is under way on a victim"
         self._requests += [serving.long.start(is_stream=True) for _ in range(3)]
+
+    def _let_all_end(self) -> None:
+        """Before others are tried: where all places are taken the first would end before the last is let in."""
+        for request in self._requests:
+            request.end()
 
     def _start_some(self) -> None:
         """A few of both kinds; returns when replicas have let them in, and the first on a victim has begun."""
