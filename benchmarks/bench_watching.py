@@ -79,7 +79,7 @@ def _pair(engine: Engine, meters: Meters) -> dict[str, Any]:
 @contextlib.contextmanager
 def _watched(engine: Engine, meters: Meters) -> Iterator[Timed]:
     def state() -> dict[str, Any]:
-        return {**engine.snapshot(), "at_door": 0, "headroom_tokens": 0, "cluster": None}
+        return {**engine.snapshot(is_brief=True), "at_door": 0, "headroom_tokens": 0, "cluster": None}
 
     metrics = Timed(meters, state, engine.steps.records)
     engine.observe(metrics.numbers)

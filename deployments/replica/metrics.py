@@ -213,7 +213,7 @@ class ReplicaMetrics:
         """`snapshot` is what `publish_state` takes, `steps` the engine's log; `genai`: see `RequestNumbers`."""
         self.numbers, self._genai = RequestNumbers(), genai
         self._meters, self._snapshot, self._steps = meters, snapshot, steps
-        self._last_iteration = -1
+        self._last_iteration = steps[-1].iteration if steps else -1  # those before were a profile's
         self._should_end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()

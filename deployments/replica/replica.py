@@ -223,12 +223,12 @@ class SelectNReplica:
     async def snapshot(self, *, replica_id: str | None = None) -> dict[str, Any]:
         """The engine's state, as plain JSON data, whose it is, and what the cluster allows it."""
         require_replica(replica_id, self._replica_id)
-        return self._state()
+        return self._state(is_brief=False)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, *, is_brief: bool = True) -> dict[str, Any]:
         """What `snapshot` says; any thread."""
         return {
-            **self._engine.snapshot(),
+            **self._engine.snapshot(is_brief=is_brief),
             "replica_id": self._replica_id,
             "cluster": self._member.snapshot() if self._member is not None else None,
             "at_door": self._door.num_waiting,

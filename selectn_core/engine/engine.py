@@ -399,8 +399,11 @@ class Engine:
 
     # -- sizes and state ----------------------------------------------------------------------------------------
 
-    def snapshot(self) -> dict[str, Any]:
-        """What the engine holds and does now, as JSON-able values; bytes and seconds."""
+    def snapshot(self, *, is_brief: bool = False) -> dict[str, Any]:
+        """What the engine holds and does now, as JSON-able values; bytes and seconds.
+
+        `is_brief`: for whom asks often. What all steps of the log are gone through for is None.
+        """
         plan, usage, steering = self.executor.plan, self.device.link_usage(), self.offloading.control.snapshot()
         num_requests = len(self.requests)
         running = min(num_requests, self.batching.num_active)
@@ -438,8 +441,8 @@ class Engine:
             "num_steps": self.steps.num_steps,
             "limited_by": self.offloading.control.limited_by(plan),
             "num_plan_changes": self.executor.stats.num_plan_changes,
-            "interval_history": [list(change) for change in list(self.steps.interval_history)],
-            "step_over_bound": self.steps.median_over_bound(usage.bytes_per_s),
+            "interval_history": None if is_brief else [list(change) for change in list(self.steps.interval_history)],
+            "step_over_bound": None if is_brief else self.steps.median_over_bound(usage.bytes_per_s),
             "link_bytes": usage.copied_bytes,
             "link_busy_s": usage.busy_s,
             "stall_s": self.executor.stats.stall_s,
