@@ -39,6 +39,8 @@ BOUNDS_S = IMPATIENT.bounds_s(replica_start_s=60, actor_start_s=30, answer_s=20)
 NOT_HERE = ("NIXL", "KV Offload")
 # At having requests of both kinds on a given replica, all under way.
 NUM_ATTEMPTS = 5
+# They and the load leave places free, so that all are let in.
+MOST_UNDER_WAY = 8
 
 
 @pytest.fixture(scope="module")
@@ -416,17 +418,32 @@ class TestANodeDies:
             assert {name for name, each in reports.items() if each.ledger.is_complete} == {"head", "left", "right"}
 
 
+def on_every_replica(serving: WatchedCluster, replica_ids: set[str]) -> list[LongRequest]:
+    """Some of both kinds, all under way; more are sent until each replica has let one in."""
+    requests: list[LongRequest] = []
+    found: set[str] = set()
+
+    def are_on_all() -> bool:
+        under_way = [each for each in requests if not each.answer.is_complete]
+        if len(under_way) < MOST_UNDER_WAY:
+            under_way += [serving.long.start(is_stream=is_stream) for is_stream in (False, True)]
+            requests.extend(under_way[-2:])
+        there = hosts(under_way, serving.run(serving_cluster.prefixes)).values()
+        found.clear()
+        found.update(there)
+        return found == replica_ids
+
+    end_s = time.monotonic() + TIMEOUT_S
+    wait_within(are_on_all, end_s, "every replica has a long request", lambda: f"{found} of {replica_ids}")
+    return requests
+
+
 class TestTheEnd:
     def test_a_replica_that_is_told_to_stop_finishes_and_hands_back_what_it_holds(self, serving, ledgers):
         before = {node: serving.replica_ids(node) for node in ("left", "right")}
         everybody = before["left"] | before["right"]
         with nothing_lost(serving):
-            requests = [serving.long.start(is_stream=is_stream) for is_stream in (False, True) * 3]
-
-            def are_on_all() -> bool:
-                return {*hosts(requests, serving.run(serving_cluster.prefixes)).values()} == everybody
-
-            wait_until(are_on_all, TIMEOUT_S, "every replica has a long request")
+            requests = on_every_replica(serving, everybody)
             serving.run(serving_cluster.scale_to, 2)
 
             def left() -> set[str]:

@@ -160,10 +160,13 @@ class Load:
 
 @dataclass(eq=False)
 class LongRequest:
-    """A request long enough to be under way when something fails; read by a thread of its own."""
+    """A request long enough to be under way when something fails; read by a thread of its own.
+
+    What the model itself answers is computed at its end: it takes as long as the request does.
+    """
 
     answer: Answer
-    expected: str
+    reference: Reference
     thread: threading.Thread = field(init=False, repr=False)
 
     def start(self, base_url: str) -> None:
@@ -188,7 +191,7 @@ class LongRequest:
         """The answer, when there will be no more of it. Raises AssertionError for text that is not the model's."""
         self.thread.join(TIMEOUT_S)
         assert not self.thread.is_alive(), f"no end of {self.answer}"
-        problem = self.answer.problem(self.expected)
+        problem = self.answer.problem(self.reference.text(self.answer.prompt, LONG_TOKENS))
         assert problem is None, problem
         return self.answer
 
@@ -203,8 +206,7 @@ class LongRequests:
     def start(self, *, is_stream: bool) -> LongRequest:
         self._number += 1
         prompt = f"long request number {self._number:03d}{_FILLER}"
-        expected = self._reference.text(prompt, LONG_TOKENS)
-        request = LongRequest(Answer(prompt=prompt, is_stream=is_stream), expected)
+        request = LongRequest(Answer(prompt=prompt, is_stream=is_stream), self._reference)
         request.start(self._base_url)
         return request
 
