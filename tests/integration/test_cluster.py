@@ -319,7 +319,7 @@ class UnderWay:
             self._let_all_end()
         assert wholes, "no whole response is under way on a victim"
         assert self._begun, "no stream is under way on a victim"
-        self._requests += [serving.long.start(is_stream=True) for _ in range(3)]
+        self._requests += serving.long.start(True, True, True)
 
     def _let_all_end(self) -> None:
         """Before others are tried: where all places are taken the first would end before the last is let in."""
@@ -328,7 +328,7 @@ class UnderWay:
 
     def _start_some(self) -> None:
         """A few of both kinds; returns when replicas have let them in, and the first on a victim has begun."""
-        some = [self._serving.long.start(is_stream=is_stream) for is_stream in (False, True) * 3]
+        some = self._serving.long.start(*(False, True) * 3)
         self._requests += some
 
         def there() -> dict[LongRequest, str]:
@@ -374,7 +374,7 @@ class TestReplicasDie:
         """The second replica that dies under it ends it, with a clear error."""
         serving.load.take_lost()
         pids = serving.run(serving_cluster.replica_pids)
-        request = serving.long.start(is_stream=False)
+        (request,) = serving.long.start(False)
         began_s = time.monotonic()
         for _ in range(2):
 
@@ -424,13 +424,11 @@ def on_every_replica(serving: WatchedCluster, replica_ids: set[str]) -> list[Lon
     found: set[str] = set()
 
     def are_on_all() -> bool:
-        under_way = [each for each in requests if not each.answer.is_complete]
-        if len(under_way) < MOST_UNDER_WAY:
-            under_way += [serving.long.start(is_stream=is_stream) for is_stream in (False, True)]
-            requests.extend(under_way[-2:])
-        there = hosts(under_way, serving.run(serving_cluster.prefixes)).values()
+        if sum(not each.answer.is_complete for each in requests) < MOST_UNDER_WAY:
+            requests.extend(serving.long.start(False, True))
+        prefixes = serving.run(serving_cluster.prefixes)
         found.clear()
-        found.update(there)
+        found.update(hosts([each for each in requests if not each.answer.is_complete], prefixes).values())
         return found == replica_ids
 
     end_s = time.monotonic() + TIMEOUT_S

@@ -160,13 +160,10 @@ class Load:
 
 @dataclass(eq=False)
 class LongRequest:
-    """A request long enough to be under way when something fails; read by a thread of its own.
-
-    What the model itself answers is computed at its end: it takes as long as the request does.
-    """
+    """A request long enough to be under way when something fails; read by a thread of its own."""
 
     answer: Answer
-    reference: Reference
+    expected: str
     thread: threading.Thread = field(init=False, repr=False)
 
     def start(self, base_url: str) -> None:
@@ -191,7 +188,7 @@ class LongRequest:
         """The answer, when there will be no more of it. Raises AssertionError for text that is not the model's."""
         self.thread.join(TIMEOUT_S)
         assert not self.thread.is_alive(), f"no end of {self.answer}"
-        problem = self.answer.problem(self.reference.text(self.answer.prompt, LONG_TOKENS))
+        problem = self.answer.problem(self.expected)
         assert problem is None, problem
         return self.answer
 
@@ -203,12 +200,17 @@ class LongRequests:
         self._base_url, self._reference = base_url, reference
         self._number = 0
 
-    def start(self, *, is_stream: bool) -> LongRequest:
+    def start(self, *are_streams: bool) -> list[LongRequest]:
+        """One for each, all at once. What the model itself answers takes as long as a request: it comes first."""
+        requests = [self._next(is_stream=each) for each in are_streams]
+        for request in requests:
+            request.start(self._base_url)
+        return requests
+
+    def _next(self, *, is_stream: bool) -> LongRequest:
         self._number += 1
         prompt = f"long request number {self._number:03d}{_FILLER}"
-        request = LongRequest(Answer(prompt=prompt, is_stream=is_stream), self._reference)
-        request.start(self._base_url)
-        return request
+        return LongRequest(Answer(prompt=prompt, is_stream=is_stream), self._reference.text(prompt, LONG_TOKENS))
 
 
 def hosts(requests: Sequence[LongRequest], prefixes: dict[str, tuple[int, ...]]) -> dict[LongRequest, str]:
