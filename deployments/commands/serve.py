@@ -32,6 +32,7 @@ from deployments.commands.serving import (
     why_waiting,
 )
 from deployments.config import IMPORT_PATH, AppArgs, parse
+from deployments.ray_calls import never
 from deployments.ray_private import direct_urls
 from deployments.serve_file import PORT, app_args, load_yaml, select_n_applications
 from selectn_core.bounds import require, require_number
@@ -197,7 +198,7 @@ def _serve(document: dict[str, Any], config: ClusterConfig, asked: set[str]) -> 
         interrupt_on_first_signal()  # again: Ray has put its own handler of SIGTERM in place
         if cluster.is_own and (missing := why_not_placed(document)):
             raise ConfigError(missing)  # it will not grow
-        with deployed(document, asked, is_gone=cluster.is_gone) as served:
+        with deployed(document, asked, is_gone=cluster.is_gone if cluster.is_own else never) as served:
             print(f"loading {', '.join(model_sources(document))} ...", flush=True)
             wait_until_serving(served, _Progress(served))
             for url in base_urls(served):

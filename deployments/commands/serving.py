@@ -84,8 +84,8 @@ def deployed(
     """Starts Serve and submits the config; deletes its applications at the end. Yields it as it is served.
 
     Where Serve runs already, what runs there stays, and its HTTP options count: `asked` are those that must be as in
-    `document`. An application that was there before is updated, and stays at the end. `is_gone`: whether the cluster
-    has ended, so that there is nothing to delete.
+    `document`. An application that was there before is updated, and stays at the end. `is_gone` is of a cluster that
+    ends with this process: whether it has ended already. What it fails to delete is not an error then.
 
     Raises ConfigError for what is in the way.
     """
@@ -124,6 +124,7 @@ def cleaned_up(document: dict[str, Any]) -> Iterator[None]:
 def _delete(names: list[str], at_most_s: float, is_gone: Callable[[], bool]) -> None:
     """Deletes applications, and returns when what runs in them has stopped, or should have; or there is no Ray."""
     from ray import serve
+    from ray.exceptions import RayError
 
     def left() -> set[str]:
         return serve.status().applications.keys() & set(names)
@@ -139,6 +140,10 @@ def _delete(names: list[str], at_most_s: float, is_gone: Callable[[], bool]) -> 
             time.sleep(POLL_PERIOD_S)
     except RayIsGone:
         logger.info("Ray has ended already: there is nothing to delete")
+    except RayError as error:
+        if is_gone is never:  # a cluster that goes on, and the applications with it
+            raise
+        logger.info("not deleted: Ray, which stops with this process, has failed: %s", error)
 
 
 def _longest_grace_s(document: dict[str, Any]) -> float:

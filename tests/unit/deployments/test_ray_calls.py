@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import threading
 
 import psutil
 import pytest
+from ray.exceptions import RayError
 
+from deployments import ray_calls
+from deployments.commands import serving
 from deployments.commands.local_cluster import Cluster
-from deployments.ray_calls import RayIsGone, answer
+from deployments.ray_calls import RayIsGone, answer, never
 
 
 def test_what_is_called_answers_or_raises_as_it_would_alone():
@@ -69,3 +73,17 @@ def test_so_is_one_of_a_cluster_whose_parts_are_still_ending():
 
     with pytest.raises(RayIsGone):
         answer(lambda: dict[str, int]()["it"], is_gone=is_gone)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_what_a_cluster_fails_to_delete_is_an_error_only_if_it_goes_on(monkeypatch, is_own):
+    """Serve's controller fails while Ray's parts end, which may take longer than is waited for."""
+    monkeypatch.setattr(ray_calls, "ENDING_S", 0.0)
+
+    def fails(name: str) -> None:
+        raise RayError(f"no store for {name}")
+
+    monkeypatch.setattr(serving, "begin_to_delete", fails)
+    is_gone = (lambda: False) if is_own else never
+    with contextlib.nullcontext() if is_own else pytest.raises(RayError, match="no store for llm"):
+        serving._delete(["llm"], 1.0, is_gone)
